@@ -1,0 +1,1 @@
+"""Training: losses, optimizer, state, step, checkpoints, reports and the loop."""

@@ -1,0 +1,581 @@
+"""Checkpoints: written asynchronously by Orbax, sealed with SHA-256 sums, restored strictly.
+
+Orbax neither syncs what it writes to the disk nor notices a flipped bit. So a step counts only once
+it is sealed: its files and directories are synced, then a manifest of their sums is put in place.
+
+    DIRECTORY/<step>/state/         the arrays
+    DIRECTORY/<step>/meta/          JSON
+    DIRECTORY/<step>/manifest.json  the seal: size and SHA-256 of each file, and the metrics
+    DIRECTORY/broken/<step>         what was in the way of a save and could not be used
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, SupportsFloat
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
+
+from cait_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+_MANIFEST = "manifest.json"
+_BROKEN = "broken"
+_STATE = "state"
+_META = "meta"
+
+# What process 0 tells the others instead of a step.
+_NOTHING_SAVED = -1
+_NOTHING_USABLE = -2
+
+
+class Checkpoints:
+    """The checkpoints of one run under `directory`, which all processes share.
+
+    Every process makes the same calls in the same order; process 0 seals, verifies and decides.
+    Construction changes nothing on disk, so that the checkpoints of a run in progress can be read
+    beside it: the first `save` makes the directory and clears away what a killed run left.
+
+    Call `close`, or use it as a context manager: leaving without loses the save in flight.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 2,
+        best_metric: str | None = None,
+        best_mode: str = "max",
+    ) -> None:
+        """Opens `directory`, which need not exist yet.
+
+        Args:
+          directory: where the steps are.
+          keep: how many of the newest sealed steps to keep. One more stays until the next save is
+            sealed, because nothing old is deleted for a step that is not.
+          best_metric: the key of `metrics` whose best step is kept as well; None: none is.
+          best_mode: `"max"` or `"min"`.
+
+        Raises:
+          UserError: `keep` is less than 1 or `best_mode` is neither of the two.
+        """
+        if keep < 1:
+            raise UserError(f"The number of checkpoints to keep is {keep}, and must be 1 or more.")
+        if best_mode not in ("max", "min"):
+            raise UserError(f"best_mode is {best_mode!r}, and must be 'max' or 'min'.")
+        self._directory = Path(directory).absolute()
+        self._keep = keep
+        self._best_metric = best_metric
+        self._sign = 1.0 if best_mode == "max" else -1.0
+        self._manager: ocp.CheckpointManager | None = None
+        self._saving: int | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: tuple[int, Exception] | None = None
+        self._corrupt: dict[int, str] = {}
+        self._reported: set[tuple[int, str]] = set()
+
+    def __enter__(self) -> "Checkpoints":
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes. While another exception passes through, a failed save is logged, not raised."""
+        try:
+            self.close()
+        except UserError as failure:
+            if error is None:
+                raise
+            _log.error("%s", failure)
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        meta: Mapping[str, Any],
+        metrics: Mapping[str, SupportsFloat] | None = None,
+    ) -> None:
+        """Starts saving `state` and returns once it is copied to host memory.
+
+        The arrays may be donated right after. Writing, sealing and deleting old steps go on in the
+        background; a save that is still going on is waited for first.
+
+        Args:
+          step: the number of the step, 0 or more.
+          state: pytree of arrays of any dtype but PRNG keys.
+          meta: what JSON can hold.
+          metrics: of this step. Without a finite `best_metric` among them it cannot be the best.
+
+        Raises:
+          UserError: the save before this one failed, this one did, or `step` is already saved.
+        """
+        self.wait()
+        snapshot = json.loads(json.dumps(dict(meta)))
+        values = _finite(metrics or {})
+        try:
+            manager = self._writer()
+            self._saving = step
+            items = {_STATE: ocp.args.StandardSave(state), _META: ocp.args.JsonSave(snapshot)}
+            manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except StepAlreadyExistsError:
+            self._discard_writer()
+            raise UserError(
+                f"Step {step} is already saved under {self._directory}: resume from it, or save "
+                "to another directory."
+            ) from None
+        except Exception as error:  # Orbax raises all sorts
+            self._discard_writer()
+            raise self._explain(step, error) from error
+        self._thread = threading.Thread(
+            target=self._finish, args=(manager, step, values), name="checkpoint_seal", daemon=True
+        )
+        self._thread.start()
+
+    def latest_step(self) -> int | None:
+        """The newest sealed step, by its manifest alone; None without one."""
+        return max(self._sealed(), default=None)
+
+    def best_step(self) -> int | None:
+        """The sealed step with the best `best_metric`, of equals the newest; None without one."""
+        return self._best(self._sealed())
+
+    def meta(self, step: int | None = None) -> dict[str, Any]:
+        """The `meta` of a step, without reading its arrays (only their files' sizes are checked).
+
+        Args:
+          step: which; None: the newest good one.
+
+        Raises:
+          UserError: there is no such step, or none that is good.
+        """
+        self._settle()
+        chosen = self._choose(step, _check_meta)
+        if step is None:
+            self._discard_writer()  # it clears away what was passed over when it opens again
+        if chosen is None:
+            raise UserError(f"There is no checkpoint under {self._directory}.")
+        return self._read_meta(chosen)
+
+    def restore(
+        self, template: PyTree, step: int | None = None
+    ) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """Restores a step after checking every file of it against the manifest.
+
+        A newest step that is unsealed or damaged is passed over with a warning in the log, and
+        moved to `broken/` by the next `save`. A single step without a seal and nothing else is what
+        a first save leaves when it is killed, and counts as nothing saved.
+
+        Args:
+          template: pytree of `jax.ShapeDtypeStruct` with shardings, or of arrays; a leaf without
+            a sharding goes to the first local device.
+          step: which, and no other in its place; None: the newest good one.
+
+        Returns:
+          The step, the state with the types, dtypes and shardings of `template`, and its `meta`;
+          None if nothing was saved.
+
+        Raises:
+          UserError: there are steps, but none that is good; the step asked for is missing or
+            damaged; the tree, a shape or a dtype differs from `template`.
+        """
+        self._settle()
+        chosen = self._agree(step)
+        if step is None:
+            self._discard_writer()  # it clears away what was passed over when it opens again
+        if chosen is None:
+            return None
+        return chosen, *self._read(chosen, template)
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk and sealed.
+
+        Raises:
+          UserError: that failed. Said once; the next `save` starts afresh.
+        """
+        self._settle()
+        if self._failure is not None:
+            step, error = self._failure
+            self._failure = None
+            self._discard_writer()
+            raise self._explain(step, error) from error
+
+    def close(self) -> None:
+        """Waits as `wait` does, and frees Orbax's threads. May be called twice."""
+        try:
+            self.wait()
+        finally:
+            self._discard_writer()
+
+    # Saving
+
+    def _path(self, step: int) -> Path:
+        return self._directory / str(step)
+
+    def _writer(self) -> ocp.CheckpointManager:
+        """Orbax's manager, opened if it is not."""
+        if self._manager is None:
+            if jax.process_index() == 0:
+                self._make_directory()
+                self._clear_way()
+            # Opening has a barrier, so the others see the directory as process 0 left it.
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    cleanup_tmp_directories=True,
+                    preservation_policy=_Preserve(self._wanted),
+                ),
+            )
+            self._corrupt.clear()
+        return self._manager
+
+    def _discard_writer(self) -> None:
+        manager, self._manager = self._manager, None
+        if manager is None:
+            return
+        with contextlib.suppress(Exception):  # raises a failure once more, which would end close()
+            manager.wait_until_finished()
+        try:
+            manager.close()
+        except Exception:
+            _log.warning("Closing Orbax's checkpoint manager failed.", exc_info=True)
+
+    def _make_directory(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # the parent may be somebody else's
+            _fsync(self._directory.parent)
+
+    def _clear_way(self) -> None:
+        """Moves aside every step that is unsealed or known to be damaged."""
+        for step in _steps(self._directory):
+            path = self._path(step)
+            if step not in self._corrupt and _is_sealed(path):
+                continue
+            aside = _unused(self._directory / _BROKEN / str(step))
+            aside.parent.mkdir(exist_ok=True)
+            path.rename(aside)
+            _log.warning("Moved the unusable checkpoint %s to %s.", path, aside)
+
+    def _wanted(self) -> set[int]:
+        sealed = self._sealed()
+        best = self._best(sealed)
+        return {*sorted(sealed)[-self._keep :], *(s for s in (best, self._saving) if s is not None)}
+
+    def _finish(
+        self, manager: ocp.CheckpointManager, step: int, metrics: dict[str, float | None]
+    ) -> None:
+        """Body of the thread that waits for the commit and seals it."""
+        try:
+            manager.wait_until_finished()
+            if jax.process_index() == 0:
+                _seal(self._path(step), step, metrics)
+        except Exception as error:
+            self._failure = step, error
+
+    def _settle(self) -> None:
+        """Waits for the thread; a failure stays for `wait` to raise."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _explain(self, step: int, error: Exception) -> UserError:
+        cause = _one_line(f"{type(error).__name__}: {error}")
+        return UserError(
+            f"Saving step {step} under {self._directory} failed ({cause}): "
+            "mend that and resume from the checkpoint before, which is untouched."
+        )
+
+    # Choosing
+
+    def _sealed(self) -> dict[int, float | None]:
+        """Each sealed step, and its best metric where it has one."""
+        found: dict[int, float | None] = {}
+        for step in _steps(self._directory):
+            if step not in self._corrupt:
+                with contextlib.suppress(_BrokenError):
+                    metrics = _read_manifest(self._path(step))["metrics"]
+                    found[step] = metrics.get(self._best_metric)
+        return found
+
+    def _best(self, sealed: dict[int, float | None]) -> int | None:
+        ranked = [(self._sign * value, step) for step, value in sealed.items() if value is not None]
+        return max(ranked)[1] if ranked else None
+
+    def _agree(self, step: int | None) -> int | None:
+        """`_choose` by process 0, heard by all, so that no two restore different steps."""
+        failure: UserError | None = None
+        choice = _NOTHING_SAVED
+        if jax.process_index() == 0:
+            try:
+                chosen = self._choose(step, _check_files)
+                choice = _NOTHING_SAVED if chosen is None else chosen
+            except UserError as error:
+                failure, choice = error, _NOTHING_USABLE
+        if jax.process_count() > 1:
+            choice = int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
+        if failure is not None:
+            raise failure
+        if choice == _NOTHING_USABLE:
+            raise UserError(
+                f"No checkpoint under {self._directory} can be used: the log of process 0 says why."
+            )
+        return None if choice == _NOTHING_SAVED else choice
+
+    def _choose(self, step: int | None, check: Callable[[Path], None]) -> int | None:
+        """The step asked for, or the newest that passes `check`; None if nothing was saved."""
+        steps = _steps(self._directory)
+        if step is not None:
+            if step not in steps:
+                there = ", ".join(map(str, steps)) or "none"
+                raise UserError(
+                    f"There is no checkpoint of step {step} under {self._directory}; "
+                    f"there are: {there}."
+                )
+            try:
+                check(self._path(step))
+            except _BrokenError as error:
+                raise UserError(
+                    f"The checkpoint of step {step} under {self._directory} is unusable: {error}."
+                ) from None
+            return step
+        for candidate in reversed(steps):
+            try:
+                check(self._path(candidate))
+            except _BrokenError as error:
+                self._pass_over(candidate, error)
+            else:
+                return candidate
+        if len(steps) > 1 or any((self._path(s) / _MANIFEST).exists() for s in steps):
+            raise UserError(
+                f"None of the checkpoints under {self._directory} can be used (steps "
+                f"{', '.join(map(str, steps))}; the log names what is damaged): put back a copy of "
+                "the directory, or move it away to start afresh."
+            )
+        return None
+
+    def _pass_over(self, step: int, error: "_BrokenError") -> None:
+        if (self._path(step) / _MANIFEST).exists():
+            self._corrupt[step] = str(error)
+        if (step, str(error)) not in self._reported:
+            self._reported.add((step, str(error)))
+            _log.warning(
+                "Passing over the checkpoint of step %d under %s: %s.", step, self._directory, error
+            )
+
+    # Reading
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        return ocp.JsonCheckpointHandler().restore(self._path(step) / _META)
+
+    def _read(self, step: int, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        targets = jax.tree.map(_target, template)
+        path = self._path(step)
+        handlers = {_STATE: ocp.StandardCheckpointHandler(), _META: ocp.JsonCheckpointHandler()}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
+            # Orbax would cast a dtype without a word.
+            differences = _differences(reader.metadata(path).item_metadata[_STATE].tree, targets)
+            if not differences:
+                items = {_STATE: ocp.args.StandardRestore(targets), _META: ocp.args.JsonRestore()}
+                try:
+                    found = reader.restore(path, args=ocp.args.Composite(**items))
+                except ValueError as error:  # a difference in nodes without leaves
+                    differences = [_one_line(str(error))]
+                else:
+                    return found[_STATE], found[_META]
+        more = f"; and {len(differences) - 1} more" if len(differences) > 1 else ""
+        raise UserError(
+            f"The checkpoint of step {step} under {self._directory} does not fit the state to be "
+            f"restored: {differences[0]}{more}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preserve:
+    """Orbax's preservation policy: the steps that `wanted` returns."""
+
+    wanted: Callable[[], set[int]]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One bool for each of `checkpoints`, the one being saved included."""
+        wanted = self.wanted()
+        return [checkpoint.step in wanted for checkpoint in checkpoints]
+
+
+class _BrokenError(Exception):
+    """A step that cannot be used; the message names the file."""
+
+
+def _steps(directory: Path) -> list[int]:
+    """The steps that Orbax has committed, ascending."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
+
+
+def _unused(path: Path) -> Path:
+    candidate, count = path, 1
+    while candidate.exists():
+        count += 1
+        candidate = path.with_name(f"{path.name}-{count}")
+    return candidate
+
+
+def _finite(metrics: Mapping[str, SupportsFloat]) -> dict[str, float | None]:
+    values = {key: float(value) for key, value in metrics.items()}
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}
+
+
+def _one_line(text: str) -> str:
+    """`text` without line breaks; of a long one the beginning and the end, where the cause is."""
+    line = " ".join(text.split()).rstrip(".")
+    return line if len(line) <= 300 else f"{line[:100]} ... {line[-200:]}"
+
+
+# The seal
+
+
+def _seal(path: Path, step: int, metrics: dict[str, float | None]) -> None:
+    """Makes a committed step durable and puts the manifest in place."""
+    files = {}
+    for file in _files(path):
+        files[file.relative_to(path).as_posix()] = {
+            "size": file.stat().st_size,
+            "sha256": _sha256(file),
+        }
+        _fsync(file)
+    for directory in (path, *(p for p in path.rglob("*") if p.is_dir())):
+        _fsync(directory)
+    _fsync(path.parent)
+
+    body = {"step": step, "metrics": metrics, "files": files}
+    temporary = path / f"{_MANIFEST}.tmp"
+    temporary.write_text(json.dumps({"sha256": _digest(body), **body}, indent=1), encoding="utf-8")
+    _fsync(temporary)
+    temporary.replace(path / _MANIFEST)
+    _fsync(path)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """Every file of a step but the manifest."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} was not written")
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.name not in (_MANIFEST, f"{_MANIFEST}.tmp"):
+            yield file
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_sealed(path: Path) -> bool:
+    try:
+        _read_manifest(path)
+    except _BrokenError:
+        return False
+    return True
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the step at `path`, checked against its own sum."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        digest = manifest.pop("sha256")
+    except FileNotFoundError:
+        raise _BrokenError(f"it has no {_MANIFEST}, so its save did not finish") from None
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise _BrokenError(f"{_MANIFEST} cannot be read ({_one_line(str(error))})") from None
+    if digest != _digest(manifest):
+        raise _BrokenError(f"{_MANIFEST} differs from its own SHA-256")
+    return manifest
+
+
+def _check_sizes(path: Path) -> dict[str, str]:
+    """Checks that each file of a sealed step is there in its length. Returns their SHA-256."""
+    files = _read_manifest(path)["files"]
+    for name, expected in files.items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError as error:
+            raise _BrokenError(f"{name} is missing ({error.strerror})") from None
+        if size != expected["size"]:
+            raise _BrokenError(f"{name} has {size} bytes instead of {expected['size']}")
+    return {name: expected["sha256"] for name, expected in files.items()}
+
+
+def _check_files(path: Path, within: str = "") -> None:
+    """Checks the size of every file of a sealed step, and the sum of those under `within`."""
+    for name, expected in _check_sizes(path).items():
+        if name.startswith(within):
+            try:
+                found = _sha256(path / name)
+            except OSError as error:
+                raise _BrokenError(f"{name} cannot be read ({error.strerror})") from None
+            if found != expected:
+                raise _BrokenError(f"{name} differs from its SHA-256 in {_MANIFEST}")
+
+
+def _check_meta(path: Path) -> None:
+    _check_files(path, within=f"{_META}/")
+
+
+# Fitting the template
+
+
+def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _differences(stored: PyTree, targets: PyTree) -> list[str]:
+    """How the leaves stored differ from those asked for, one clause each."""
+    here, there = _by_name(targets), _by_name(stored)
+    clauses = [f"{name} is not in the checkpoint" for name in here if name not in there]
+    clauses += [f"the checkpoint's {name} has no place in it" for name in there if name not in here]
+    for name in here:
+        if name in there and here[name] != there[name]:
+            clauses.append(f"{name} is {there[name]} in the checkpoint and should be {here[name]}")
+    return clauses
+
+
+def _by_name(tree: PyTree) -> dict[str, str]:
+    """`"params/head/kernel"` to `"float32 (192, 10)"` for each leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(
+            path, simple=True, separator="/"
+        ): f"{np.dtype(leaf.dtype)} {tuple(leaf.shape)}"
+        for path, leaf in leaves
+    }

@@ -1,0 +1,69 @@
+"""Checks of a config: unknown keys, and differences from the config a run was started with."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cait_jax.errors import UserError, nearest
+
+# What may change between the start of a run and its resumption: it changes no number of the run.
+FREE_KEYS = ("report", "data.data_dir", "data.workers")
+
+
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Gives nested keys with dots between them: `{"model": {"name": "x"}}` to `{"model.name": "x"}`."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def check_overrides(config: ConfigDict, keys: Iterable[str]) -> None:
+    """Refuses overrides of keys that the config does not have.
+
+    Args:
+      config: the config they override.
+      keys: dotted keys, such as `model.drop_path`.
+
+    Raises:
+      UserError: naming the first unknown key and the nearest known ones.
+    """
+    known = flatten(config)
+    for key in keys:
+        if key not in known:
+            raise UserError(f"there is no config key {key!r}; {nearest(key, known)}")
+
+
+def check_resumable(saved: Mapping[str, Any], current: ConfigDict, workdir: str) -> None:
+    """Refuses to resume a run under settings that would make it another run.
+
+    Args:
+      saved: the config in the run's checkpoint, as `as_json` gave it.
+      current: the config now.
+      workdir: of the run.
+
+    Raises:
+      UserError: listing every key that differs, with both values.
+    """
+    before, now = flatten(saved), flatten(as_json(current))
+    changed = [
+        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    ]
+    if changed:
+        raise UserError(
+            f"the run in {workdir} was started with other settings: {'; '.join(changed)}: take them back "
+            "to resume it, or give another --workdir to start anew"
+        )

@@ -1,0 +1,1 @@
+"""Published weights to the parameter tree and back."""

@@ -1,0 +1,132 @@
+"""Names and layouts of the published CaiT weights (timm, facebookresearch/deit) to our parameter tree.
+
+Both directions walk the leaves of the tree: each leaf has exactly one published name, or one a block where
+blocks are stacked, so nothing can be filled twice or left empty unnoticed.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cait_jax.errors import UserError
+from cait_jax.models.cait import CaiT
+
+_NUMBERED = re.compile(r"(blocks|blocks_token_only)_(\d+)")
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+def from_published(weights: Mapping[str, Any], model: CaiT) -> dict[str, Any]:
+    """Builds a model's parameters from weights under their published names.
+
+    Args:
+      weights: published name to array, in PyTorch's layout, such as `blocks.0.attn.qkv.weight` (3d, d).
+      model: the model the weights are for, stacked or not.
+
+    Returns:
+      The `params` tree of `model`, in its `param_dtype`.
+
+    Raises:
+      UserError: naming every weight that is missing, left over, or of another shape.
+    """
+    template = _params_template(model)
+    unused = set(weights)
+    missing: list[str] = []
+    misshapen: list[str] = []
+
+    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
+        keys = tuple(key.key for key in path)
+        blocks = leaf.shape[0] if keys[0] == "blocks" else None
+        names = list(_published_names(keys, blocks))
+        shape = leaf.shape if blocks is None else leaf.shape[1:]
+        arrays = []
+        for name in names:
+            if name not in weights:
+                missing.append(name)
+                continue
+            unused.remove(name)
+            array = _from_torch_layout(keys, np.asarray(weights[name]))
+            if array.shape != shape:
+                wanted = _to_torch_layout(keys, np.empty(shape, np.bool_)).shape
+                misshapen.append(f"{name} is {np.shape(weights[name])}, not {wanted}")
+            arrays.append(array)
+        if missing or misshapen:
+            return leaf
+        whole = arrays[0] if blocks is None else np.stack(arrays)
+        return jnp.asarray(whole, leaf.dtype)
+
+    params = jax.tree_util.tree_map_with_path(fill, template)
+    faults = [
+        f"{len(names)} {what} ({_some(names)})"
+        for what, names in (
+            ("missing", missing),
+            ("left over", sorted(unused)),
+            ("of another shape", misshapen),
+        )
+        if names
+    ]
+    if faults:
+        raise UserError(f"these weights are not for this model: {'; '.join(faults)}")
+    return params
+
+
+def to_published(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Gives a parameter tree under the published names and in PyTorch's layout.
+
+    Args:
+      params: the `params` tree of a CaiT, stacked or not.
+
+    Returns:
+      Published name to array, dtypes unchanged; `from_published` undoes it bit for bit.
+    """
+    weights: dict[str, np.ndarray] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(params)):
+        keys = tuple(key.key for key in path)
+        array = np.asarray(leaf)
+        blocks = array.shape[0] if keys[0] == "blocks" else None
+        parts = [array] if blocks is None else list(array)
+        for name, part in zip(_published_names(keys, blocks), parts, strict=True):
+            weights[name] = np.ascontiguousarray(_to_torch_layout(keys, part))
+    return weights
+
+
+def _params_template(model: CaiT) -> Any:
+    images = jax.ShapeDtypeStruct((1, *model.image_size, model.in_channels), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+
+def _published_names(keys: tuple[str, ...], blocks: int | None) -> Iterator[str]:
+    """The published names of the leaf at `keys`: one, or one for each of the stacked `blocks`."""
+    first, rest = keys[0], keys[1:]
+    if len(rest) >= 2 and rest[-2].startswith("layer_scale_"):
+        rest = (*rest[:-2], rest[-2].replace("layer_scale", "gamma"))
+    elif rest:
+        rest = (*rest[:-1], _LEAVES[rest[-1]])
+    if blocks is not None:
+        for i in range(blocks):
+            yield ".".join((first, str(i), *rest))
+    elif match := _NUMBERED.fullmatch(first):
+        yield ".".join((*match.groups(), *rest))
+    else:
+        yield ".".join((first, *rest))
+
+
+def _from_torch_layout(keys: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    """PyTorch's (out, in) and (out, in, height, width) to (in, out) and (height, width, in, out)."""
+    if keys[-1] != "kernel":
+        return array
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+def _to_torch_layout(keys: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    if keys[-1] != "kernel":
+        return array
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

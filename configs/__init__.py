@@ -1,0 +1,1 @@
+"""Recipes: one short file each, over the keys of `common.py`."""

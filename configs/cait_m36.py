@@ -1,0 +1,16 @@
+"""CaiT-M36 on ImageNet-1k at 224 pixels, from scratch.
+
+Command: python train.py --config=configs/cait_m36.py --config.data.data_dir=DIR
+Hardware and time: none recorded; not yet run to its end here.
+Expected (paper, without distillation, 224 pixels): 83.8 % top-1, with the whole recipe's augmentation.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    config = common.get_config()
+    config.model.name = "cait_m36"
+    return config

@@ -1,0 +1,16 @@
+"""CaiT-M48 on ImageNet-1k at 224 pixels, from scratch.
+
+Command: python train.py --config=configs/cait_m48.py --config.data.data_dir=DIR
+Hardware and time: none recorded; not yet run to its end here.
+Expected: the paper gives no result for it at 224 pixels without distillation.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    config = common.get_config()
+    config.model.name = "cait_m48"
+    return config

@@ -1,0 +1,85 @@
+"""Every key the code reads. A recipe starts from these and states only what differs.
+
+The defaults are the paper's ImageNet recipe (Touvron et al., arXiv 2103.17239, after DeiT's).
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # every random draw of the run follows from it and the step
+    config.batch_size = 1024  # images a step, over all devices and processes
+    config.epochs = 400.0  # length of the run, in passes over the training split
+    config.steps = placeholder(int)  # length in steps instead, where given
+    config.image_size = 224  # side in pixels; in a config file also (height, width)
+
+    config.model = ConfigDict()
+    config.model.name = "cait_xs24"  # a name of cait_jax.list_models()
+    config.model.width = placeholder(int)  # channels of a token; None: the named model's, as below
+    config.model.depth = placeholder(int)  # self-attention blocks
+    config.model.num_heads = placeholder(int)  # heads of both kinds of attention
+    config.model.patch_size = placeholder(int)  # side of a patch in pixels
+    config.model.class_depth = placeholder(int)  # class-attention blocks
+    config.model.mlp_ratio = placeholder(float)  # hidden width of the MLPs over the width
+    config.model.layer_scale_init = placeholder(float)  # start value of every gamma
+    config.model.drop_path = placeholder(float)  # stochastic-depth rate
+    config.model.embedding_dropout = 0.0  # dropout after the position embedding
+    config.model.attention_dropout = 0.0  # dropout on attention weights
+    config.model.dropout = 0.0  # dropout in MLPs and after the attention's projection
+    config.model.dtype = "float32"  # of the computation: bfloat16, float32 or float64
+    config.model.param_dtype = "float32"  # of parameters, optimiser state and EMA
+    config.model.precision = placeholder(str)  # of matrix products: None, "high" or "highest"
+    config.model.remat = "none"  # what the backward pass recomputes: none, attention or block
+    config.model.stacked = True  # blocks in one scan: compiles fast
+
+    config.data = ConfigDict()
+    config.data.name = "imagenet2012"  # "digits" or a TFDS data set prepared as array_record
+    config.data.data_dir = placeholder(str)  # where TFDS data sets lie; None: TFDS's own default
+    config.data.train_split = "train"  # split, or part of one such as "train[:90%]"
+    config.data.eval_split = "validation"  # split for evaluation
+    config.data.mean = (0.485, 0.456, 0.406)  # of each channel, on a scale from 0 to 1
+    config.data.std = (0.229, 0.224, 0.225)  # of each channel, likewise
+    config.data.workers = 0  # processes that decode images; 0: threads of this one
+
+    config.augment = ConfigDict()
+    config.augment.crop_area = (0.08, 1.0)  # random resized crop: share of the image's area
+    config.augment.crop_aspect = (0.75, 4 / 3)  # random resized crop: width over height
+    config.augment.flip = True  # mirror left and right, with probability 1/2
+    config.augment.pad_crop = 0  # pixels of padding before a crop at the image's own size
+    config.augment.rotate = 0.0  # largest rotation in degrees
+    config.augment.zoom = 0.0  # largest relative change of size
+    config.augment.shear = 0.0  # largest horizontal shear
+    config.augment.translate = 0.0  # largest shift, as a share of the side
+
+    config.loss = ConfigDict()
+    config.loss.label_smoothing = 0.1  # share of a label spread over all classes
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 5e-4  # peak, for a batch of reference_batch images
+    config.optimizer.reference_batch = 512  # the peak grows with batch_size over this; 0: it does not
+    config.optimizer.warmup_epochs = 5.0  # linear warm-up, counted in the length of the run
+    config.optimizer.warmup_learning_rate = 1e-6  # learning rate of step 0
+    config.optimizer.final_learning_rate = 1e-5  # where the cosine ends
+    config.optimizer.weight_decay = 0.05  # of kernels only, times the learning rate
+    config.optimizer.b1 = 0.9  # decay of AdamW's first moment
+    config.optimizer.b2 = 0.999  # decay of AdamW's second moment
+    config.optimizer.eps = 1e-8  # added to the root of the second moment
+    config.optimizer.clip_norm = 0.0  # largest norm of the gradient; 0: no clipping
+    config.optimizer.accumulate = 1  # micro batches a step, their gradients averaged
+    config.optimizer.ema_decay = 0.99996  # of the average of the parameters; 0: none is kept
+
+    config.eval = ConfigDict()
+    config.eval.batch_size = 1024  # images at a time; the result does not depend on it
+    config.eval.every_epochs = 1.0  # epochs between evaluations; the last step is always evaluated
+    config.eval.crop_ratio = 1.0  # side of the centre crop over the short side of the image
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 1000  # steps between checkpoints; evaluations save one too
+    config.checkpoint.keep = 2  # newest checkpoints kept, beside the best by eval/accuracy
+
+    config.report = ConfigDict()
+    config.report.every_steps = 50  # steps between lines of the log and of metrics.jsonl
+    config.report.tensorboard = False  # TensorBoard files in WORKDIR/tensorboard too
+    return config.lock()
