@@ -1,0 +1,376 @@
+"""Batches as a function of split, seed and step.
+
+Position `p = step * batch_size + row` of training, counted over all processes, is example
+`permutation(seed, p // n)[p % n]` of a split of `n` examples, cropped by draws keyed with `seed`
+and `p`. So neither the number of processes nor that of workers changes a batch, and resuming needs
+the step alone.
+"""
+
+import functools
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from cait_jax.data.sources import Encoded, InMemory, Split
+from cait_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+_MAX_THREADS = 16
+_SHUFFLING, _CROPPING = 0, 1
+
+
+class Batches(Iterator[Batch]):
+    """An iterator over batches that owns the threads and processes behind it.
+
+    Closing it ends them; so does exhausting it, an error, or leaving its `with` block.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        """Takes over `batches`, an iterator with a `close` method."""
+        self._batches = batches
+
+    def __next__(self) -> Batch:
+        """The next batch; no more come after `close`."""
+        if self._batches is None:
+            raise StopIteration
+        try:
+            batch = next(self._batches)
+        except BaseException:
+            self.close()
+            raise
+        # Workers' arrays lie in shared memory that lives no longer than Grain's own array class.
+        return {
+            name: array if type(array) is np.ndarray else np.array(array)
+            for name, array in batch.items()
+        }
+
+    def close(self) -> None:
+        """Ends the threads and processes; calling it again does nothing."""
+        batches, self._batches = self._batches, None
+        if batches is not None:
+            batches.close()
+
+    def __enter__(self) -> "Batches":
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes."""
+        self.close()
+
+
+def train_batches(
+    split: Split,
+    *,
+    seed: int,
+    batch_size: int,
+    image_size: tuple[int, int],
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    crop_scale: tuple[float, float] = (0.08, 1.0),
+    crop_ratio: tuple[float, float] = (0.75, 1.3333),
+) -> Batches:
+    """Yields this process's rows of the training batches from `start_step` on, without end.
+
+    Args:
+      split: what to draw from. Images in memory come whole; encoded ones as random resized crops.
+      seed: decides order and crops.
+      batch_size: rows of the global batch.
+      image_size: height and width of the images in pixels.
+      start_step: the step of the first batch.
+      process_index: which process this is.
+      process_count: into how many processes the global batch is divided.
+      workers: processes that decode; with 0 threads of this one do. Images in memory need none.
+      crop_scale: the least and greatest part of the image's area in a crop.
+      crop_ratio: the least and greatest width over height of a crop.
+
+    Returns:
+      Batches with `image`, uint8 (batch_size / process_count, height, width, channels), and
+      `label`, int32 (batch_size / process_count,).
+
+    Raises:
+      UserError: at the call, if the batch is larger than the split or does not divide by the
+        processes, or the images in memory have another size.
+      BrokenImage: while iterating, if an image cannot be decoded.
+    """
+    _check(split, batch_size, image_size, process_count)
+    count = len(split)
+    if batch_size > count:
+        raise UserError(
+            f"a batch of {batch_size} examples is larger than the split, which has {count}; "
+            f"choose a batch size of at most {count}"
+        )
+    rows = _Rows(batch_size, process_index, process_count, start_step)
+
+    if isinstance(split, InMemory):
+        return Batches(_gathered(split, seed, rows))
+
+    from cait_jax.data.decode import random_resized_crop
+
+    crop = functools.partial(
+        random_resized_crop,
+        image_size=image_size,
+        scale=crop_scale,
+        ratio=crop_ratio,
+        channels=split.channels,
+    )
+    return _grain_batches(_TrainingExamples(split, seed, rows, crop), rows.local_size, workers)
+
+
+def eval_batches(
+    split: Split,
+    *,
+    batch_size: int,
+    image_size: tuple[int, int],
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    crop_ratio: float = 1.0,
+) -> Batches:
+    """Yields this process's rows of the batches that hold every example once, in order.
+
+    Every process gets `ceil(n / batch_size)` batches; rows past the last example are zeros.
+
+    Args:
+      split: what to evaluate on.
+      batch_size: rows of the global batch.
+      image_size: height and width of the images in pixels.
+      process_index: which process this is.
+      process_count: into how many processes the global batch is divided.
+      workers: processes that decode; with 0 threads of this one do. Images in memory need none.
+      crop_ratio: the part of the shorter side of an encoded image that its centre crop keeps.
+
+    Returns:
+      Batches with `image`, uint8 (batch_size / process_count, height, width, channels), `label`,
+      int32 (batch_size / process_count,), and `mask`, bool of the same shape, False for padding.
+
+    Raises:
+      UserError: at the call, if the batch does not divide by the processes or the images in memory
+        have another size.
+      BrokenImage: while iterating, if an image cannot be decoded.
+    """
+    _check(split, batch_size, image_size, process_count)
+    rows = _Rows(batch_size, process_index, process_count)
+    steps = -(-len(split) // batch_size)
+
+    if isinstance(split, InMemory):
+        return Batches(_gathered_in_order(split, rows, steps))
+
+    from cait_jax.data.decode import center_crop
+
+    crop = functools.partial(
+        center_crop, image_size=image_size, crop_ratio=crop_ratio, channels=split.channels
+    )
+    shape = (*image_size, split.channels)
+    examples = _EvaluationExamples(split, rows, steps, crop, shape)
+    return _grain_batches(examples, rows.local_size, workers)
+
+
+def _check(split: Split, batch_size: int, image_size: tuple[int, int], process_count: int) -> None:
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"a batch of {batch_size} examples cannot be divided evenly among {process_count} "
+            f"processes; choose a positive multiple of {process_count}"
+        )
+    if isinstance(split, InMemory) and split.images.shape[1:3] != image_size:
+        held, asked = (f"{size[0]} by {size[1]}" for size in (split.images.shape[1:], image_size))
+        raise UserError(
+            f"the split was loaded with images of {held} pixels, not {asked}; load it with "
+            f"image_size={image_size}"
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of the global batches that one process holds."""
+
+    batch_size: int
+    process_index: int
+    process_count: int
+    start_step: int = 0
+
+    @property
+    def local_size(self) -> int:
+        return self.batch_size // self.process_count
+
+    def position(self, index: int) -> int:
+        """Position, over all processes, of the example that is this process's `index`-th."""
+        step, row = divmod(index, self.local_size)
+        first = (self.start_step + step) * self.batch_size
+        return first + self.process_index * self.local_size + row
+
+    def positions(self, step: int) -> Int64[np.ndarray, "b"]:
+        """Positions of the rows of the batch `step` after `start_step`."""
+        first = self.position(step * self.local_size)
+        return np.arange(first, first + self.local_size, dtype=np.int64)
+
+
+def _philox(seed: int, number: int, purpose: int) -> np.random.Philox:
+    """The stream for a purpose: each seed and number has one that shares no draws with another."""
+    key = np.array([seed % 2**64, number], np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], np.uint64))
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, count: int) -> Int64[np.ndarray, "count"]:
+    """The order of the examples in an epoch.
+
+    It sorts raw words of Philox, the one stream that NumPy promises to keep in every version.
+
+    Args:
+      seed: the seed of the run.
+      epoch: the epoch, counted from 0.
+      count: the number of examples.
+
+    Returns:
+      The numbers from 0 to `count - 1`, int64, not to be written to.
+    """
+    words = _philox(seed, epoch, _SHUFFLING).random_raw(count)
+    order = np.argsort(words, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def _gathered(split: InMemory, seed: int, rows: _Rows) -> Iterator[Batch]:
+    count = len(split)
+    for step in itertools.count():
+        epochs, places = np.divmod(rows.positions(step), count)
+        chosen = np.empty(rows.local_size, np.int64)
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            here = epochs == epoch
+            chosen[here] = permutation(seed, epoch, count)[places[here]]
+        yield {"image": split.images[chosen], "label": split.labels[chosen]}
+
+
+def _gathered_in_order(split: InMemory, rows: _Rows, steps: int) -> Iterator[Batch]:
+    for step in range(steps):
+        positions = rows.positions(step)
+        mask = positions < len(split)
+        image = np.zeros((rows.local_size, *split.images.shape[1:]), np.uint8)
+        label = np.zeros(rows.local_size, np.int32)
+        image[mask] = split.images[positions[mask]]
+        label[mask] = split.labels[positions[mask]]
+        yield {"image": image, "label": label, "mask": mask}
+
+
+@dataclass(frozen=True)
+class _TrainingExamples:
+    """This process's training examples, by how many of them came before."""
+
+    split: Encoded
+    seed: int
+    rows: _Rows
+    crop: Callable[[bytes, np.random.Generator], UInt8[np.ndarray, "h w c"]]
+
+    def __len__(self) -> int:
+        # As good as endless, and small enough for Grain's arithmetic on lengths.
+        return 2**60 // self.rows.local_size * self.rows.local_size
+
+    def __getitem__(self, index: int) -> Batch:
+        position = self.rows.position(int(index))
+        epoch, place = divmod(position, len(self.split))
+        chosen = int(permutation(self.seed, epoch, len(self.split))[place])
+        rng = np.random.Generator(_philox(self.seed, position, _CROPPING))
+        return _example(self.split, chosen, lambda data: self.crop(data, rng))
+
+
+@dataclass(frozen=True)
+class _EvaluationExamples:
+    """This process's examples of an evaluation with their padding, in order."""
+
+    split: Encoded
+    rows: _Rows
+    steps: int
+    crop: Callable[[bytes], UInt8[np.ndarray, "h w c"]]
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return self.steps * self.rows.local_size
+
+    def __getitem__(self, index: int) -> Batch:
+        position = self.rows.position(int(index))
+        if position < len(self.split):
+            return {**_example(self.split, position, self.crop), "mask": np.array(True)}
+        return {
+            "image": np.zeros(self.shape, np.uint8),
+            "label": np.array(0, np.int32),
+            "mask": np.array(False),
+        }
+
+
+def _example(
+    split: Encoded, index: int, crop: Callable[[bytes], UInt8[np.ndarray, "h w c"]]
+) -> Batch:
+    from cait_jax.data.decode import BrokenImage
+
+    record = split.records[index]
+    try:
+        image = crop(record["image"])
+    except BrokenImage as error:
+        name = record.get("file_name", b"")
+        name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+        which = f"image {index} ({name})" if name else f"image {index}"
+        raise BrokenImage(f"{which} cannot be decoded: {error}") from error
+    return {"image": image, "label": np.array(record["label"], np.int32)}
+
+
+def _grain_batches(
+    examples: _TrainingExamples | _EvaluationExamples, batch_size: int, workers: int
+) -> Batches:
+    import grain
+    from absl import flags
+
+    dataset = grain.MapDataset.source(examples)
+    if not workers:
+        threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        ahead = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=max(threads, 2 * batch_size)
+        )
+        return Batches(iter(dataset.to_iter_dataset(ahead).batch(batch_size)))
+
+    if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts its workers
+        flags.FLAGS.mark_as_parsed()
+    # A worker makes whole batches, so that their number does not decide what a batch holds.
+    one_by_one = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    batches = dataset.batch(batch_size).to_iter_dataset(one_by_one)
+    return Batches(
+        iter(
+            batches.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_start_worker
+            )
+        )
+    )
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Leaves the end of a worker to its parent, and ends it when the parent has died."""
+    del index, count
+    # A signal to the process group must leave the parent the data of the steps until it saves.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

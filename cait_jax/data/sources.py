@@ -1,0 +1,310 @@
+"""One split of a data set: decoded images in memory, or encoded images by index."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from cait_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+IN_MEMORY_BYTES = 2**30
+_DIGITS_SPLITS = ("train", "test", "fit", "validation")
+_DIGITS_HELD_OUT = 360
+
+
+@runtime_checkable
+class Records(Protocol):
+    """Random access to records `{"image": bytes, "label": int}`, with or without `"file_name"`."""
+
+    def __len__(self) -> int:
+        """The number of records."""
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """Record `index`, counted from 0."""
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A split whose images are decoded and of one size.
+
+    Attributes:
+      images: uint8 (n, height, width, channels).
+      labels: int32 (n,), indices into `class_names`.
+      class_names: the names of the classes in the order of their labels.
+    """
+
+    images: UInt8[np.ndarray, "n h w c"]
+    labels: Int32[np.ndarray, "n"]
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        """3 for colour, 1 for luminance."""
+        return self.images.shape[-1]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A split whose images are read and decoded when they are asked for.
+
+    Attributes:
+      records: the examples in the order of the data set; picklable if worker processes read it.
+      class_names: the names of the classes in the order of their labels.
+      channels: 3 for colour, 1 for luminance.
+    """
+
+    records: Records
+    class_names: tuple[str, ...]
+    channels: int
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.records)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+
+Split = InMemory | Encoded
+
+
+def load_split(
+    name: str, split: str, *, image_size: tuple[int, int], data_dir: str | None = None
+) -> Split:
+    """Opens one split of a data set, in the order in which the data set holds it.
+
+    A TFDS data set is read without TensorFlow, so it must be prepared as array_record. It is
+    decoded into memory if its features fix the size of its images at `image_size` and the split
+    fits in 1 GiB.
+
+    Args:
+      name: `"digits"` (scikit-learn's, 8 by 8), or a TFDS name such as `"imagenet2012"` or
+        `"imagenet_resized/64x64"`.
+      split: a TFDS split or a part of one, such as `"train[90%:]"`; for digits `"train"` or
+        `"test"`, or `"fit"` or `"validation"`, into which the training examples are divided for
+        choosing settings.
+      image_size: height and width in pixels of the images that will be asked for.
+      data_dir: the folder of the TFDS data sets; by default `$TFDS_DATA_DIR` or
+        `~/tensorflow_datasets`.
+
+    Returns:
+      `InMemory` or `Encoded`.
+
+    Raises:
+      UserError: the data set or split is unknown, not prepared, not prepared as array_record,
+        damaged or not of labelled images; or a package is missing.
+    """
+    if name == "digits":
+        return _load_digits(split, image_size)
+    return _load_tfds(name, split, image_size, data_dir)
+
+
+def _load_digits(split: str, image_size: tuple[int, int]) -> InMemory:
+    if image_size != (8, 8):
+        raise UserError(
+            f"the digits are 8 by 8 pixels, so the image size must be 8, not {_by(image_size)}"
+        )
+    if split not in _DIGITS_SPLITS:
+        raise UserError(f"digits has no split {split!r}; {nearest(split, _DIGITS_SPLITS)}")
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise UserError(
+            'the digits come with scikit-learn: pip install "cait-jax[digits]"'
+        ) from error
+
+    digits = load_digits()
+
+    def divide(indices: np.ndarray, seed: int) -> list[np.ndarray]:
+        return train_test_split(
+            indices,
+            test_size=_DIGITS_HELD_OUT,
+            stratify=digits.target[indices],
+            random_state=seed,
+        )
+
+    indices = {}
+    indices["train"], indices["test"] = divide(np.arange(len(digits.target)), seed=0)
+    indices["fit"], indices["validation"] = divide(indices["train"], seed=1)
+    chosen = indices[split]
+    return InMemory(
+        images=np.round(digits.images[chosen, ..., None] * (255 / 16)).astype(np.uint8),
+        labels=digits.target[chosen].astype(np.int32),
+        class_names=tuple(str(digit) for digit in digits.target_names),
+    )
+
+
+def _load_tfds(name: str, split: str, image_size: tuple[int, int], data_dir: str | None) -> Split:
+    import tensorflow_datasets as tfds
+
+    builder = _prepared_builder(name, data_dir)
+    features = dict(builder.info.features.items())
+    image, label = features.get("image"), features.get("label")
+    if not isinstance(image, tfds.features.Image) or not isinstance(
+        label, tfds.features.ClassLabel
+    ):
+        raise UserError(
+            f"data set {name} does not pair an 'image' with a class 'label'; "
+            f"its features are {', '.join(features)}"
+        )
+    _check_split(builder, name, split)
+    try:
+        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        first = records[0]
+        if first["image"] is None or first["label"] is None:  # as in a file that was cut short
+            raise ValueError("its first record is empty")
+    except Exception as error:  # array_record and the feature decoders raise any type
+        raise _damaged(name, builder.data_path, error) from error
+    if first["label"] < 0:
+        raise UserError(f"split {split!r} of data set {name} has no labels; choose another split")
+
+    class_names = tuple(label.names)
+    *size, depth = image.shape
+    channels = 1 if depth == 1 else 3
+    fits = len(records) * image_size[0] * image_size[1] * channels <= IN_MEMORY_BYTES
+    if tuple(size) != image_size or not fits:
+        return Encoded(records, class_names, channels)
+    try:
+        images, labels = _decode_all(records, image_size, channels, f"decoding {name} {split}")
+    except Exception as error:
+        raise _damaged(name, builder.data_path, error) from error
+    return InMemory(images, labels, class_names)
+
+
+def _prepared_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
+    """A builder that reads `name` from its folder, which is known to hold array_record files."""
+    import tensorflow_datasets as tfds
+
+    if data_dir is not None:
+        data_dir = str(tfds.core.Path(data_dir).expanduser())
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        # Without TensorFlow the community's data sets cannot be listed.
+        names = ["digits", *tfds.list_builders(with_community_datasets=False)]
+        near = nearest(name, names, count=6)
+        hint = near if near.startswith("nearest") else "tfds.list_builders() names the known ones"
+        raise UserError(f"unknown data set {name!r}; {hint}") from error
+    except Exception as error:  # a wrong version or config, an unreadable folder
+        raise UserError(
+            f"data set {name!r} cannot be opened: {_first_line(error.__cause__ or error)}; check "
+            "its name, configuration and version, and if its folder is damaged, copy or prepare it "
+            "again"
+        ) from error
+
+    # Asking builder.is_prepared() would print warnings of its own.
+    if not all(
+        (builder.data_path / file).exists() for file in ("dataset_info.json", "features.json")
+    ):
+        raise UserError(
+            f"data set {name} is not prepared in {builder.data_path}; "
+            f"{_how_to_prepare(builder, name)}"
+        )
+    try:
+        prepared = tfds.builder_from_directory(builder.data_path)
+        formats = prepared.info.available_file_formats()
+    except Exception as error:
+        raise _damaged(name, builder.data_path, error) from error
+    if tfds.core.FileFormat.ARRAY_RECORD not in formats:
+        found = ", ".join(sorted(file_format.value for file_format in formats)) or "no known format"
+        raise UserError(
+            f"data set {name} in {builder.data_path} is prepared as {found}, which cannot be read "
+            f"by index; {_how_to_prepare(builder, name)}"
+        )
+    return prepared
+
+
+def _how_to_prepare(builder: "tfds.core.DatasetBuilder", name: str) -> str:
+    above = 1 if builder.builder_config is None else 2
+    data_dir = builder.data_path.parents[above]
+    archives = ""
+    if builder.name == "imagenet2012":
+        archives = "put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
+    elif builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        archives = "put its archives"
+    if archives:
+        archives = f"{archives} into {data_dir / 'downloads' / 'manual'} and then "
+    command = shlex.join(
+        ["tfds", "build", name, "--file_format=array_record", f"--data_dir={data_dir}"]
+    )
+    return f"{archives}run: {command} (this needs TensorFlow: pip install tensorflow)"
+
+
+def _check_split(builder: "tfds.core.DatasetBuilder", name: str, split: str) -> None:
+    splits = builder.info.splits
+    known = ", ".join(f"{key} ({info.num_examples} examples)" for key, info in splits.items())
+    try:
+        count = splits[split].num_examples
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"split {split!r} of data set {name} cannot be read: {_first_line(error)}; "
+            f"the splits are {known}, and a part is written like 'train[:90%]'"
+        ) from error
+    if not count:
+        raise UserError(f"split {split!r} of data set {name} is empty; the splits are {known}")
+
+
+def _damaged(name: str, folder: object, error: Exception) -> UserError:
+    return UserError(
+        f"data set {name} in {folder} cannot be read and seems damaged ({_first_line(error)}); "
+        "copy or prepare it again"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0].rstrip(".:;")
+
+
+def _decode_all(
+    records: Any, image_size: tuple[int, int], channels: int, title: str
+) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, "n"]]:
+    from tqdm import tqdm
+
+    from cait_jax.data.decode import decode_image
+
+    images = np.empty((len(records), *image_size, channels), np.uint8)
+    labels = np.empty(len(records), np.int32)
+
+    def decode(indices: range) -> int:
+        # By the chunk: array_record takes longer to read one record than to decode a small image.
+        for index, record in zip(indices, records.__getitems__(list(indices)), strict=True):
+            images[index] = decode_image(record["image"], channels=channels)
+            labels[index] = record["label"]
+        return len(indices)
+
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(records), desc=title, unit="image", disable=None, leave=False) as bar,
+    ):
+        for count in pool.map(decode, _chunks(len(records))):
+            bar.update(count)
+    return images, labels
+
+
+def _chunks(count: int, size: int = 512) -> Iterator[range]:
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} by {size[1]}"
