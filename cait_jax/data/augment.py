@@ -133,10 +133,10 @@ def affine(
     height, width, _ = image.shape
     centre = jnp.array([(height - 1) / 2, (width - 1) / 2])
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    rotation = jnp.array([[cos, -sin], [sin, cos]])
-    shearing = jnp.array([[1.0, 0.0], [-shear, 1.0]])
-    # Each output pixel looks up where it came from, so the map is the inverse transform.
-    inverse = jnp.linalg.inv(rotation @ shearing) / scale
+    # Each output pixel looks up where it came from: back through the rotation, then the shear.
+    unrotate = jnp.array([[cos, sin], [-sin, cos]])
+    unshear = jnp.array([[1.0, 0.0], [shear, 1.0]])
+    inverse = unshear @ unrotate / scale
     grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"))
     offset = grid.reshape(2, -1) - (centre + jnp.asarray(shift))[:, None]
     source = (inverse @ offset + centre[:, None]).reshape(2, height, width)

@@ -5,7 +5,7 @@ patches are frozen, and a class token reads them in `class_depth` class-attentio
 branch is scaled by LayerScale, which is what lets the network be this deep.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -26,7 +26,7 @@ from cait_jax.models.layers import (
     record,
 )
 
-Remat = Literal["none", "attention", "block"]
+
 ClassToken = Float[Array, "batch 1 d"]
 
 
@@ -141,7 +141,7 @@ class CaiT(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     precision: Any = None
-    remat: Remat = "none"
+    remat: str = "none"  # "none", "attention" or "block"
     stacked: bool = True
 
     def __post_init__(self) -> None:
@@ -161,6 +161,8 @@ class CaiT(nn.Module):
             raise ValueError(
                 f"depth {self.depth} and class_depth {self.class_depth} must both be at least 1"
             )
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes {self.num_classes} must be 0 or more; 0 gives features")
         for name in ("drop_path", "embedding_dropout", "attention_dropout", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1)")

@@ -56,12 +56,10 @@ _RELEASED = (
     ("cait_m48", 448),
 )
 
-# Not of the paper: its head width of 48 and its rule for LayerScale (0.1 up to depth 18) at small sizes.
+# Not of the paper, but by its rule for LayerScale: 0.1 up to depth 18.
 _SMALL = {
     "cait_xxs12_patch4_32": Variant(192, 12, 4, 0.05, 0.1, patch_size=4, image_size=32),
-    "cait_nano6_patch2_8": Variant(
-        96, 6, 2, 0.05, 0.1, patch_size=2, image_size=8, in_channels=1
-    ),
+    "cait_nano4_patch4_8": Variant(64, 4, 4, 0.0, 0.1, patch_size=4, image_size=8, in_channels=1),
 }
 
 VARIANTS: Mapping[str, Variant] = (
@@ -123,13 +121,21 @@ def create_model(
         return CaiT(
             image_size=(size, size) if isinstance(size, int) else tuple(size),
             num_classes=num_classes,
-            dtype=jnp.dtype(dtype),
-            param_dtype=jnp.dtype(param_dtype),
+            dtype=_float_dtype("dtype", dtype),
+            param_dtype=_float_dtype("param_dtype", param_dtype),
             precision=precision,
             **attributes,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def _float_dtype(argument: str, dtype: Any) -> Any:
+    known = {name: jnp.dtype(name) for name in ("bfloat16", "float32", "float64")}
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in known:
+        raise UserError(f"there is no {argument} {name!r}; {nearest(name, known)}")
+    return known[name]
 
 
 def forward_intermediates(

@@ -1,7 +1,10 @@
 """Checks of a config: unknown keys, and differences from the config a run was started with."""
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+import runpy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -10,6 +13,9 @@ from cait_jax.errors import UserError, nearest
 
 # What may change between the start of a run and its resumption: it changes no number of the run.
 FREE_KEYS = ("report", "data.data_dir", "data.workers")
+
+_CONFIG_FLAG = re.compile(r"^--?config[=\n](?P<path>.+)$", re.MULTILINE)
+_OVERRIDE_FLAG = re.compile(r"--?config\.(?P<key>[^=]+)")
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -67,3 +73,24 @@ def check_resumable(saved: Mapping[str, Any], current: ConfigDict, workdir: str)
             f"the run in {workdir} was started with other settings: {'; '.join(changed)}: take them back "
             "to resume it, or give another --workdir to start anew"
         )
+
+
+def check_command_line(argv: Sequence[str]) -> None:
+    """Refuses a command line whose config file or overridden keys do not exist.
+
+    Args:
+      argv: such as `["train.py", "--config=configs/digits.py", "--config.seed=1"]`.
+
+    Raises:
+      UserError: naming the nearest file or keys that exist.
+    """
+    found = _CONFIG_FLAG.search("\n".join(argv))
+    if found is None:
+        return
+    path = Path(found["path"])
+    if not path.is_file():
+        known = [str(file) for file in sorted(path.parent.glob("*.py")) if file.stem[0] != "_"]
+        raise UserError(f"there is no config file {path}; {nearest(str(path), known)}")
+    overrides = [match["key"] for arg in argv if (match := _OVERRIDE_FLAG.match(arg))]
+    if overrides:
+        check_overrides(runpy.run_path(str(path))["get_config"](), overrides)

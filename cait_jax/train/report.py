@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, SupportsFloat, TextIO
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 from tqdm import tqdm
 
@@ -18,6 +18,7 @@ from cait_jax.errors import UserError
 TIMING_KEYS = ("time", "train/images_per_second")
 """The keys of `metrics.jsonl` that may differ between two runs of the same config."""
 
+_SHORT = {"learning_rate": "lr", "gradient_norm": "grad_norm"}
 _FORMATS = {"loss": ".4f", "accuracy": ".3f", "lr": ".1e", "grad_norm": ".2f"}
 _TRAIN = "train/"
 _REDRAW_SECONDS = 0.1
@@ -26,7 +27,7 @@ _REDRAW_SECONDS = 0.1
 def rewind(path: str | os.PathLike[str], step: int) -> None:
     """Cuts from a `metrics.jsonl` every line after `step`, and a torn last line.
 
-    The file is replaced at once, so that a kill leaves the old one or the new. A missing one is fine.
+    The file is replaced at once: a kill leaves the old one or the new. A missing one is fine.
 
     Args:
       path: the file.
@@ -58,7 +59,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _rows(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line that is whole, and what it says. A power cut can leave more than one that is not."""
+    """Each whole line and what it says. A power cut can leave more than one that is not whole."""
     for line in file.read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError):
             row = json.loads(line)
@@ -66,13 +67,29 @@ def _rows(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 yield line, row
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """What a report needs of a text stream."""
+
+    def write(self, text: str, /) -> Any:
+        """Takes `text`."""
+
+    def flush(self) -> Any:
+        """Passes on what was taken."""
+
+    def isatty(self) -> bool:
+        """Whether this is a terminal."""
+        ...
+
+
 class Report:
     """Writes the metrics of a run under `workdir` and shows how it goes on `stream`.
 
-    Keys are `"train/loss"`, `"train/accuracy"`, `"train/lr"`, `"train/grad_norm"`, `"eval/..."`.
-    On a terminal `stream` carries a bar, else lines. Throughput (images/s) is measured since the last
-    `log` and leaves out the first step, which compiles, and pauses that end in a line without
-    `train/` values, such as evaluation. Where `primary` is False every method does nothing.
+    Keys are `"train/loss"`, `"train/accuracy"`, `"train/learning_rate"`, `"train/gradient_norm"`
+    and `"eval/..."`. On a terminal `stream` carries a bar, else lines. Throughput (images/s) is
+    measured since the last `log`. It leaves out the first step, which compiles, and pauses that end
+    with a `write` without `train/` values, such as evaluation. Where `primary` is False every
+    method does nothing.
     """
 
     def __init__(
@@ -84,7 +101,7 @@ class Report:
         images_per_step: int,
         tensorboard: bool = False,
         primary: bool = True,
-        stream: TextIO | None = None,
+        stream: Stream | None = None,
     ) -> None:
         """Opens the files, to append.
 
@@ -104,7 +121,7 @@ class Report:
         if not primary:
             return
         self._total = total_steps
-        self._stream = sys.stderr if stream is None else stream
+        self._stream: Stream = sys.stderr if stream is None else stream
         self._clock = _Throughput(images_per_step)
         self._path = Path(workdir) / "metrics.jsonl"
         try:
@@ -217,7 +234,8 @@ class Report:
             return
         if self._bar is not None:
             self._bar.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that `write` has already failed on
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -290,10 +308,19 @@ class _Throughput:
 
 
 def _fields(values: Mapping[str, SupportsFloat]) -> list[str]:
-    """`"loss 0.4312"` for each value: the known ones first, `train/` left out of their names."""
-    named = {key.removeprefix(_TRAIN): float(value) for key, value in values.items()}
-    order = [*(key for key in _FORMATS if key in named), *(k for k in named if k not in _FORMATS)]
-    return [f"{key} {named[key]:{_FORMATS.get(key.rpartition('/')[2], '.4g')}}" for key in order]
+    """`"loss 0.4312"` for each value: short names, the known ones first, no timing."""
+    named = {}
+    for key, value in values.items():
+        if key not in TIMING_KEYS:
+            name = key.removeprefix(_TRAIN)
+            named[_SHORT.get(name, name)] = float(value)
+    order = [
+        *(name for name in _FORMATS if name in named),
+        *(n for n in named if n not in _FORMATS),
+    ]
+    return [
+        f"{name} {named[name]:{_FORMATS.get(name.rpartition('/')[2], '.4g')}}" for name in order
+    ]
 
 
 def _duration(seconds: float) -> str:

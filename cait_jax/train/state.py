@@ -5,21 +5,20 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Int
 
 
 @struct.dataclass
 class TrainState:
-    """The whole state of a run: what a checkpoint holds.
+    """The whole state of a run: what a checkpoint holds. Leaves are arrays, or their shapes and dtypes.
 
     Attributes:
-      step: steps taken, int32.
+      step: steps taken, an int32 scalar.
       params: parameters.
       opt_state: state of the Optax chain.
       ema: exponential moving average of the parameters, or an empty dict where none is kept.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     opt_state: Any
     ema: Any

@@ -59,7 +59,7 @@ def make_train_step(
     Returns:
       A function of a state and a batch (`image` uint8 (batch, height, width, channels), `label` int32
       (batch,)), which gives the next state and the scalars `loss` (mean, nats), `accuracy` (0 to 1),
-      `learning_rate` (as applied in this step) and `gradient_norm` (before clipping). Not yet jitted.
+      `learning_rate` (as applied in this step) and `grad_norm` (before clipping). Not yet jitted.
     """
 
     def loss_and_accuracy(params: Any, batch: Batch, keys: dict[str, Array]) -> Any:
@@ -97,7 +97,7 @@ def make_train_step(
             "loss": loss,
             "accuracy": accuracy,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "gradient_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 

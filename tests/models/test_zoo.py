@@ -1,0 +1,92 @@
+"""Golden parameter counts, and that every named model has one."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cait_jax import create_model, list_models
+
+# The released models' and the paper's counts, as published (1000 classes).
+PUBLISHED = {
+    "cait_xxs24": 11_956_264,
+    "cait_xxs24_224": 11_956_264,
+    "cait_xxs24_384": 12_029_224,
+    "cait_xxs36": 17_299_720,
+    "cait_xxs36_224": 17_299_720,
+    "cait_xxs36_384": 17_372_680,
+    "cait_xs24": 26_560_648,
+    "cait_xs24_384": 26_670_088,
+    "cait_xs36": 38_557_432,
+    "cait_s24": 46_916_200,
+    "cait_s24_224": 46_916_200,
+    "cait_s24_384": 47_062_120,
+    "cait_s36": 68_220_712,
+    "cait_s36_384": 68_366_632,
+    "cait_s48": 89_525_224,
+    "cait_m24": 185_850_088,
+    "cait_m36": 270_929_512,
+    "cait_m36_384": 271_221_352,
+    "cait_m48": 356_008_936,
+    "cait_m48_448": 356_460_520,
+}
+# Ours, by hand: see count_by_hand.
+SMALL = {"cait_xxs12_patch4_32": 6_449_224, "cait_nano4_patch4_8": 367_368}
+GOLDEN = PUBLISHED | SMALL
+
+# name: drop path, LayerScale start value (released code).
+RECIPE = {
+    "cait_xxs24": (0.05, 1e-5),
+    "cait_xxs36": (0.1, 1e-5),
+    "cait_xs24": (0.05, 1e-5),
+    "cait_xs36": (0.1, 1e-6),
+    "cait_s24": (0.1, 1e-5),
+    "cait_s36": (0.2, 1e-6),
+    "cait_s48": (0.3, 1e-6),
+    "cait_m24": (0.2, 1e-5),
+    "cait_m36": (0.3, 1e-6),
+    "cait_m48": (0.4, 1e-6),
+}
+
+
+def count(model):
+    images = jax.ShapeDtypeStruct((1, *model.image_size, model.in_channels), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return sum(leaf.size for leaf in jax.tree.leaves(variables))
+
+
+def count_by_hand(model, classes=1000):
+    d, heads, patch = model.width, model.num_heads, model.patch_size
+    tokens = (model.image_size[0] // patch) * (model.image_size[1] // patch)
+
+    def linear(n_in, n_out):
+        return n_in * n_out + n_out
+
+    shared = 2 * 2 * d + 2 * d + linear(d, 4 * d) + linear(4 * d, d)  # norms, gammas, MLP
+    block = shared + linear(d, 3 * d) + linear(d, d) + 2 * linear(heads, heads)
+    class_block = shared + 4 * linear(d, d)
+    embedding = linear(patch**2 * model.in_channels, d) + tokens * d + d
+    return embedding + model.depth * block + 2 * class_block + 2 * d + linear(d, classes)
+
+
+def test_every_named_model_has_a_golden_count():
+    assert set(list_models()) == set(GOLDEN)
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_parameter_count(name):
+    model = create_model(name)
+    assert count(model) == GOLDEN[name]
+    assert count_by_hand(model) == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", sorted(RECIPE))
+def test_drop_path_and_layer_scale_are_the_released_ones(name):
+    model = create_model(name)
+    assert (model.drop_path, model.layer_scale_init) == RECIPE[name]
+    assert model.width // model.num_heads == 48
+    assert model.patch_size == 16
+
+
+def test_released_names_carry_their_resolution():
+    assert create_model("cait_m48_448").image_size == (448, 448)
+    assert create_model("cait_m48_448", image_size=(224, 320)).image_size == (224, 320)

@@ -1,0 +1,39 @@
+"""Who may import whom (the contracts in pyproject.toml), and what an import costs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_layers_hold():
+    result = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 broken" in result.stdout
+
+
+def test_import_loads_neither_orbax_nor_grain_nor_tfds():
+    code = (
+        "import sys, cait_jax; print([m for m in ('orbax', 'grain', 'tensorflow_datasets', 'optax', "
+        "'tensorflow', 'sklearn', 'PIL', 'matplotlib') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_project_runs_without_tensorflow():
+    """No module of ours asks for it, and training's imports do not bring it in."""
+    code = "import sys, cait_jax.train, cait_jax.data.sources; print('tensorflow' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert result.stdout.strip() == "False"

@@ -1,0 +1,264 @@
+"""Whole runs on real images: what they write, how they stop, how they go on."""
+
+import json
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+import tfds_files
+
+from cait_jax import UserError
+from cait_jax.train import NonFiniteError, loop, train
+from cait_jax.train.checkpoint import Checkpoints
+from cait_jax.train.report import TIMING_KEYS, Report, read_metrics
+from configs import cait_xs24, cifar10
+
+
+def untimed(workdir):
+    return [
+        {key: value for key, value in row.items() if key not in TIMING_KEYS}
+        for row in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+def assert_same_bits(state, other):
+    jax.tree.map(np.testing.assert_array_equal, state, other)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run, for comparison."""
+    from configs import digits
+
+    config = _small(digits.get_config())
+    workdir = tmp_path_factory.mktemp("finished")
+    return config, workdir, train(config, workdir)
+
+
+def _small(config):
+    config.steps = 6
+    config.batch_size = 32
+    config.model.width = 16
+    config.model.depth = 1
+    config.model.class_depth = 1
+    config.model.num_heads = 2
+    config.model.dropout = 0.1
+    config.eval.every_epochs = 4 * 32 / 1437  # every 4 steps
+    config.eval.batch_size = 100
+    config.checkpoint.every_steps = 2
+    config.report.every_steps = 2
+    return config
+
+
+@pytest.fixture
+def config(finished):
+    return finished[0].copy_and_resolve_references()
+
+
+def test_a_run_writes_its_metrics(finished):
+    _, workdir, run = finished
+    assert run.finished
+    assert run.state.step == 6
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 4, 6, 6]
+    for row in rows[:2] + rows[3:4]:
+        assert {"train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm"} < set(row)
+    for row in (rows[2], rows[4]):
+        assert 0 < row["eval/accuracy"] < 1
+        assert row["eval/loss"] > 0
+    assert all(type(row["step"]) is int for row in rows)
+    assert run.metrics["eval/accuracy"] == rows[-1]["eval/accuracy"]
+
+
+def test_a_finished_run_says_so_and_trains_no_more(finished, capsys):
+    config, workdir, run = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    again = train(config, workdir)
+    assert_same_bits(again.state, run.state)
+    assert again.metrics == run.metrics
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    said = capsys.readouterr().err
+    assert re.search(r"is finished \(6 steps, .*\): to start anew, give another --workdir", said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monkeypatch, number):
+    _, workdir, run = finished
+    progress = Report.progress
+
+    def stop_at_three(self, step, values):
+        progress(self, step, values)
+        if step == 3:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "progress", stop_at_three)
+        stopped = train(config, tmp_path)
+    assert not stopped.finished
+    assert 3 <= stopped.state.step < 6
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/loss": 1.0}\n{"step": 5, "tra')
+    resumed = train(config, tmp_path)
+    assert resumed.finished
+    assert_same_bits(resumed.state, run.state)
+    assert untimed(tmp_path) == untimed(workdir)
+
+
+def test_resuming_with_other_settings_is_refused(finished, config):
+    _, workdir, _ = finished
+    config.optimizer.learning_rate = 0.5
+    config.model.depth = 2
+    with pytest.raises(UserError) as caught:
+        train(config, workdir)
+    assert "model.depth was 1 and is now 2" in str(caught.value)
+    assert re.search(r"optimizer.learning_rate was \S+ and is now 0.5", str(caught.value))
+    assert "report" not in str(caught.value)
+
+
+def test_reporting_and_worker_keys_may_differ(finished, config):
+    _, workdir, run = finished
+    config.report.every_steps = 1
+    config.report.tensorboard = True
+    config.data.workers = 3
+    config.data.data_dir = "elsewhere"
+    assert train(config, workdir).metrics == run.metrics
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
+    config.optimizer.learning_rate = 1e30
+    config.optimizer.warmup_epochs = 0.0
+    config.optimizer.clip_norm = 0.0
+    config.checkpoint.every_steps = 1
+    with pytest.raises(NonFiniteError, match=r"step 2: loss .*; there is the checkpoint of step 1"):
+        train(config, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 1
+    assert all(row["step"] < 2 for row in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_metrics_of_a_step_are_read_after_the_next_is_dispatched(config, tmp_path, monkeypatch):
+    """Between two reads of metrics there is always a step on its way, but for steps that save."""
+    order = []
+    set_up, progress = loop.set_up, Report.progress
+
+    def watched(*args):
+        setup = set_up(*args)
+        step = setup.train_step
+
+        def train_step(state, batch):
+            order.append("dispatch")
+            return step(state, batch)
+
+        return loop.dataclasses.replace(setup, train_step=train_step)
+
+    def read(self, step, values):
+        order.append(f"read {step}")
+        progress(self, step, values)
+
+    monkeypatch.setattr(loop, "set_up", watched)
+    monkeypatch.setattr(Report, "progress", read)
+    config.checkpoint.every_steps = 100
+    train(config, tmp_path)
+    assert order == [
+        "dispatch", "dispatch", "read 1", "dispatch", "read 2", "dispatch", "read 3", "read 4",
+        "dispatch", "dispatch", "read 5", "read 6",
+    ]  # fmt: skip
+
+
+def test_ema_is_kept_and_evaluated_beside_the_raw_weights(config, tmp_path):
+    config.optimizer.ema_decay = 0.5
+    run = train(config, tmp_path)
+    assert {"eval/accuracy", "eval/ema_accuracy", "eval/ema_loss"} <= set(run.metrics)
+    assert run.metrics["eval/ema_loss"] != run.metrics["eval/loss"]
+
+
+def test_imagenet_streams_and_resumes(tmp_path, monkeypatch):
+    """The paper's recipe at a small size, on JPEGs of several sizes and modes."""
+    for number, split in enumerate(("train", "validation")):
+        examples = [
+            (tfds_files.numbered_jpeg(100 * number + i, 40 + 7 * i % 30, 50), i) for i in range(20)
+        ]
+        splits = {split: examples} if number == 0 else {**splits, split: examples[:11]}
+    tfds_files.write_imagenet2012(tmp_path, splits)
+    config = cait_xs24.get_config()
+    config.data.data_dir = str(tmp_path)
+    config.batch_size = 8
+    config.steps = 5
+    config.image_size = 32
+    config.eval.batch_size = 8
+    config.model.depth = 2
+    config.model.width = 48
+    config.report.every_steps = 1
+    config.checkpoint.every_steps = 3
+    config.eval.every_epochs = 100.0
+    run = train(config, tmp_path / "whole")
+    assert run.state.step == 5
+    assert run.model.num_classes == 1000
+
+    stop_after(3, monkeypatch)
+    assert not train(config, tmp_path / "parts").finished
+    monkeypatch.undo()
+    assert_same_bits(train(config, tmp_path / "parts").state, run.state)
+    assert untimed(tmp_path / "parts") == untimed(tmp_path / "whole")
+
+
+def stop_after(step, monkeypatch):
+    progress = Report.progress
+
+    def stop(self, at, values):
+        progress(self, at, values)
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Report, "progress", stop)
+
+
+def test_cifar10_trains_in_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    examples = [
+        (tfds_files.encode(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)), i % 10)
+        for i in range(48)
+    ]
+    tfds_files.write_cifar10(tmp_path, {"train": examples, "test": examples[:20]})
+    config = cifar10.get_config()
+    config.data.data_dir = str(tmp_path)
+    config.batch_size = 16
+    config.steps = 3
+    config.model.depth = 1
+    config.model.width = 24
+    config.model.num_heads = 2
+    run = train(config, tmp_path / "run")
+    assert run.finished
+    assert run.model.image_size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", 2048, "2048 is larger than the 1437 examples of digits's split 'train'"),
+        ("batch_size", 33, "batch_size 33 must be a multiple of 8"),
+        ("data.name", "cifar10", "tfds build cifar10 --file_format=array_record"),
+        ("data.name", "imagenet2012", "ILSVRC2012_img_train.tar"),
+        ("data.eval_split", "validate", "no split 'validate'; nearest: validation"),
+        ("model.name", "cait_nano", "there is no model 'cait_nano'"),
+        ("image_size", 16, "digits are 8 by 8"),
+        ("model.dtype", "float23", "nearest: float32"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_compiled(
+    config, tmp_path, monkeypatch, key, value, message
+):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    if key == "data.name":
+        config.data.data_dir = str(tmp_path)
+    *section, name = key.split(".")
+    with config.unlocked():
+        (config[section[0]] if section else config)[name] = value
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", None)
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            train(config, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()

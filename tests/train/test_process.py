@@ -1,0 +1,152 @@
+"""`python train.py` as a user runs it: real processes, killed and started again."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cait_jax.train.checkpoint import Checkpoints
+from cait_jax.train.loop import _abstract_state, set_up
+from cait_jax.train.report import TIMING_KEYS, read_metrics
+from configs import digits
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "steps": 60,
+    "batch_size": 32,
+    "model.width": 32,
+    "model.depth": 2,
+    "model.num_heads": 2,
+    "model.dropout": 0.1,
+    "optimizer.ema_decay": 0.9,
+    "checkpoint.every_steps": 3,
+    "eval.every_epochs": 0.5,
+    "report.every_steps": 1,
+}
+
+
+def command(workdir):
+    overrides = [f"--config.{key}={value}" for key, value in SMALL.items()]
+    return [sys.executable, "train.py", "--config=configs/digits.py", f"--workdir={workdir}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def last_state(workdir):
+    config = digits.get_config()
+    for key, value in SMALL.items():
+        config.update_from_flattened_dict({key: value})
+    template = _abstract_state(set_up(config, jax.devices()[:1]))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        return checkpoints.restore(template)
+
+
+def untimed(workdir):
+    return [
+        {key: value for key, value in row.items() if key not in TIMING_KEYS}
+        for row in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path, environment):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = subprocess.run(
+        command(whole), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    # Nobody's terminal: lines, not a bar.
+    assert "step 60/60" in result.stderr
+    assert "images/s" in result.stderr
+    assert "ETA" in result.stderr
+
+    moments = random.Random(0)
+    kills = 0
+    metrics = killed / "metrics.jsonl"
+    for target in (2, 20, 40):  # kill soon after the run has come this far
+        process = subprocess.Popen(
+            command(killed), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while process.poll() is None:
+            rows = read_metrics(metrics)
+            if rows and rows[-1]["step"] >= target:
+                time.sleep(moments.uniform(0.0, 0.05))
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2
+
+    result = subprocess.run(
+        command(killed), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert untimed(killed) == untimed(whole)
+    step, state, meta = last_state(whole)
+    step_again, state_again, meta_again = last_state(killed)
+    assert step == step_again == 60
+    assert meta == meta_again
+    jax.tree.map(np.testing.assert_array_equal, state, state_again)
+
+    result = subprocess.run(
+        command(whole), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0
+    assert "is finished (60 steps" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/digits.py", "--config.batchsize=3"], "nearest: batch_size"),
+        (["--config=configs/cifar10.py", "--config.data.data_dir=/nowhere"], "tfds build cifar10"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_status_1(tmp_path, arguments, message):
+    result = subprocess.run(
+        [sys.executable, "train.py", f"--workdir={tmp_path / 'run'}", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_lines_are_json_with_an_integer_step(tmp_path, environment):
+    """A stop by SIGTERM is a clean one: status 130, and what was computed is saved."""
+    process = subprocess.Popen(
+        command(tmp_path / "run"), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and len(read_metrics(metrics)) < 4:
+        time.sleep(0.01)
+    process.terminate()
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert "the same command goes on from there" in stderr
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert all(type(row["step"]) is int for row in rows)
+    assert last_state(tmp_path / "run")[0] == rows[-1]["step"]
