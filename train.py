@@ -12,9 +12,13 @@ from cait_jax.train import NonFiniteError, train
 from cait_jax.train.config import check_command_line
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, such as configs/digits.py.")
-WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; runs/<config's name> by default.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's directory; runs/<config's name> by default."
+)
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "One of several processes; addresses as jax.distributed.initialize finds them."
+    "distributed",
+    False,
+    "One of several processes; addresses as jax.distributed.initialize finds them.",
 )
 flags.mark_flag_as_required("config")
 flags.FLAGS.set_default("verbosity", logging.WARNING)  # Orbax says a lot at INFO

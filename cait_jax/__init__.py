@@ -1,8 +1,8 @@
 """CaiT (Class-Attention in Image Transformers) for JAX.
 
-    model = cait_jax.create_model("cait_xs24", image_size=224)
-    variables = model.init(key, images)
-    logits = model.apply(variables, images)
+model = cait_jax.create_model("cait_xs24", image_size=224)
+variables = model.init(key, images)
+logits = model.apply(variables, images)
 """
 
 from cait_jax.errors import UserError

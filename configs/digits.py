@@ -10,12 +10,11 @@ from configs import common
 
 def get_config() -> ConfigDict:
     config = common.get_config()
-    config.batch_size = 128
-    config.epochs = 100.0
+    config.batch_size = 64
+    config.epochs = 110.0
     config.image_size = 8
 
     config.model.name = "cait_nano4_patch4_8"
-    config.model.drop_path = 0.0
 
     config.data.name = "digits"
     config.data.eval_split = "test"
@@ -32,7 +31,10 @@ def get_config() -> ConfigDict:
     config.optimizer.reference_batch = 0
     config.optimizer.ema_decay = 0.0
     config.optimizer.clip_norm = 1.0
+    config.loss.label_smoothing = 0.0
 
     config.eval.batch_size = 360
     config.eval.every_epochs = 10.0
+    config.checkpoint.every_steps = 500
+    config.report.every_steps = 100
     return config

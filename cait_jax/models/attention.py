@@ -80,9 +80,7 @@ class ClassAttention(nn.Module):
     numerics: Numerics = Numerics()
 
     @nn.compact
-    def __call__(
-        self, u: Float[Array, "batch all_tokens d"]
-    ) -> Float[Array, "batch 1 d"]:
+    def __call__(self, u: Float[Array, "batch all_tokens d"]) -> Float[Array, "batch 1 d"]:
         """Returns the class token's update.
 
         Args:
@@ -114,7 +112,5 @@ def _dot_products(q: Any, k: Any, numerics: Numerics) -> Array:
 
 def _weighted_sum(weights: Any, v: Any, numerics: Numerics) -> Array:
     """(batch, heads, queries, keys) and (batch, keys, heads, dim) to (batch, queries, heads * dim)."""
-    out = jnp.einsum(
-        "bhqk,bkhc->bqhc", weights.astype(v.dtype), v, precision=numerics.precision
-    )
+    out = jnp.einsum("bhqk,bkhc->bqhc", weights.astype(v.dtype), v, precision=numerics.precision)
     return out.reshape(*out.shape[:2], -1)

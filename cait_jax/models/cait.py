@@ -26,7 +26,6 @@ from cait_jax.models.layers import (
     record,
 )
 
-
 ClassToken = Float[Array, "batch 1 d"]
 
 

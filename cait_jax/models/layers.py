@@ -122,10 +122,10 @@ class LayerScale(nn.Module):
     """Multiplies each channel of a residual branch by a learned gamma (paper, equation 4).
 
     Attributes:
-      init: start value of every gamma; small for deep networks.
+      init_value: start value of every gamma; small for deep networks.
     """
 
-    init: float
+    init_value: float
     numerics: Numerics = Numerics()
 
     @nn.compact
@@ -133,7 +133,7 @@ class LayerScale(nn.Module):
         """Scales the last axis of `branch`."""
         gamma = self.param(
             "gamma",
-            nn.initializers.constant(self.init),
+            nn.initializers.constant(self.init_value),
             (branch.shape[-1],),
             self.numerics.param_dtype,
         )

@@ -32,7 +32,7 @@ def make_eval_step(model: nn.Module, mean: tuple[float, ...], std: tuple[float, 
 
     def eval_step(params: Any, batch: dict[str, Array], sums: dict[str, Array]) -> dict[str, Array]:
         images = normalise(batch["image"], mean, std)
-        logits = model.apply({"params": params}, images)
+        logits: Any = model.apply({"params": params}, images)
         values = {
             "loss": cross_entropy(logits, batch["label"]),
             "correct": correct(logits, batch["label"]),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -229,9 +228,10 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
     ) as checkpoints:
         if checkpoints.latest_step() is not None:
             check_resumable(checkpoints.meta()["config"], config, str(workdir))
+        meta: dict[str, Any] = {}
         restored = checkpoints.restore(_abstract_state(setup))
         if restored is None:
-            start, state, meta = 0, setup.init(), {}
+            start, state = 0, setup.init()
         else:
             start, state, meta = restored
         if jax.process_index() == 0:

@@ -36,7 +36,7 @@ class Recipe:
     seed: int = 0
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     label_smoothing: float = 0.0
     accumulate: int = 1
     ema_decay: float = 0.0
@@ -66,7 +66,7 @@ def make_train_step(
         images = batch["image"].astype(jnp.float32)
         images = augment(keys["augment"], images, batch["id"], recipe.augmentation)
         images = normalise(images, recipe.mean, recipe.std)
-        logits = model.apply(
+        logits: Any = model.apply(
             {"params": params},
             images,
             train=True,

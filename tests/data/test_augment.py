@@ -32,11 +32,18 @@ def test_normalise_is_the_formula():
 
 @pytest.mark.parametrize(
     ("angle", "scale", "shear", "shift"),
-    [(0.3, 1.0, 0.0, (0, 0)), (0.0, 1.3, 0.0, (0, 0)), (0.0, 1.0, 0.4, (0, 0)), (-0.2, 0.9, 0.2, (1.5, -2))],
+    [
+        (0.3, 1.0, 0.0, (0, 0)),
+        (0.0, 1.3, 0.0, (0, 0)),
+        (0.0, 1.0, 0.4, (0, 0)),
+        (-0.2, 0.9, 0.2, (1.5, -2)),
+    ],
 )
 def test_affine_agrees_with_scipy(angle, scale, shear, shift):
     image = images(1, channels=1)[0]
-    found = affine(image, angle=angle, scale=scale, shear=shear, shift=jnp.array(shift, jnp.float32))
+    found = affine(
+        image, angle=angle, scale=scale, shear=shear, shift=jnp.array(shift, jnp.float32)
+    )
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     inverse = np.linalg.inv(scale * rotation @ np.array([[1, 0], [-shear, 1]]))
     centre = (np.array(image.shape[:2]) - 1) / 2
@@ -61,7 +68,9 @@ def test_affine_turns_counter_clockwise_and_moves_down_and_right():
 
 def test_flip_mirrors_half_of_the_images():
     image = images(1)[0]
-    flipped = jax.vmap(lambda key: random_flip(key, image))(jax.random.split(jax.random.key(1), 400))
+    flipped = jax.vmap(lambda key: random_flip(key, image))(
+        jax.random.split(jax.random.key(1), 400)
+    )
     mirrored = np.array([np.array_equal(one, image[:, ::-1]) for one in flipped])
     same = np.array([np.array_equal(one, image) for one in flipped])
     assert (mirrored ^ same).all()

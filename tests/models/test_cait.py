@@ -34,7 +34,10 @@ def trained_like(params, seed=2):
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return tree.unflatten(
-        [a + 0.3 * jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)]
+        [
+            a + 0.3 * jax.random.normal(k, a.shape, a.dtype)
+            for k, a in zip(keys, leaves, strict=True)
+        ]
     )
 
 
@@ -159,9 +162,9 @@ def test_initialisation_is_the_papers():
                 np.testing.assert_array_equal(leaf, np.float32(1e-4), err_msg=name)
             case _:
                 # Six standard errors of a standard deviation.
-                assert float(leaf.std()) == pytest.approx(
-                    0.02, rel=6 / np.sqrt(2 * leaf.size)
-                ), name
+                assert float(leaf.std()) == pytest.approx(0.02, rel=6 / np.sqrt(2 * leaf.size)), (
+                    name
+                )
                 assert abs(float(leaf.mean())) < 6 * 0.02 / np.sqrt(leaf.size), name
     qkv = params["blocks"]["attn"]["qkv"]["kernel"]
     assert not np.array_equal(qkv[0], qkv[1])
@@ -224,7 +227,10 @@ def test_the_patches_enter_and_leave_class_attention_as_the_same_array(model, pa
     seen = []
 
     def watch(next_method, args, kwargs, context):
-        if type(context.module).__name__ == "ClassAttentionBlock" and context.method_name == "__call__":
+        if (
+            type(context.module).__name__ == "ClassAttentionBlock"
+            and context.method_name == "__call__"
+        ):
             seen.append(args[1])
         return next_method(*args, **kwargs)
 
@@ -406,7 +412,9 @@ def test_remat_changes_no_gradient_with_dropout_on(params, remat, stacked):
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
     ):
         scale = float(jnp.abs(theirs).max())
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * scale + 1e-6, err_msg=str(path))
+        np.testing.assert_allclose(
+            ours, theirs, rtol=0, atol=1e-5 * scale + 1e-6, err_msg=str(path)
+        )
     text = str(jax.make_jaxpr(jax.grad(lambda p: loss(p, model)))(given))
     assert ("remat" in text or "checkpoint" in text) == (remat != "none")
 

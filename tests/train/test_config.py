@@ -11,7 +11,9 @@ from cait_jax.train.config import as_json, check_command_line, check_resumable, 
 from configs import common, digits
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "common"))
+RECIPES = sorted(
+    path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "common")
+)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +31,7 @@ def test_an_unknown_key_names_the_nearest(argv, message):
 
 def test_a_missing_config_file_names_the_nearest():
     for flag in (["--config=configs/digit.py"], ["--config", "configs/digit.py"]):
-        with pytest.raises(UserError, match="nearest: configs/digits.py"):
+        with pytest.raises(UserError, match=r"nearest: configs/digits\.py"):
             check_command_line(["train.py", *flag])
 
 
@@ -65,7 +67,9 @@ def test_every_recipe_loads_and_its_model_exists(name):
 
 def test_every_key_has_one_comment():
     lines = (CONFIGS / "common.py").read_text().splitlines()
-    keys = [line for line in lines if line.strip().startswith("config.") and "ConfigDict()" not in line]
+    keys = [
+        line for line in lines if line.strip().startswith("config.") and "ConfigDict()" not in line
+    ]
     assert len(keys) == len(flatten(common.get_config()))
     assert all("  # " in line for line in keys)
 

@@ -35,7 +35,13 @@ SMALL = {
 
 def command(workdir):
     overrides = [f"--config.{key}={value}" for key, value in SMALL.items()]
-    return [sys.executable, "train.py", "--config=configs/digits.py", f"--workdir={workdir}", *overrides]
+    return [
+        sys.executable,
+        "train.py",
+        "--config=configs/digits.py",
+        f"--workdir={workdir}",
+        *overrides,
+    ]
 
 
 @pytest.fixture(scope="module")

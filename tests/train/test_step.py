@@ -22,7 +22,9 @@ from cait_jax.train.step import Recipe, make_train_step, mean_over_micro_batches
 BATCH = 16
 RECIPE = Recipe(
     seed=3,
-    augmentation=Augmentation(flip=True, rotate=10.0, translate=0.1, zoom=0.1, shear=0.1, pad_crop=1),
+    augmentation=Augmentation(
+        flip=True, rotate=10.0, translate=0.1, zoom=0.1, shear=0.1, pad_crop=1
+    ),
     label_smoothing=0.1,
     ema_decay=0.9,
 )
@@ -136,5 +138,7 @@ def test_mean_over_micro_batches_holds_each_example_once():
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(12, 1), (0, 1), (16, 4)])
 def test_a_batch_the_devices_cannot_share_is_refused(batch_size, accumulate):
-    with pytest.raises(UserError, match=f"batch_size {batch_size} must be a multiple of {8 * accumulate}"):
+    with pytest.raises(
+        UserError, match=f"batch_size {batch_size} must be a multiple of {8 * accumulate}"
+    ):
         check_batch_size(batch_size, make_mesh(), accumulate)

@@ -28,7 +28,9 @@ def weights(model):
 def test_number_of_published_tensors(name):
     model = create_model(name, image_size=32)
     template = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    weights = to_published(jax.tree.map(lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), template))
+    weights = to_published(
+        jax.tree.map(lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), template)
+    )
     assert len(weights) == TENSORS[name]
 
 

@@ -1,0 +1,125 @@
+"""Accuracy of `configs/digits.py`, mean of three seeds, beside scikit-learn's SVC on the same split.
+
+Command: python benchmarks/digits.py [--seeds=3] [--figure=docs/digits.png] [--out=runs/benchmark_digits]
+
+Prints a table and writes OUT/digits.json. A seed whose run is finished under OUT is read, not trained again.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from sklearn.svm import SVC
+
+from cait_jax.data import load_split
+from cait_jax.data.augment import normalise
+from cait_jax.models.zoo import forward_intermediates
+from cait_jax.train import Run, train
+from cait_jax.train.report import read_metrics
+from configs import digits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds to train, from 0 on")
+    parser.add_argument("--figure", type=Path, help="where to write the picture")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_digits"))
+    args = parser.parse_args()
+    out = args.out
+    fit, test = (load_split("digits", name, image_size=(8, 8)) for name in ("train", "test"))
+    svc = SVC(gamma=0.001).fit(_on_sklearns_scale(fit.images), fit.labels)
+    svc_accuracy = float(svc.score(_on_sklearns_scale(test.images), test.labels))
+
+    rows, runs = [], []
+    for seed in range(args.seeds):
+        config = digits.get_config()
+        config.seed = seed
+        start = time.perf_counter()
+        runs.append(train(config, out / f"seed{seed}"))
+        rows.append(
+            {
+                "seed": seed,
+                "accuracy": runs[-1].metrics["eval/accuracy"],
+                "loss": runs[-1].metrics["eval/loss"],
+                "seconds": time.perf_counter() - start,
+            }
+        )
+    mean = float(np.mean([row["accuracy"] for row in rows]))
+
+    print(f"{'':12} {'accuracy':>9} {'loss':>8} {'seconds':>8}")
+    for row in rows:
+        name = f"CaiT seed {row['seed']}"
+        print(f"{name:12} {row['accuracy']:9.4f} {row['loss']:8.4f} {row['seconds']:8.1f}")
+    print(f"{'CaiT mean':12} {mean:9.4f}\n{'SVC':12} {svc_accuracy:9.4f}")
+    (out / "digits.json").write_text(
+        json.dumps(
+            {
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+                "jax": jax.__version__,
+                "cait": rows,
+                "cait_mean_accuracy": mean,
+                "svc_accuracy": svc_accuracy,
+            },
+            indent=2,
+        )
+    )
+    if args.figure:
+        workdirs = [out / f"seed{seed}" for seed in range(args.seeds)]
+        _draw(runs, workdirs, test, svc_accuracy).savefig(args.figure, dpi=120)
+
+
+def _on_sklearns_scale(images: np.ndarray) -> np.ndarray:
+    """Pixels from 0 to 16, as `load_digits` gives them; 255 / 16 apart, so rounding restores them."""
+    return np.round(images.reshape(len(images), -1) * (16 / 255))
+
+
+def _draw(runs: list[Run], workdirs: list[Path], test, svc_accuracy: float):
+    """Test accuracy over training; test images with what seed 0's class token looks at."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.3])
+    axes = left.subplots()
+    for seed, workdir in enumerate(workdirs):
+        curve = [
+            (row["step"], row["eval/accuracy"])
+            for row in read_metrics(workdir / "metrics.jsonl")
+            if "eval/accuracy" in row
+        ]
+        axes.plot(*np.transpose(curve), label=f"CaiT, seed {seed}", lw=1.2)
+    axes.axhline(svc_accuracy, color="black", ls="--", lw=1, label="SVC(gamma=0.001)")
+    axes.set(xlabel="step", ylabel="test accuracy", ylim=(0.9, 1.0))
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+    run = runs[0]
+    images = np.concatenate([test.images[test.labels == digit][:1] for digit in range(10)])
+    logits, inside = forward_intermediates(
+        run.model, {"params": run.state.params}, normalise(images, (0.5,), (0.5,))
+    )
+    side = run.model.image_size[0] // run.model.patch_size
+    looks = np.asarray(inside["blocks_token_only"]["softmax"])[:, :, :, 0, 1:].mean((0, 2))
+    grid = right.subplots(2, 5)
+    for i, axes in enumerate(grid.flat):
+        axes.imshow(images[i, ..., 0], cmap="gray_r")
+        heat = looks[i].reshape(side, side).repeat(8 // side, 0).repeat(8 // side, 1)
+        axes.imshow(heat, cmap="Reds", alpha=0.45, vmin=0)
+        probability = jax.nn.softmax(logits[i]).max()
+        axes.set_title(f"{int(logits[i].argmax())}  ({probability:.1%})", fontsize=9)
+        axes.axis("off")
+    right.suptitle(
+        "first test image of each class, its prediction, and class attention", fontsize=9
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What the loop costs: 500 training steps of the digits through it, against the bare compiled step.
+
+Command: python benchmarks/loop.py [--rounds=5] [--steps=500] [--out=runs/benchmark_loop]
+
+One side is `cait_jax.train.loop`'s own loop (batches, transfer, metrics read, bar or lines, metrics.jsonl), from
+the moment the first step has finished to the last, without evaluation and checkpoint, which are not steps.
+The other calls the same compiled step as often on one batch that already lies on the device. Rounds alternate;
+the ratio is that of the medians.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import jax
+
+from cait_jax.train import loop
+from cait_jax.train.report import Report
+from cait_jax.train.sharding import over_batch, put_batch
+from configs import digits
+
+
+class Clock(Report):
+    """A report that notes when steps finished."""
+
+    def progress(self, step, values):
+        super().progress(step, values)
+        self.times.append(time.perf_counter())
+
+
+def bare(setup: loop.Setup, steps: int) -> float:
+    """Seconds of `STEPS` calls of the compiled step."""
+    state = setup.init()
+    batch = put_batch(next(setup.batches()), over_batch(setup.mesh))
+    state, metrics = setup.train_step(state, batch)
+    jax.block_until_ready(metrics)
+    start = time.perf_counter()
+    for _ in range(steps):
+        state, metrics = setup.train_step(state, batch)
+    jax.block_until_ready((state, metrics))
+    return time.perf_counter() - start
+
+
+def through_the_loop(setup: loop.Setup, workdir: Path, steps: int) -> float:
+    """Seconds of `STEPS` steps of a run."""
+    report = Clock(
+        workdir,
+        total_steps=setup.total_steps,
+        images_per_step=setup.config.batch_size,
+    )
+    report.times = []
+    with report, loop.Checkpoints(workdir / "checkpoints") as checkpoints:
+        loop._run(setup, setup.init(), 0, {}, checkpoints, report)
+    return report.times[steps] - report.times[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each side")
+    parser.add_argument("--steps", type=int, default=500, help="steps of one measurement")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_loop"))
+    args = parser.parse_args()
+    out = args.out / time.strftime("%Y%m%d-%H%M%S")
+    config = digits.get_config()
+    # Two steps more: the first compiles, and the last is followed by the evaluation.
+    config.steps = args.steps + 2
+    config.eval.every_epochs = 1e9
+    config.checkpoint.every_steps = 10**9
+    setup = loop.set_up(config)
+    bare(setup, args.steps)
+    sides: dict[str, list[float]] = {"bare step": [], "loop": []}
+    for i in range(args.rounds):
+        sides["bare step"].append(bare(setup, args.steps))
+        sides["loop"].append(through_the_loop(setup, out / str(i), args.steps))
+
+    medians = {name: statistics.median(times) for name, times in sides.items()}
+    ratio = medians["loop"] / medians["bare step"]
+    print(f"{'':10} {'median s':>9}  all")
+    for name, times in sides.items():
+        print(f"{name:10} {medians[name]:9.3f}  {' '.join(f'{t:.3f}' for t in times)}")
+    print(f"ratio      {ratio:9.4f}  of {args.steps} steps of {config.batch_size} images")
+    (out / "loop.json").write_text(
+        json.dumps(
+            {
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+                "jax": jax.__version__,
+                "seconds": sides,
+                "ratio": ratio,
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
