@@ -58,9 +58,7 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 5e-4  # peak, for a batch of reference_batch images
-    config.optimizer.reference_batch = (
-        512  # the peak grows with batch_size over this; 0: it does not
-    )
+    config.optimizer.reference_batch = 512  # the peak grows with batch_size over this; 0: not
     config.optimizer.warmup_epochs = 5.0  # linear warm-up, counted in the length of the run
     config.optimizer.warmup_learning_rate = 1e-6  # learning rate of step 0
     config.optimizer.final_learning_rate = 1e-5  # where the cosine ends

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import random_params
 
 import cait_jax
 from cait_jax import create_model, forward_intermediates
@@ -29,18 +30,6 @@ def init(model, seed=0):
     return jax.jit(model.init)(jax.random.key(seed), images(model))
 
 
-def trained_like(params, seed=2):
-    """Parameters far from their start values, so that every part shows in the output."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return tree.unflatten(
-        [
-            a + 0.3 * jax.random.normal(k, a.shape, a.dtype)
-            for k, a in zip(keys, leaves, strict=True)
-        ]
-    )
-
-
 @pytest.fixture(scope="module")
 def model():
     return small(num_classes=10, depth=2, precision="highest")
@@ -48,7 +37,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return trained_like(init(model)["params"])
+    return random_params(model)
 
 
 # The face
@@ -56,14 +45,14 @@ def params(model):
 
 def test_any_multiple_of_the_patch_and_any_channels():
     model = small(image_size=(4, 10), in_channels=5, num_classes=3, depth=1)
-    logits = model.apply(init(model), images(model))
-    assert logits.shape == (2, 3)
-    assert init(model)["params"]["pos_embed"].shape == (1, 2 * 5, 96)
+    params = random_params(model)
+    assert model.apply({"params": params}, images(model)).shape == (2, 3)
+    assert params["pos_embed"].shape == (1, 2 * 5, 96)
 
 
 def test_no_classes_gives_the_features_the_head_reads():
     model = small(num_classes=0, depth=1)
-    variables = init(model)
+    variables = {"params": random_params(model)}
     features = model.apply(variables, images(model))
     assert features.shape == (2, 96)
     assert "head" not in variables["params"]
@@ -113,7 +102,7 @@ def test_list_models_matches_a_pattern():
 def test_dtype_of_computation_and_of_parameters_are_apart(dtype):
     with jax.enable_x64(dtype == "float64"):
         model = small(num_classes=10, depth=2, dtype=dtype)
-        variables = init(model)
+        variables = {"params": random_params(model)}
         wide = jnp.promote_types(dtype, jnp.float32)
         logits, inside = forward_intermediates(model, variables, images(model))
         assert logits.dtype == wide
@@ -126,7 +115,7 @@ def test_dtype_of_computation_and_of_parameters_are_apart(dtype):
 def test_float64_computes_in_float64_throughout():
     with jax.enable_x64(True):
         wide = small(num_classes=10, depth=2, dtype="float64", param_dtype="float64")
-        params = trained_like(init(wide)["params"])
+        params = random_params(wide)
         x = images(wide).astype(jnp.float64)
         jaxpr = str(jax.make_jaxpr(lambda p, x: wide.apply({"params": p}, x))(params, x))
         assert "f32" not in jaxpr
@@ -374,7 +363,7 @@ def test_drop_path_is_one_rate_a_sample_scaled_and_drawn_twice_a_block():
 
 def test_draws_belong_to_the_examples_position():
     model = small(num_classes=10, depth=2, drop_path=0.3, dropout=0.2)
-    params = trained_like(init(model)["params"])
+    params = random_params(model)
     x = images(model, batch=8)
     rngs = {name: jax.random.key(5) for name in ("dropout", "drop_path")}
     whole = model.apply({"params": params}, x, train=True, rngs=rngs)
@@ -425,6 +414,6 @@ def test_stacking_is_undone_by_unstacking(params):
 
 
 def test_unrolled_init_has_the_tree_that_unstacking_gives(model):
-    stacked = unstack_blocks(init(model)["params"])
-    unrolled = init(model.clone(stacked=False))["params"]
+    stacked = unstack_blocks(random_params(model))
+    unrolled = random_params(model.clone(stacked=False))
     assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, dict(unrolled))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import random_params
 
 from cait_jax import create_model
 from cait_jax.data.augment import normalise
@@ -25,9 +26,7 @@ def problem():
         class_names=("a", "b", "c"),
     )
     model = create_model("cait_nano4_patch4_8", num_classes=3, depth=1, precision="highest")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
-    params["head"]["kernel"] = params["head"]["kernel"] * 50
-    return split, model, params
+    return split, model, random_params(model)
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(53, 1), (10, 1), (16, 8), (64, 8), (24, 3)])

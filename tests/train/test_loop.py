@@ -190,6 +190,7 @@ def test_imagenet_streams_and_resumes(tmp_path, monkeypatch):
     config.eval.batch_size = 8
     config.model.depth = 2
     config.model.width = 48
+    config.model.class_depth = 1
     config.report.every_steps = 1
     config.checkpoint.every_steps = 3
     config.eval.every_epochs = 100.0
@@ -227,6 +228,7 @@ def test_cifar10_trains_in_memory(tmp_path):
     config.batch_size = 16
     config.steps = 3
     config.model.depth = 1
+    config.model.class_depth = 1
     config.model.width = 24
     config.model.num_heads = 2
     run = train(config, tmp_path / "run")

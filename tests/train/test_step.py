@@ -1,10 +1,13 @@
 """The step: the same numbers on any number of devices, with and without accumulation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import random_params
 
 from cait_jax import UserError, create_model
 from cait_jax.data.augment import Augmentation
@@ -42,13 +45,13 @@ def batches(steps):
 def run(devices, steps=20, accumulate=1, dtype="float32", **overrides):
     """Losses of each step, and the state after the last."""
     model = create_model(
-        "cait_nano4_patch4_8", num_classes=10, depth=2, width=32, num_heads=2, dtype=dtype,
-        param_dtype=dtype, drop_path=0.2, dropout=0.1, attention_dropout=0.1,
+        "cait_nano4_patch4_8", num_classes=10, depth=2, class_depth=1, width=32, num_heads=2,
+        dtype=dtype, param_dtype=dtype, drop_path=0.2, dropout=0.1, attention_dropout=0.1,
         embedding_dropout=0.1, precision="highest", **overrides,
     )  # fmt: skip
     schedule = learning_rate_schedule(peak=1e-3, total_steps=steps, warmup_steps=2)
     optimizer = make_optimizer(schedule, clip_norm=1.0)
-    recipe = RECIPE.__class__(**(RECIPE.__dict__ | {"accumulate": accumulate}))
+    recipe = dataclasses.replace(RECIPE, accumulate=accumulate)
     mesh = make_mesh(devices)
     whole, rows = replicated(mesh), over_batch(mesh)
     step = jax.jit(
@@ -59,8 +62,7 @@ def run(devices, steps=20, accumulate=1, dtype="float32", **overrides):
     )
 
     def init():
-        params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
-        return create_state(params, optimizer, ema=True)
+        return create_state(random_params(model), optimizer, ema=True)
 
     state = jax.jit(init, out_shardings=whole)()
     metrics = []
@@ -114,8 +116,7 @@ def test_the_learning_rate_reported_is_the_one_applied():
     schedule = learning_rate_schedule(peak=1e-1, total_steps=4, warmup_steps=2, warmup_from=1e-3)
     optimizer = optax.sgd(schedule)
     step = jax.jit(make_train_step(model, optimizer, schedule, Recipe()))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
-    state = create_state(params, optimizer, ema=False)
+    state = create_state(random_params(model), optimizer, ema=False)
     for batch in batches(3):
         after, values = step(state, jax.tree.map(jnp.asarray, batch))
         moved = optax.tree.norm(jax.tree.map(jnp.subtract, after.params, state.params))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import random_params
 
 from cait_jax import UserError, create_model
 from cait_jax.weights.published import from_published, to_published
@@ -20,8 +21,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def weights(model):
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
-    return to_published(params)
+    return to_published(random_params(model))
 
 
 @pytest.mark.parametrize("name", sorted(TENSORS))

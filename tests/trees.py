@@ -1,0 +1,18 @@
+"""Parameters far from their start values, made without compiling an initialisation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def random_params(model, seed=0):
+    """The `params` tree of a model: gammas and norm scales near 1, all else normal, std 0.3."""
+    images = jax.ShapeDtypeStruct((1, *model.image_size, model.in_channels), jnp.float32)
+    template = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        near_one = path[-1].key in ("gamma", "scale")
+        return jnp.asarray(near_one + 0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, template)
