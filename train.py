@@ -21,12 +21,13 @@ DISTRIBUTED = flags.DEFINE_bool(
     "One of several processes; addresses as jax.distributed.initialize finds them.",
 )
 flags.mark_flag_as_required("config")
-flags.FLAGS.set_default("verbosity", logging.WARNING)  # Orbax says a lot at INFO
 
 
 def main(argv: list[str]) -> int | None:
     """Runs the training that the flags describe, and gives the exit status."""
     del argv
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax says a lot at INFO
     if DISTRIBUTED.value:
         jax.distributed.initialize()
     path = config_flags.get_config_filename(flags.FLAGS["config"])

@@ -68,8 +68,8 @@ def evaluate(
     sums: dict[str, Any] = {name: np.zeros((), np.float32) for name in ("loss", "correct", "count")}
     for batch in batches:
         sums = eval_step(params, put_batch(batch, sharding), sums)
-    total = jax.device_get(sums)
+    total = {name: float(value) for name, value in jax.device_get(sums).items()}
     return {
-        "loss": float(total["loss"] / total["count"]),
-        "accuracy": float(total["correct"] / total["count"]),
+        "loss": total["loss"] / total["count"],
+        "accuracy": total["correct"] / total["count"],
     }
