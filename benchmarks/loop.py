@@ -18,7 +18,9 @@ from pathlib import Path
 import jax
 
 from cait_jax.train import loop
+from cait_jax.train.checkpoint import Checkpoints
 from cait_jax.train.report import Report
+from cait_jax.train.setup import Setup, set_up
 from cait_jax.train.sharding import over_batch, put_batch
 from configs import digits
 
@@ -31,7 +33,7 @@ class Clock(Report):
         self.times.append(time.perf_counter())
 
 
-def bare(setup: loop.Setup, steps: int) -> float:
+def bare(setup: Setup, steps: int) -> float:
     """Seconds of `STEPS` calls of the compiled step."""
     state = setup.init()
     batch = put_batch(next(setup.batches()), over_batch(setup.mesh))
@@ -44,7 +46,7 @@ def bare(setup: loop.Setup, steps: int) -> float:
     return time.perf_counter() - start
 
 
-def through_the_loop(setup: loop.Setup, workdir: Path, steps: int) -> float:
+def through_the_loop(setup: Setup, workdir: Path, steps: int) -> float:
     """Seconds of `STEPS` steps of a run."""
     report = Clock(
         workdir,
@@ -52,7 +54,7 @@ def through_the_loop(setup: loop.Setup, workdir: Path, steps: int) -> float:
         images_per_step=setup.config.batch_size,
     )
     report.times = []
-    with report, loop.Checkpoints(workdir / "checkpoints") as checkpoints:
+    with report, Checkpoints(workdir / "checkpoints") as checkpoints:
         loop._run(setup, setup.init(), 0, {}, checkpoints, report)
     return report.times[steps] - report.times[0]
 
@@ -69,7 +71,7 @@ def main() -> None:
     config.steps = args.steps + 2
     config.eval.every_epochs = 1e9
     config.checkpoint.every_steps = 10**9
-    setup = loop.set_up(config)
+    setup = set_up(config)
     bare(setup, args.steps)
     sides: dict[str, list[float]] = {"bare step": [], "loop": []}
     for i in range(args.rounds):

@@ -41,8 +41,8 @@ def test_the_wheel_is_imported_and_makes_a_model_outside_the_repository(built, t
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     code = (
         "import cait_jax, jax, jax.numpy as jnp\n"
-        "model = cait_jax.create_model('cait_nano4_patch4_8', num_classes=10)\n"
-        "variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))\n"
+        "model = cait_jax.create_model('cait_nano4_patch4_8', num_classes=10, depth=1)\n"
+        "variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))\n"
         "print(cait_jax.__file__, model.apply(variables, jnp.zeros((2, 8, 8, 1))).shape)\n"
     )
     file, shape = run(str(python), "-I", "-c", code, cwd=tmp_path).strip().split(" ", 1)

@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from cait_jax.errors import UserError
+
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _ATTEMPTS = 10
 # A JPEG is shrunk while decoding only as far as the box stays this many times the crop. The crop is
@@ -19,7 +21,7 @@ _ATTEMPTS = 10
 _JPEG_MARGIN = 2
 
 
-class BrokenImage(ValueError):
+class BrokenImage(UserError):
     """The bytes are no image that can be decoded."""
 
 

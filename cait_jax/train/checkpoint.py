@@ -11,13 +11,12 @@ it is sealed: its files and directories are synced, then a manifest of their sum
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
@@ -30,10 +29,19 @@ from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
 
 from cait_jax.errors import UserError
+from cait_jax.train.seal import (
+    MANIFEST,
+    BrokenError,
+    check_files,
+    fsync,
+    is_sealed,
+    one_line,
+    read_manifest,
+    seal,
+)
 
 _log = logging.getLogger(__name__)
 
-_MANIFEST = "manifest.json"
 _BROKEN = "broken"
 _STATE = "state"
 _META = "meta"
@@ -260,13 +268,13 @@ class Checkpoints:
     def _make_directory(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # the parent may be somebody else's
-            _fsync(self._directory.parent)
+            fsync(self._directory.parent)
 
     def _clear_way(self) -> None:
         """Moves aside every step that is unsealed or known to be damaged."""
         for step in _steps(self._directory):
             path = self._path(step)
-            if step not in self._corrupt and _is_sealed(path):
+            if step not in self._corrupt and is_sealed(path):
                 continue
             aside = _unused(self._directory / _BROKEN / str(step))
             aside.parent.mkdir(exist_ok=True)
@@ -285,7 +293,7 @@ class Checkpoints:
         try:
             manager.wait_until_finished()
             if jax.process_index() == 0:
-                _seal(self._path(step), step, metrics)
+                seal(self._path(step), step, metrics)
         except Exception as error:
             self._failure = step, error
 
@@ -296,7 +304,7 @@ class Checkpoints:
             self._thread = None
 
     def _explain(self, step: int, error: Exception) -> UserError:
-        cause = _one_line(f"{type(error).__name__}: {error}")
+        cause = one_line(f"{type(error).__name__}: {error}")
         return UserError(
             f"Saving step {step} under {self._directory} failed ({cause}): "
             "mend that and resume from the checkpoint before, which is untouched."
@@ -309,8 +317,8 @@ class Checkpoints:
         found: dict[int, float | None] = {}
         for step in _steps(self._directory):
             if step not in self._corrupt:
-                with contextlib.suppress(_BrokenError):
-                    metrics = _read_manifest(self._path(step))["metrics"]
+                with contextlib.suppress(BrokenError):
+                    metrics = read_manifest(self._path(step))["metrics"]
                     found[step] = metrics.get(self._best_metric)
         return found
 
@@ -324,7 +332,7 @@ class Checkpoints:
         choice = _NOTHING_SAVED
         if jax.process_index() == 0:
             try:
-                chosen = self._choose(step, _check_files)
+                chosen = self._choose(step, check_files)
                 choice = _NOTHING_SAVED if chosen is None else chosen
             except UserError as error:
                 failure, choice = error, _NOTHING_USABLE
@@ -350,7 +358,7 @@ class Checkpoints:
                 )
             try:
                 check(self._path(step))
-            except _BrokenError as error:
+            except BrokenError as error:
                 raise UserError(
                     f"The checkpoint of step {step} under {self._directory} is unusable: {error}."
                 ) from None
@@ -358,11 +366,11 @@ class Checkpoints:
         for candidate in reversed(steps):
             try:
                 check(self._path(candidate))
-            except _BrokenError as error:
+            except BrokenError as error:
                 self._pass_over(candidate, error)
             else:
                 return candidate
-        if len(steps) > 1 or any((self._path(s) / _MANIFEST).exists() for s in steps):
+        if len(steps) > 1 or any((self._path(s) / MANIFEST).exists() for s in steps):
             raise UserError(
                 f"None of the checkpoints under {self._directory} can be used (steps "
                 f"{', '.join(map(str, steps))}; the log names what is damaged): put back a copy of "
@@ -370,8 +378,8 @@ class Checkpoints:
             )
         return None
 
-    def _pass_over(self, step: int, error: "_BrokenError") -> None:
-        if (self._path(step) / _MANIFEST).exists():
+    def _pass_over(self, step: int, error: "BrokenError") -> None:
+        if (self._path(step) / MANIFEST).exists():
             self._corrupt[step] = str(error)
         if (step, str(error)) not in self._reported:
             self._reported.add((step, str(error)))
@@ -396,7 +404,7 @@ class Checkpoints:
                 try:
                     found = reader.restore(path, args=ocp.args.Composite(**items))
                 except ValueError as error:  # a difference in nodes without leaves
-                    differences = [_one_line(str(error))]
+                    differences = [one_line(str(error))]
                 else:
                     return found[_STATE], found[_META]
         more = f"; and {len(differences) - 1} more" if len(differences) > 1 else ""
@@ -416,10 +424,6 @@ class _Preserve:
         """One bool for each of `checkpoints`, the one being saved included."""
         wanted = self.wanted()
         return [checkpoint.step in wanted for checkpoint in checkpoints]
-
-
-class _BrokenError(Exception):
-    """A step that cannot be used; the message names the file."""
 
 
 def _steps(directory: Path) -> list[int]:
@@ -442,111 +446,8 @@ def _finite(metrics: Mapping[str, SupportsFloat]) -> dict[str, float | None]:
     return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
-def _one_line(text: str) -> str:
-    """`text` without line breaks; of a long one the beginning and the end, where the cause is."""
-    line = " ".join(text.split()).rstrip(".")
-    return line if len(line) <= 300 else f"{line[:100]} ... {line[-200:]}"
-
-
-# The seal
-
-
-def _seal(path: Path, step: int, metrics: dict[str, float | None]) -> None:
-    """Makes a committed step durable and puts the manifest in place."""
-    files = {}
-    for file in _files(path):
-        files[file.relative_to(path).as_posix()] = {
-            "size": file.stat().st_size,
-            "sha256": _sha256(file),
-        }
-        _fsync(file)
-    for directory in (path, *(p for p in path.rglob("*") if p.is_dir())):
-        _fsync(directory)
-    _fsync(path.parent)
-
-    body = {"step": step, "metrics": metrics, "files": files}
-    temporary = path / f"{_MANIFEST}.tmp"
-    temporary.write_text(json.dumps({"sha256": _digest(body), **body}, indent=1), encoding="utf-8")
-    _fsync(temporary)
-    temporary.replace(path / _MANIFEST)
-    _fsync(path)
-
-
-def _files(path: Path) -> Iterator[Path]:
-    """Every file of a step but the manifest."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} was not written")
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and file.name not in (_MANIFEST, f"{_MANIFEST}.tmp"):
-            yield file
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_sealed(path: Path) -> bool:
-    try:
-        _read_manifest(path)
-    except _BrokenError:
-        return False
-    return True
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the step at `path`, checked against its own sum."""
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        digest = manifest.pop("sha256")
-    except FileNotFoundError:
-        raise _BrokenError(f"it has no {_MANIFEST}, so its save did not finish") from None
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise _BrokenError(f"{_MANIFEST} cannot be read ({_one_line(str(error))})") from None
-    if digest != _digest(manifest):
-        raise _BrokenError(f"{_MANIFEST} differs from its own SHA-256")
-    return manifest
-
-
-def _check_sizes(path: Path) -> dict[str, str]:
-    """Checks that each file of a sealed step is there in its length. Returns their SHA-256."""
-    files = _read_manifest(path)["files"]
-    for name, expected in files.items():
-        try:
-            size = (path / name).stat().st_size
-        except OSError as error:
-            raise _BrokenError(f"{name} is missing ({error.strerror})") from None
-        if size != expected["size"]:
-            raise _BrokenError(f"{name} has {size} bytes instead of {expected['size']}")
-    return {name: expected["sha256"] for name, expected in files.items()}
-
-
-def _check_files(path: Path, within: str = "") -> None:
-    """Checks the size of every file of a sealed step, and the sum of those under `within`."""
-    for name, expected in _check_sizes(path).items():
-        if name.startswith(within):
-            try:
-                found = _sha256(path / name)
-            except OSError as error:
-                raise _BrokenError(f"{name} cannot be read ({error.strerror})") from None
-            if found != expected:
-                raise _BrokenError(f"{name} differs from its SHA-256 in {_MANIFEST}")
-
-
 def _check_meta(path: Path) -> None:
-    _check_files(path, within=f"{_META}/")
+    check_files(path, within=f"{_META}/")
 
 
 # Fitting the template

@@ -3,7 +3,7 @@
 import json
 import re
 import runpy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,48 @@ from cait_jax.errors import UserError, nearest
 
 # What may change between the start of a run and its resumption: it changes no number of the run.
 FREE_KEYS = ("report", "data.data_dir", "data.workers")
+
+# What values make sense, as a sentence says it.
+_RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "at least 1": (
+        lambda value: value >= 1,
+        (
+            "batch_size",
+            "steps",
+            "optimizer.accumulate",
+            "eval.batch_size",
+            "checkpoint.every_steps",
+            "checkpoint.keep",
+            "report.every_steps",
+        ),
+    ),
+    "more than 0": (lambda value: value > 0, ("epochs", "eval.every_epochs")),
+    "0 or more": (
+        lambda value: value >= 0,
+        (
+            "data.workers",
+            "augment.pad_crop",
+            "optimizer.learning_rate",
+            "optimizer.reference_batch",
+            "optimizer.warmup_epochs",
+            "optimizer.weight_decay",
+            "optimizer.clip_norm",
+        ),
+    ),
+    "in [0, 1)": (
+        lambda value: 0 <= value < 1,
+        ("loss.label_smoothing", "optimizer.b1", "optimizer.b2", "optimizer.ema_decay"),
+    ),
+    "in (0, 1]": (lambda value: 0 < value <= 1, ("eval.crop_ratio",)),
+    "two increasing numbers in (0, 1]": (
+        lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1,
+        ("augment.crop_area",),
+    ),
+    "two increasing numbers above 0": (
+        lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1],
+        ("augment.crop_aspect",),
+    ),
+}
 
 _CONFIG_FLAG = re.compile(r"^--?config[=\n](?P<path>.+)$", re.MULTILINE)
 _OVERRIDE_FLAG = re.compile(r"--?config\.(?P<key>[^=]+)")
@@ -48,6 +90,22 @@ def check_overrides(config: ConfigDict, keys: Iterable[str]) -> None:
     for key in keys:
         if key not in known:
             raise UserError(f"there is no config key {key!r}; {nearest(key, known)}")
+
+
+def check_values(config: ConfigDict) -> None:
+    """Refuses values that no run could use.
+
+    Args:
+      config: as `configs/common.py` describes it.
+
+    Raises:
+      UserError: naming the key, its value and what it must be.
+    """
+    flat = flatten(config)
+    for wanted, (holds, keys) in _RANGES.items():
+        for key in keys:
+            if flat[key] is not None and not holds(flat[key]):
+                raise UserError(f"--config.{key} is {flat[key]} and must be {wanted}")
 
 
 def check_resumable(saved: Mapping[str, Any], current: ConfigDict, workdir: str) -> None:

@@ -1,41 +1,21 @@
-"""The training loop: data, model, step, checkpoint and report put together."""
+"""The training loop: step, evaluation, checkpoint and report, from a run's start or where it came to."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cait_jax.data.augment import Augmentation
-from cait_jax.data.pipeline import eval_batches, train_batches
-from cait_jax.data.sources import Encoded, InMemory, load_split
-from cait_jax.errors import UserError
 from cait_jax.models.cait import CaiT
-from cait_jax.models.zoo import create_model
 from cait_jax.train.checkpoint import Checkpoints
 from cait_jax.train.config import as_json, check_resumable
-from cait_jax.train.evaluate import evaluate, make_eval_step
 from cait_jax.train.interrupt import StopRequest
-from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from cait_jax.train.report import Report, rewind
-from cait_jax.train.sharding import (
-    check_batch_size,
-    make_mesh,
-    over_batch,
-    put_batch,
-    replicated,
-)
-from cait_jax.train.state import TrainState, create_state
-from cait_jax.train.step import Recipe, TrainStep, make_train_step
-
-Split = InMemory | Encoded
+from cait_jax.train.setup import Setup, abstract_state, set_up
+from cait_jax.train.sharding import over_batch, put_batch
+from cait_jax.train.state import TrainState
 
 
 class NonFiniteError(RuntimeError):
@@ -57,150 +37,6 @@ class Run:
     state: TrainState
     metrics: dict[str, float]
     finished: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """Everything a run is made of, checked but not compiled. `set_up` makes it from a config.
-
-    Attributes:
-      config: the config.
-      model: the model.
-      train_split: the training examples.
-      eval_split: the examples for evaluation.
-      total_steps: steps of the whole run.
-      steps_per_epoch: training examples over batch size, not rounded.
-      optimizer: the Optax chain.
-      train_step: the step, jitted, its state donated.
-      eval_step: see `make_eval_step`, jitted.
-      init: a function without arguments that makes the state before the first step, on the mesh.
-      mesh: the devices.
-    """
-
-    config: ConfigDict
-    model: CaiT
-    train_split: Split
-    eval_split: Split
-    total_steps: int
-    steps_per_epoch: float
-    optimizer: optax.GradientTransformation
-    train_step: TrainStep
-    eval_step: Callable[..., Any]
-    init: Callable[[], TrainState]
-    mesh: Mesh
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return self.model.image_size
-
-    def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """This process's training batches from `start_step` on, without end."""
-        config = self.config
-        return train_batches(
-            self.train_split,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            image_size=self.image_size,
-            start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=config.data.workers,
-            crop_scale=tuple(config.augment.crop_area),
-            crop_ratio=tuple(config.augment.crop_aspect),
-        )
-
-    def evaluate(self, params: Any) -> dict[str, float]:
-        """Evaluates parameters on the evaluation split: `loss` in nats and `accuracy` from 0 to 1."""
-        config = self.config
-        batches = eval_batches(
-            self.eval_split,
-            batch_size=-(-config.eval.batch_size // self.mesh.size) * self.mesh.size,
-            image_size=self.image_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=config.data.workers,
-            crop_ratio=config.eval.crop_ratio,
-        )
-        return evaluate(self.eval_step, params, batches, over_batch(self.mesh))
-
-
-def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup:
-    """Makes everything a run needs from its config, and refuses what cannot work.
-
-    Args:
-      config: as `configs/common.py` describes it.
-      devices: devices to train on; all of them if not given.
-
-    Returns:
-      The parts of the run. Nothing is compiled yet.
-
-    Raises:
-      UserError: for a setting, a data set or a size that does not fit.
-    """
-    mesh = make_mesh(devices)
-    check_batch_size(config.batch_size, mesh, config.optimizer.accumulate)
-    size = config.image_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
-
-    data = config.data
-    train_split, eval_split = (
-        load_split(data.name, split, image_size=size, data_dir=data.data_dir)
-        for split in (data.train_split, data.eval_split)
-    )
-    if config.batch_size > len(train_split):
-        raise UserError(
-            f"batch_size {config.batch_size} is larger than the {len(train_split)} examples of "
-            f"{data.name}'s split {data.train_split!r}: set --config.batch_size to at most that"
-        )
-    model = create_model(
-        image_size=size,
-        num_classes=train_split.num_classes,
-        in_channels=train_split.channels,
-        **{key: value for key, value in config.model.items() if value is not None},
-    )
-
-    steps_per_epoch = len(train_split) / config.batch_size
-    total_steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
-    schedule = _schedule(config, total_steps, steps_per_epoch)
-    optimizer = make_optimizer(
-        schedule,
-        b1=config.optimizer.b1,
-        b2=config.optimizer.b2,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        clip_norm=config.optimizer.clip_norm,
-    )
-    recipe = _recipe(config)
-
-    def init() -> TrainState:
-        images = jnp.zeros((1, *size, model.in_channels))
-        params = model.init(jax.random.key(config.seed), images)["params"]
-        return create_state(params, optimizer, ema=recipe.ema_decay > 0)
-
-    whole, rows = replicated(mesh), over_batch(mesh)
-    return Setup(
-        config=config,
-        model=model,
-        train_split=train_split,
-        eval_split=eval_split,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-        optimizer=optimizer,
-        train_step=jax.jit(
-            make_train_step(model, optimizer, schedule, recipe),
-            in_shardings=(whole, rows),
-            out_shardings=(whole, whole),
-            donate_argnums=0,
-        ),
-        eval_step=jax.jit(
-            make_eval_step(model, recipe.mean, recipe.std),
-            in_shardings=(whole, rows, whole),
-            out_shardings=whole,
-        ),
-        init=jax.jit(init, out_shardings=whole),
-        mesh=mesh,
-    )
 
 
 def train(config: ConfigDict, workdir: str | Path) -> Run:
@@ -229,7 +65,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
         if checkpoints.latest_step() is not None:
             check_resumable(checkpoints.meta()["config"], config, str(workdir))
         meta: dict[str, Any] = {}
-        restored = checkpoints.restore(_abstract_state(setup))
+        restored = checkpoints.restore(abstract_state(setup))
         if restored is None:
             start, state = 0, setup.init()
         else:
@@ -318,7 +154,7 @@ def _run(
                     )
                     return Run(setup.model, state, metrics, finished=False)
     finally:
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
     return Run(setup.model, state, metrics, finished=True)
 
 
@@ -327,47 +163,6 @@ def _evaluate(setup: Setup, state: TrainState) -> dict[str, float]:
     if state.ema:
         metrics |= {f"eval/ema_{name}": v for name, v in setup.evaluate(state.ema).items()}
     return metrics
-
-
-def _schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
-    optimizer = config.optimizer
-    reference = optimizer.reference_batch
-    return learning_rate_schedule(
-        peak=optimizer.learning_rate * (config.batch_size / reference if reference else 1.0),
-        total_steps=total_steps,
-        warmup_steps=round(optimizer.warmup_epochs * steps_per_epoch),
-        warmup_from=optimizer.warmup_learning_rate,
-        final=optimizer.final_learning_rate,
-    )
-
-
-def _recipe(config: ConfigDict) -> Recipe:
-    augment = config.augment
-    return Recipe(
-        seed=config.seed,
-        mean=tuple(config.data.mean),
-        std=tuple(config.data.std),
-        augmentation=Augmentation(
-            flip=augment.flip,
-            pad_crop=augment.pad_crop,
-            rotate=augment.rotate,
-            zoom=augment.zoom,
-            shear=augment.shear,
-            translate=augment.translate,
-        ),
-        label_smoothing=config.loss.label_smoothing,
-        accumulate=config.optimizer.accumulate,
-        ema_decay=config.optimizer.ema_decay,
-    )
-
-
-def _abstract_state(setup: Setup) -> Any:
-    """Shapes, dtypes and shardings of the state."""
-    sharding = replicated(setup.mesh)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(setup.init),
-    )
 
 
 def _summary(metrics: dict[str, float]) -> str:

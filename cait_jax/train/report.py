@@ -14,6 +14,7 @@ from typing import Any, Protocol, SupportsFloat, runtime_checkable
 from tqdm import tqdm
 
 from cait_jax.errors import UserError
+from cait_jax.train.seal import fsync
 
 TIMING_KEYS = ("time", "train/images_per_second")
 """The keys of `metrics.jsonl` that may differ between two runs of the same config."""
@@ -45,11 +46,7 @@ def rewind(path: str | os.PathLike[str], step: int) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    fsync(file.parent)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Whole runs on real images: what they write, how they stop, how they go on."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -151,7 +152,7 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched(config, tmp_pat
             order.append("dispatch")
             return step(state, batch)
 
-        return loop.dataclasses.replace(setup, train_step=train_step)
+        return dataclasses.replace(setup, train_step=train_step)
 
     def read(self, step, values):
         order.append(f"read {step}")
@@ -247,6 +248,14 @@ def test_cifar10_trains_in_memory(tmp_path):
         ("model.name", "cait_nano", "there is no model 'cait_nano'"),
         ("image_size", 16, "digits are 8 by 8"),
         ("model.dtype", "float23", "nearest: float32"),
+        ("data.mean", (0.5, 0.5, 0.5), "data.mean has 3 values, and digits has 1 channel(s)"),
+        ("report.every_steps", 0, "--config.report.every_steps is 0 and must be at least 1"),
+        ("steps", 0, "--config.steps is 0 and must be at least 1"),
+        ("eval.every_epochs", 0.0, "--config.eval.every_epochs is 0.0 and must be more than 0"),
+        ("loss.label_smoothing", 1.0, "label_smoothing is 1.0 and must be in [0, 1)"),
+        ("eval.crop_ratio", 1.1, "--config.eval.crop_ratio is 1.1 and must be in (0, 1]"),
+        ("augment.crop_area", (0.5, 0.1), "must be two increasing numbers in (0, 1]"),
+        ("data.workers", -1, "--config.data.workers is -1 and must be 0 or more"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_compiled(
