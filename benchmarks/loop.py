@@ -34,7 +34,7 @@ class Clock(Report):
 
 
 def bare(setup: Setup, steps: int) -> float:
-    """Seconds of `STEPS` calls of the compiled step."""
+    """Seconds of `steps` calls of the compiled step."""
     state = setup.init()
     batch = put_batch(next(setup.batches()), over_batch(setup.mesh))
     state, metrics = setup.train_step(state, batch)
@@ -47,7 +47,7 @@ def bare(setup: Setup, steps: int) -> float:
 
 
 def through_the_loop(setup: Setup, workdir: Path, steps: int) -> float:
-    """Seconds of `STEPS` steps of a run."""
+    """Seconds of `steps` steps of a run."""
     report = Clock(
         workdir,
         total_steps=setup.total_steps,

@@ -87,7 +87,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
                     "anew, give another --workdir or remove this one"
                 )
                 return Run(setup.model, state, metrics, finished=True)
-            report.message(_greeting(setup, workdir, start))
+            report.message(_greeting(setup, state, workdir, start))
             return _run(setup, state, start, metrics, checkpoints, report)
 
 
@@ -169,9 +169,9 @@ def _summary(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-def _greeting(setup: Setup, workdir: Path, start: int) -> str:
+def _greeting(setup: Setup, state: TrainState, workdir: Path, start: int) -> str:
     data, config = setup.config.data, setup.config
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(setup.init).params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return (
         f"{config.model.name} ({parameters:,} parameters) on {len(setup.train_split):,} images of "
         f"{data.name}, {setup.mesh.size} {jax.devices()[0].platform} device(s), steps {start + 1} to "

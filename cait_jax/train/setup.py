@@ -35,7 +35,6 @@ class Setup:
       eval_split: the examples for evaluation.
       total_steps: steps of the whole run.
       steps_per_epoch: training examples over batch size, not rounded.
-      optimizer: the Optax chain.
       train_step: the step, jitted, its state donated.
       eval_step: see `make_eval_step`, jitted.
       init: a function without arguments that makes the state before the first step, on the mesh.
@@ -48,7 +47,6 @@ class Setup:
     eval_split: Split
     total_steps: int
     steps_per_epoch: float
-    optimizer: optax.GradientTransformation
     train_step: TrainStep
     eval_step: Callable[..., Any]
     init: Callable[[], TrainState]
@@ -158,7 +156,6 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
         eval_split=eval_split,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
-        optimizer=optimizer,
         train_step=jax.jit(
             make_train_step(model, optimizer, schedule, recipe),
             in_shardings=(whole, rows),
