@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from cait_jax.data.augment import normalise
 from cait_jax.train.losses import correct, cross_entropy
-from cait_jax.train.sharding import put_batch
+from cait_jax.sharding import put_batch
 
 EvalStep = Callable[[Any, dict[str, Array], dict[str, Array]], dict[str, Array]]
 

@@ -9,12 +9,12 @@ import jax
 from ml_collections import ConfigDict
 
 from cait_jax.models.cait import CaiT
-from cait_jax.train.checkpoint import Checkpoints
+from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.train.config import as_json, check_resumable
 from cait_jax.train.interrupt import StopRequest
 from cait_jax.train.report import Report, rewind
 from cait_jax.train.setup import Setup, abstract_state, set_up
-from cait_jax.train.sharding import over_batch, put_batch
+from cait_jax.sharding import over_batch, put_batch
 from cait_jax.train.state import TrainState
 
 

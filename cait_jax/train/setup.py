@@ -19,7 +19,7 @@ from cait_jax.models.zoo import create_model
 from cait_jax.train.config import check_values
 from cait_jax.train.evaluate import evaluate, make_eval_step
 from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from cait_jax.train.sharding import check_batch_size, make_mesh, over_batch, replicated
+from cait_jax.sharding import check_batch_size, make_mesh, over_batch, replicated
 from cait_jax.train.state import TrainState, create_state
 from cait_jax.train.step import Recipe, TrainStep, make_train_step
 

@@ -20,14 +20,14 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 def from_published(weights: Mapping[str, Any], model: CaiT) -> dict[str, Any]:
-    """Builds a model's parameters from weights under their published names.
+    """Builds a model's variables from weights under their published names.
 
     Args:
       weights: published name to array, in PyTorch's layout, such as `blocks.0.attn.qkv.weight` (3d, d).
       model: the model the weights are for, stacked or not.
 
     Returns:
-      The `params` tree of `model`, in its `param_dtype`.
+      The variables of `model`, in its `param_dtype`: `{"params": ...}`.
 
     Raises:
       UserError: naming every weight that is missing, left over, or of another shape.
@@ -70,20 +70,20 @@ def from_published(weights: Mapping[str, Any], model: CaiT) -> dict[str, Any]:
     ]
     if faults:
         raise UserError(f"these weights are not for this model: {'; '.join(faults)}")
-    return params
+    return {"params": params}
 
 
-def to_published(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Gives a parameter tree under the published names and in PyTorch's layout.
+def to_published(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Gives a model's variables under the published names and in PyTorch's layout.
 
     Args:
-      params: the `params` tree of a CaiT, stacked or not.
+      variables: `{"params": ...}` of a CaiT, stacked or not.
 
     Returns:
       Published name to array, dtypes unchanged; `from_published` undoes it bit for bit.
     """
     weights: dict[str, np.ndarray] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(params)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(variables["params"])):
         keys = tuple(key.key for key in path)
         array = np.asarray(leaf)
         blocks = array.shape[0] if keys[0] == "blocks" else None

@@ -63,7 +63,7 @@ def stages(model, params, image):
 @pytest.mark.parametrize("stacked", [True, False])
 def test_every_stage_and_the_logits_agree(recorded, stacked):
     model = small_cait(stacked)
-    params = from_published(published(recorded, "weight"), model)
+    params = from_published(published(recorded, "weight"), model)["params"]
     found = stages(model, params, recorded["image"])
     ours = {
         "patch_embed": found["patch_embed"],
@@ -94,7 +94,7 @@ def test_every_stage_and_the_logits_agree(recorded, stacked):
 @pytest.mark.parametrize("remat", ["none", "attention", "block"])
 def test_loss_and_every_gradient_agree(recorded, remat):
     model = small_cait(remat=remat)
-    params = from_published(published(recorded, "weight"), model)
+    params = from_published(published(recorded, "weight"), model)["params"]
 
     def loss_fn(params):
         logits = model.apply({"params": params}, recorded["image"])
@@ -102,7 +102,7 @@ def test_loss_and_every_gradient_agree(recorded, remat):
 
     loss, gradients = jax.value_and_grad(loss_fn)(params)
     assert abs(float(loss) - float(recorded["loss"])) < 1e-5
-    ours, theirs = to_published(gradients), published(recorded, "grad")
+    ours, theirs = to_published({"params": gradients}), published(recorded, "grad")
     assert set(ours) == set(theirs)
     for name, expected in theirs.items():
         tolerance = 1e-5 * np.abs(expected).max() + 1e-7
@@ -119,7 +119,7 @@ def test_names_map_both_ways_bit_for_bit(recorded):
 
 
 def test_stacked_and_unrolled_give_equal_outputs(recorded):
-    params = from_published(published(recorded, "weight"), small_cait())
+    params = from_published(published(recorded, "weight"), small_cait())["params"]
     image = recorded["image"]
     stacked = small_cait().apply({"params": params}, image)
     unrolled = small_cait(stacked=False).apply({"params": unstack_blocks(params)}, image)
@@ -133,7 +133,7 @@ def test_a_perturbed_weight_fails(recorded):
     weights = published(recorded, "weight")
     weights["blocks.1.mlp.fc1.weight"] = weights["blocks.1.mlp.fc1.weight"].copy()
     weights["blocks.1.mlp.fc1.weight"][5, 7] += 0.1
-    assert logits_error(recorded, from_published(weights, small_cait())) > 1e-5
+    assert logits_error(recorded, from_published(weights, small_cait())["params"]) > 1e-5
 
 
 @pytest.mark.parametrize("mixing", ["proj_l", "proj_w"])
@@ -141,11 +141,11 @@ def test_an_untransposed_head_mixing_fails(recorded, mixing):
     weights = published(recorded, "weight")
     name = f"blocks.0.attn.{mixing}.weight"
     weights[name] = weights[name].T
-    assert logits_error(recorded, from_published(weights, small_cait())) > 1e-5
+    assert logits_error(recorded, from_published(weights, small_cait())["params"]) > 1e-5
 
 
 def test_a_tanh_gelu_fails(recorded, monkeypatch):
-    params = from_published(published(recorded, "weight"), small_cait())
+    params = from_published(published(recorded, "weight"), small_cait())["params"]
     monkeypatch.setattr(nn, "gelu", functools.partial(_tanh_gelu, nn.gelu))
     assert logits_error(recorded, params) > 1e-5
 
@@ -155,7 +155,7 @@ def _tanh_gelu(gelu, x, approximate):
 
 
 def test_an_epsilon_of_1e_5_fails(recorded, monkeypatch):
-    params = from_published(published(recorded, "weight"), small_cait())
+    params = from_published(published(recorded, "weight"), small_cait())["params"]
     layer_norm = nn.LayerNorm
     monkeypatch.setattr(nn, "LayerNorm", lambda **kw: layer_norm(**(kw | {"epsilon": 1e-5})))
     assert logits_error(recorded, params) > 1e-5

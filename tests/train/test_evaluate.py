@@ -12,7 +12,7 @@ from cait_jax.data.pipeline import eval_batches
 from cait_jax.data.sources import InMemory
 from cait_jax.train.evaluate import evaluate, make_eval_step
 from cait_jax.train.losses import cross_entropy
-from cait_jax.train.sharding import make_mesh, over_batch
+from cait_jax.sharding import make_mesh, over_batch
 
 COUNT = 53
 

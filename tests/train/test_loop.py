@@ -12,7 +12,7 @@ import tfds_files
 
 from cait_jax import UserError
 from cait_jax.train import NonFiniteError, loop, train
-from cait_jax.train.checkpoint import Checkpoints
+from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.train.report import TIMING_KEYS, Report, read_metrics
 from configs import cait_xs24, cifar10
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from cait_jax.train.checkpoint import Checkpoints
+from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.train.report import TIMING_KEYS, read_metrics
 from cait_jax.train.setup import abstract_state, set_up
 from configs import digits

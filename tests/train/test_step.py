@@ -12,7 +12,7 @@ from trees import random_params
 from cait_jax import UserError, create_model
 from cait_jax.data.augment import Augmentation
 from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from cait_jax.train.sharding import (
+from cait_jax.sharding import (
     check_batch_size,
     make_mesh,
     over_batch,

@@ -21,16 +21,15 @@ def model():
 
 @pytest.fixture(scope="module")
 def weights(model):
-    return to_published(random_params(model))
+    return to_published({"params": random_params(model)})
 
 
 @pytest.mark.parametrize("name", sorted(TENSORS))
 def test_number_of_published_tensors(name):
     model = create_model(name, image_size=32)
     template = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    weights = to_published(
-        jax.tree.map(lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), template)
-    )
+    params = jax.tree.map(lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), template)
+    weights = to_published({"params": params})
     assert len(weights) == TENSORS[name]
 
 

@@ -29,7 +29,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
 
 from cait_jax.errors import UserError
-from cait_jax.train.seal import (
+from cait_jax.checkpoint.seal import (
     MANIFEST,
     BrokenError,
     check_files,

@@ -20,7 +20,7 @@ from flax import struct
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from cait_jax.errors import UserError
-from cait_jax.train.checkpoint import Checkpoints
+from cait_jax.checkpoint.store import Checkpoints
 
 
 @struct.dataclass
@@ -517,7 +517,7 @@ def test_refuses_senseless_options(tmp_path, options):
 ENDLESS_RUN = """
 import sys
 import jax.numpy as jnp
-from cait_jax.train.checkpoint import Checkpoints
+from cait_jax.checkpoint.store import Checkpoints
 
 state = {"w": jnp.zeros(300_000), "step": jnp.int32(0)}
 with Checkpoints(sys.argv[1], keep=1) as checkpoints:

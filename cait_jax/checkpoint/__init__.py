@@ -1,0 +1,1 @@
+"""Checkpoints on disk: written by Orbax, sealed with sums, read back strictly."""

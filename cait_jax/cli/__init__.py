@@ -1,0 +1,1 @@
+"""The program `cait`: one file a command."""
