@@ -1,4 +1,4 @@
-"""The paper's two kinds of attention: talking-heads self-attention and class attention."""
+"""The two kinds of attention: among all tokens, with talking heads or without, and class attention."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from cait_jax.models.layers import LINEAR_INIT, Dropout, ExampleIds, Numerics, Tokens, record
+from cait_jax.models.residual import Residual
 
 Maps = Float[Array, "batch heads queries keys"]
 
@@ -28,45 +29,50 @@ class HeadMixing(nn.Module):
         return mixed + bias.astype(maps.dtype)[None, :, None, None]
 
 
-class TalkingHeadsAttention(nn.Module):
+class SelfAttention(nn.Module):
     """Self-attention whose heads are mixed before (`proj_l`) and after (`proj_w`) the softmax.
 
-    Records `logits`, `mixed_logits`, `softmax` and `mixed_softmax`, each (batch, heads, queries, keys).
+    Records `logits`, `mixed_logits`, `softmax` and `mixed_softmax`, each (batch, heads, queries, keys);
+    without talking heads, `logits` and `softmax`.
 
     Attributes:
       num_heads: heads H; the width must be a multiple of it.
-      attention_dropout: rate on the mixed softmax.
+      talking_heads: whether heads are mixed, or each goes alone, as in ViT.
+      attention_dropout: rate on the (mixed) softmax.
       projection_dropout: rate after the last projection.
+      residual: how the branch's linear layers start.
     """
 
     num_heads: int
+    talking_heads: bool = True
     attention_dropout: float = 0.0
     projection_dropout: float = 0.0
-    numerics: Numerics = Numerics()
+    residual: Residual = Residual()
 
     @nn.compact
     def __call__(self, x: Tokens, example_ids: ExampleIds = None) -> Tokens:
         """Attends from every token to every token; (batch, tokens, width) in and out."""
         batch, tokens, width = x.shape
         head_dim = width // self.num_heads
-        numerics = self.numerics
+        numerics = self.residual.numerics
 
-        qkv = numerics.dense(3 * width, name="qkv")(x)
+        qkv = self.residual.linear(x, 3 * width, "qkv")
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, head_dim)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
         logits = _dot_products(q * head_dim**-0.5, k, numerics)
-        mixed_logits = HeadMixing(numerics, name="proj_l")(logits)
-        softmax = nn.softmax(mixed_logits, axis=-1)
-        mixed_softmax = HeadMixing(numerics, name="proj_w")(softmax)
         record(self, "logits", logits)
-        record(self, "mixed_logits", mixed_logits)
-        record(self, "softmax", softmax)
-        record(self, "mixed_softmax", mixed_softmax)
+        if self.talking_heads:
+            logits = HeadMixing(numerics, name="proj_l")(logits)
+            record(self, "mixed_logits", logits)
+        maps = nn.softmax(logits, axis=-1)
+        record(self, "softmax", maps)
+        if self.talking_heads:
+            maps = HeadMixing(numerics, name="proj_w")(maps)
+            record(self, "mixed_softmax", maps)
 
-        weights = Dropout(self.attention_dropout, name="attn_drop")(mixed_softmax, example_ids)
-        out = _weighted_sum(weights, v, numerics)
-        out = numerics.dense(width, name="proj")(out)
+        maps = Dropout(self.attention_dropout, name="attn_drop")(maps, example_ids)
+        out = self.residual.linear(_weighted_sum(maps, v, numerics), width, "proj")
         return Dropout(self.projection_dropout, name="proj_drop")(out, example_ids)
 
 
@@ -77,7 +83,7 @@ class ClassAttention(nn.Module):
     """
 
     num_heads: int
-    numerics: Numerics = Numerics()
+    residual: Residual = Residual()
 
     @nn.compact
     def __call__(self, u: Float[Array, "batch all_tokens d"]) -> Float[Array, "batch 1 d"]:
@@ -88,15 +94,15 @@ class ClassAttention(nn.Module):
         """
         batch, tokens, width = u.shape
         head_dim = width // self.num_heads
-        numerics = self.numerics
+        numerics, linear = self.residual.numerics, self.residual.linear
 
-        q = numerics.dense(width, name="q")(u[:, :1]).reshape(batch, 1, self.num_heads, head_dim)
-        k = numerics.dense(width, name="k")(u).reshape(batch, tokens, self.num_heads, head_dim)
-        v = numerics.dense(width, name="v")(u).reshape(batch, tokens, self.num_heads, head_dim)
+        q = linear(u[:, :1], width, "q").reshape(batch, 1, self.num_heads, head_dim)
+        k = linear(u, width, "k").reshape(batch, tokens, self.num_heads, head_dim)
+        v = linear(u, width, "v").reshape(batch, tokens, self.num_heads, head_dim)
 
         softmax = nn.softmax(_dot_products(q * head_dim**-0.5, k, numerics), axis=-1)
         record(self, "softmax", softmax)
-        return numerics.dense(width, name="proj")(_weighted_sum(softmax, v, numerics))
+        return linear(_weighted_sum(softmax, v, numerics), width, "proj")
 
 
 def _dot_products(q: Any, k: Any, numerics: Numerics) -> Array:

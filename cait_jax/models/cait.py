@@ -3,6 +3,9 @@
 Patches attend to each other in `depth` self-attention blocks, with no class token among them. Then the
 patches are frozen, and a class token reads them in `class_depth` class-attention blocks. Every residual
 branch is scaled by LayerScale, which is what lets the network be this deep.
+
+What the paper compares itself with is an option: `residual`, `talking_heads` and `class_token`. With ViT's
+choices the network is ViT (`cait_jax.models.vit`).
 """
 
 from typing import Any
@@ -11,55 +14,64 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from cait_jax.models.attention import ClassAttention, TalkingHeadsAttention
+from cait_jax.models.attention import ClassAttention, SelfAttention
 from cait_jax.models.layers import (
     LINEAR_INIT,
     Dropout,
     ExampleIds,
     Images,
-    LayerScale,
-    Mlp,
     Numerics,
     PatchEmbed,
+    Share,
     StochasticDepth,
     Tokens,
     record,
 )
+from cait_jax.models.mlp import Mlp
+from cait_jax.models.options import check_options
+from cait_jax.models.residual import Residual
 
 ClassToken = Float[Array, "batch 1 d"]
 
 
 class SelfAttentionBlock(nn.Module):
-    """One block of the first stage (paper, equation 4): the patches talk to each other.
+    """One block of the first stage (paper, equation 4): the tokens talk to each other.
 
     Records `features`, the block's output.
     """
 
     num_heads: int
     mlp_ratio: float
-    layer_scale_init: float
     drop_path: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
-    attention: Any = TalkingHeadsAttention
-    numerics: Numerics = Numerics()
+    talking_heads: bool = True
+    attention: Any = SelfAttention
+    residual: Residual = Residual()
 
     @nn.compact
-    def __call__(self, x: Tokens, example_ids: ExampleIds = None) -> Tokens:
-        """Adds attention and MLP to the patches `x`; randomness only where `example_ids` are given."""
-        numerics = self.numerics
+    def __call__(
+        self, x: Tokens, example_ids: ExampleIds = None, drop_path_share: Share = 1.0
+    ) -> Tokens:
+        """Adds attention and MLP to the tokens `x`; randomness only where `example_ids` are given."""
+        residual = self.residual
         attention = self.attention(
-            self.num_heads, self.attention_dropout, self.dropout, numerics, name="attn"
+            self.num_heads,
+            self.talking_heads,
+            self.attention_dropout,
+            self.dropout,
+            residual,
+            name="attn",
         )
-        mlp = Mlp(int(self.mlp_ratio * x.shape[-1]), self.dropout, numerics, name="mlp")
+        mlp = Mlp(int(self.mlp_ratio * x.shape[-1]), self.dropout, residual, name="mlp")
+        drop_path_1 = StochasticDepth(self.drop_path, name="drop_path_1")
+        drop_path_2 = StochasticDepth(self.drop_path, name="drop_path_2")
 
-        branch = attention(numerics.norm("norm1")(x), example_ids)
-        branch = LayerScale(self.layer_scale_init, numerics, name="layer_scale_1")(branch)
-        x = x + StochasticDepth(self.drop_path, name="drop_path_1")(branch, example_ids)
+        branch = attention(residual.normed(x, "norm1"), example_ids)
+        x = x + drop_path_1(residual.scaled(branch, 1), example_ids, drop_path_share)
 
-        branch = mlp(numerics.norm("norm2")(x), example_ids)
-        branch = LayerScale(self.layer_scale_init, numerics, name="layer_scale_2")(branch)
-        x = x + StochasticDepth(self.drop_path, name="drop_path_2")(branch, example_ids)
+        branch = mlp(residual.normed(x, "norm2"), example_ids)
+        x = x + drop_path_2(residual.scaled(branch, 2), example_ids, drop_path_share)
 
         record(self, "features", x)
         return x
@@ -69,33 +81,32 @@ class ClassAttentionBlock(nn.Module):
     """One block of the second stage (paper, section 3): the class token reads the patches.
 
     It returns the class token alone: the patches cannot change here. No dropout, no stochastic depth.
-    Records `features`, the class token.
+    Records `features`, the class token. Without a ratio it has no MLP.
     """
 
     num_heads: int
     mlp_ratio: float
-    layer_scale_init: float
-    numerics: Numerics = Numerics()
+    residual: Residual = Residual()
 
     @nn.compact
     def __call__(self, cls: ClassToken, patches: Tokens) -> ClassToken:
         """Adds class attention and MLP to the class token `cls`."""
-        numerics = self.numerics
+        residual = self.residual
         u = jnp.concatenate([cls, patches], axis=1)
 
-        branch = ClassAttention(self.num_heads, numerics, name="attn")(numerics.norm("norm1")(u))
-        cls = cls + LayerScale(self.layer_scale_init, numerics, name="layer_scale_1")(branch)
+        attention = ClassAttention(self.num_heads, residual, name="attn")
+        cls = cls + residual.scaled(attention(residual.normed(u, "norm1")), 1)
 
-        mlp = Mlp(int(self.mlp_ratio * cls.shape[-1]), numerics=numerics, name="mlp")
-        branch = mlp(numerics.norm("norm2")(cls))
-        cls = cls + LayerScale(self.layer_scale_init, numerics, name="layer_scale_2")(branch)
+        if self.mlp_ratio:
+            mlp = Mlp(int(self.mlp_ratio * cls.shape[-1]), residual=residual, name="mlp")
+            cls = cls + residual.scaled(mlp(residual.normed(cls, "norm2")), 2)
 
         record(self, "features", cls)
         return cls
 
 
 class CaiT(nn.Module):
-    """The network. `cait_jax.create_model` fills these in for the paper's models.
+    """The network. `cait_jax.create_model` fills these in for the named models.
 
     Attributes:
       image_size: (height, width) in pixels, both multiples of `patch_size`.
@@ -105,10 +116,21 @@ class CaiT(nn.Module):
       num_classes: classes of the head; 0 for no head, which gives the features before it.
       in_channels: channels of the image.
       patch_size: side of a patch in pixels.
-      class_depth: number of class-attention blocks.
-      mlp_ratio: hidden width of an MLP over `width`, in both stages.
-      layer_scale_init: start value of every LayerScale gamma.
-      drop_path: stochastic-depth rate, the same in every self-attention block.
+      mlp_ratio: hidden width of an MLP over `width`.
+      residual: how residual branches start and are added: a scheme of `cait_jax.models.residual`.
+      block_norm: whether residual branches read the normalised stream.
+      layer_scale_init: start value of every LayerScale gamma, or of the scalars of `residual="scalar"`.
+      talking_heads: mix the heads of self-attention before and after its softmax.
+      class_token: where a token gathers what the head reads. `"class_attention"`: after the patches, in
+        `class_depth` blocks of its own. `"input"`: among the patches from the start, with a position
+        embedding of its own, as in ViT. A number k: it joins the patches before block k, counted from
+        0, and has no position. `"mean"`: nowhere; the head reads the mean of the patches.
+      class_depth: number of class-attention blocks; 2, or 0 without class attention, if not given.
+      class_mlp_ratio: `mlp_ratio` of the class-attention blocks if it differs; 0 for no MLP in them.
+      distilled: a second token and head beside those of `class_token="input"`, for a teacher (DeiT).
+      drop_path: stochastic-depth rate of the self-attention blocks.
+      drop_path_growth: `"constant"`: the rate is the same in every block; `"linear"`: it grows from 0
+        in the first block to `drop_path` in the last, as in DeiT.
       embedding_dropout: rate after the position embedding.
       attention_dropout: rate on the attention weights.
       dropout: rate in the MLP and after the attention's projection.
@@ -117,10 +139,11 @@ class CaiT(nn.Module):
       precision: of matrix products; `"highest"` for exact runs.
       remat: what the backward pass recomputes: nothing, attention, or whole blocks.
       stacked: blocks in one `nn.scan`, their parameters stacked along a leading depth axis (compiles
-        once for all), or each block on its own.
+        once for all), or each block on its own. A token that joins at block k changes the number of
+        tokens on the way, and blocks are on their own then.
 
     Raises:
-      ValueError: from the constructor, for sizes, head counts or rates that do not fit.
+      ValueError: from the constructor, for sizes, head counts, rates or options that do not fit.
     """
 
     image_size: tuple[int, int]
@@ -130,43 +153,34 @@ class CaiT(nn.Module):
     num_classes: int = 1000
     in_channels: int = 3
     patch_size: int = 16
-    class_depth: int = 2
     mlp_ratio: float = 4.0
+    residual: str = "layerscale"
+    block_norm: bool = True
     layer_scale_init: float = 1e-5
+    talking_heads: bool = True
+    class_token: str | int = "class_attention"
+    class_depth: int | None = None
+    class_mlp_ratio: float | None = None
+    distilled: bool = False
     drop_path: float = 0.0
+    drop_path_growth: str = "constant"
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     dropout: float = 0.0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     precision: Any = None
-    remat: str = "none"  # "none", "attention" or "block"
+    remat: str = "none"
     stacked: bool = True
 
     def __post_init__(self) -> None:
         """Refuses what could only fail later, or compute something else than was meant."""
-        height, width = self.image_size
-        if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"image_size {height}x{width} cannot be cut in patches of {self.patch_size}x"
-                f"{self.patch_size}: both sides must be multiples of {self.patch_size}"
-            )
-        if self.num_heads < 1 or self.width % self.num_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} does not divide width {self.width}: "
-                "every head needs the same number of channels"
-            )
-        if self.depth < 1 or self.class_depth < 1:
-            raise ValueError(
-                f"depth {self.depth} and class_depth {self.class_depth} must both be at least 1"
-            )
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes {self.num_classes} must be 0 or more; 0 gives features")
-        for name in ("drop_path", "embedding_dropout", "attention_dropout", "dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1)")
-        if self.remat not in ("none", "attention", "block"):
-            raise ValueError(f"remat {self.remat!r} must be one of none, attention, block")
+        class_attention = self.class_token == "class_attention"
+        if self.class_depth is None:
+            object.__setattr__(self, "class_depth", 2 if class_attention else 0)
+        if isinstance(self.class_token, int):
+            object.__setattr__(self, "stacked", False)
+        check_options(self)
         super().__post_init__()
 
     @nn.compact
@@ -186,6 +200,8 @@ class CaiT(nn.Module):
 
         Returns:
           Logits (batch, num_classes), or features (batch, width) if `num_classes` is 0, at least float32.
+          Of a distilled network the mean of both heads, which it records as `logits_class` and
+          `logits_distillation`; its features are the mean of both tokens.
 
         Raises:
           ValueError: if the images are not of `image_size` and `in_channels`.
@@ -201,40 +217,50 @@ class CaiT(nn.Module):
         elif example_ids is None:
             example_ids = jnp.arange(images.shape[0])
         numerics = Numerics(self.dtype, self.param_dtype, self.precision)
+        blocks = self.depth + (self.class_depth or 0)
+        residual = Residual(self.residual, self.block_norm, self.layer_scale_init, blocks, numerics)
 
         x = PatchEmbed(self.width, self.patch_size, numerics, name="patch_embed")(
             jnp.asarray(images, self.dtype)
         )
+        if self.class_token == "input":
+            x = self._prepend(x, "cls_token", *(("dist_token",) if self.distilled else ()))
         pos_embed = self.param("pos_embed", LINEAR_INIT, (1, *x.shape[1:]), self.param_dtype)
         x = x + pos_embed.astype(self.dtype)
         x = Dropout(self.embedding_dropout, name="pos_drop")(x, example_ids)
 
-        x = self._self_attention_stage(x, example_ids, numerics)
+        x = self._self_attention_stage(x, example_ids, residual)
 
-        cls = self.param("cls_token", LINEAR_INIT, (1, 1, self.width), self.param_dtype)
-        cls = jnp.broadcast_to(cls.astype(self.dtype), (x.shape[0], 1, self.width))
-        for i in range(self.class_depth):
-            cls = ClassAttentionBlock(
-                self.num_heads,
-                self.mlp_ratio,
-                self.layer_scale_init,
-                numerics,
-                name=f"blocks_token_only_{i}",
-            )(cls, x)
+        if self.class_token == "class_attention":
+            cls = self._prepend(x, "cls_token")[:, :1]
+            for i in range(self.class_depth or 0):
+                mlp_ratio = self.mlp_ratio if self.class_mlp_ratio is None else self.class_mlp_ratio
+                cls = ClassAttentionBlock(
+                    self.num_heads, mlp_ratio, residual, name=f"blocks_token_only_{i}"
+                )(cls, x)
+            x = cls
+        elif self.class_token != "mean":
+            x = x[:, : 1 + self.distilled]
 
-        features = numerics.norm("norm")(cls)[:, 0]
-        record(self, "features", features)
-        if self.num_classes == 0:
-            return features.astype(numerics.wide)
-        head = Numerics(numerics.wide, self.param_dtype, self.precision)
-        return head.dense(self.num_classes, name="head")(features)
+        return self._heads(numerics.norm("norm")(x), residual)
+
+    def _prepend(self, x: Tokens, *names: str) -> Float[Array, "batch all_tokens d"]:
+        """Puts learned tokens, the same for every image, before the tokens `x`."""
+        shape = (x.shape[0], 1, self.width)
+        tokens = [
+            jnp.broadcast_to(
+                self.param(name, LINEAR_INIT, (1, 1, self.width), self.param_dtype), shape
+            ).astype(self.dtype)
+            for name in names
+        ]
+        return jnp.concatenate([*tokens, x], axis=1)
 
     def _self_attention_stage(
-        self, x: Tokens, example_ids: ExampleIds, numerics: Numerics
-    ) -> Tokens:
+        self, x: Tokens, example_ids: ExampleIds, residual: Residual
+    ) -> Float[Array, "batch all_tokens d"]:
         """Applies the `depth` self-attention blocks, stacked or one by one."""
         block_class: Any = SelfAttentionBlock
-        attention: Any = TalkingHeadsAttention
+        attention: Any = SelfAttention
         # Inside a scan, common subexpressions cannot undo the recomputation, and forbidding them costs.
         if self.remat == "attention":
             attention = nn.remat(attention, prevent_cse=not self.stacked)
@@ -245,25 +271,50 @@ class CaiT(nn.Module):
             return block_class(
                 self.num_heads,
                 self.mlp_ratio,
-                self.layer_scale_init,
                 self.drop_path,
                 self.dropout,
                 self.attention_dropout,
+                self.talking_heads,
                 attention,
-                numerics,
+                residual,
                 name=name,
             )
 
+        shares = None
+        if self.drop_path_growth == "linear":
+            shares = jnp.linspace(0.0, 1.0, self.depth)
+
         if not self.stacked:
             for i in range(self.depth):
-                x = block(f"blocks_{i}")(x, example_ids)
+                if i == self.class_token:
+                    x = self._prepend(x, "cls_token")
+                x = block(f"blocks_{i}")(x, example_ids, 1.0 if shares is None else shares[i])
             return x
 
         scan = nn.scan(
-            lambda block, x, _: (block(x, example_ids), None),
+            lambda block, x, share: (block(x, example_ids, 1.0 if share is None else share), None),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True, "drop_path": True},
             length=self.depth,
         )
-        x, _ = scan(block("blocks"), x, None)
+        x, _ = scan(block("blocks"), x, shares)
         return x
+
+    def _heads(self, x: Tokens, residual: Residual) -> Float[Array, "batch outputs"]:
+        """Reads the normed tokens that are left: one, two of a distilled network, or all the patches."""
+        features = x.mean(axis=1)
+        record(self, "features", features)
+        wide = residual.numerics.wide
+        if self.num_classes == 0:
+            return features.astype(wide)
+        numerics = Numerics(wide, self.param_dtype, self.precision)
+
+        def head(name: str) -> nn.Dense:
+            return numerics.dense(self.num_classes, name=name, kernel_init=residual.head_init)
+
+        if not self.distilled:
+            return head("head")(features)
+        of_class, of_teacher = head("head")(x[:, 0]), head("head_dist")(x[:, 1])
+        record(self, "logits_class", of_class)
+        record(self, "logits_distillation", of_teacher)
+        return (of_class + of_teacher) / 2

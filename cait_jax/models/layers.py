@@ -1,4 +1,4 @@
-"""The pieces every block is made of: patch embedding, MLP, LayerScale, dropout, stochastic depth."""
+"""The pieces every block is made of: patch embedding, LayerScale, dropout, stochastic depth."""
 
 import dataclasses
 from typing import Any
@@ -13,6 +13,7 @@ Images = Float[Array | np.ndarray, "batch height width channels"]
 Tokens = Float[Array, "batch tokens d"]
 # Where each example stands in the global batch. Modules take None for "no randomness".
 ExampleIds = Int[Array, "batch"] | None
+Share = float | Float[Array, ""]
 
 LINEAR_INIT = nn.initializers.normal(stddev=0.02)
 
@@ -36,14 +37,14 @@ class Numerics:
         """The dtype of attention logits, softmax and class logits: at least float32."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
-    def dense(self, features: int, name: str) -> nn.Dense:
-        """A linear layer with bias, initialised as the paper's code does."""
+    def dense(self, features: int, name: str, kernel_init: Any = LINEAR_INIT) -> nn.Dense:
+        """A linear layer with bias, initialised as the paper's code does if not said otherwise."""
         return nn.Dense(
             features,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,
-            kernel_init=LINEAR_INIT,
+            kernel_init=kernel_init,
             name=name,
         )
 
@@ -61,7 +62,7 @@ class Numerics:
 def keep_mask(
     key: PRNGKeyArray | UInt[Array, "2"],
     example_ids: Int[Array, "batch"],
-    rate: float,
+    rate: Share,
     shape: tuple[int, ...],
 ) -> Bool[Array, "batch *shape"]:
     """Draws which entries survive dropout, each example from a key of its own.
@@ -110,12 +111,22 @@ class StochasticDepth(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, branch: Tokens, example_ids: ExampleIds = None) -> Tokens:
-        """Drops branches when `example_ids` are given, and returns `branch` itself otherwise."""
+    def __call__(
+        self, branch: Tokens, example_ids: ExampleIds = None, share: Share = 1.0
+    ) -> Tokens:
+        """Drops branches when `example_ids` are given, and returns `branch` itself otherwise.
+
+        Args:
+          branch: the branch.
+          example_ids: position of each example in the global batch.
+          share: what part of the rate applies here, from 0 to 1, where it grows with depth.
+        """
         if example_ids is None or self.rate == 0.0:
             return branch
-        keep = keep_mask(self.make_rng("drop_path"), example_ids, self.rate, (1, 1))
-        return jnp.where(keep, branch / (1.0 - self.rate), jnp.zeros_like(branch))
+        rate = self.rate * share
+        keep = keep_mask(self.make_rng("drop_path"), example_ids, rate, (1, 1))
+        kept = branch / jnp.asarray(1.0 - rate, branch.dtype)
+        return jnp.where(keep, kept, jnp.zeros_like(branch))
 
 
 class LayerScale(nn.Module):
@@ -176,24 +187,6 @@ class PatchEmbed(nn.Module):
             name="proj",
         )(images)
         return patches.reshape(images.shape[0], -1, self.width)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with an exact (erf) GELU between them."""
-
-    hidden: int
-    dropout: float = 0.0
-    numerics: Numerics = Numerics()
-
-    @nn.compact
-    def __call__(self, x: Tokens, example_ids: ExampleIds = None) -> Tokens:
-        """Maps the last axis of `x` through `hidden` channels and back."""
-        width = x.shape[-1]
-        x = self.numerics.dense(self.hidden, name="fc1")(x)
-        x = nn.gelu(x, approximate=False)
-        x = Dropout(self.dropout, name="drop1")(x, example_ids)
-        x = self.numerics.dense(width, name="fc2")(x)
-        return Dropout(self.dropout, name="drop2")(x, example_ids)
 
 
 def record(module: nn.Module, name: str, value: Array) -> None:

@@ -12,34 +12,54 @@ from jaxtyping import Array, Float
 from cait_jax.errors import UserError, nearest
 from cait_jax.models.cait import CaiT
 from cait_jax.models.layers import Images
+from cait_jax.models.regnet import RegNetY
+from cait_jax.models.vit import VisionTransformer
+
+Network = CaiT | RegNetY
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A named architecture. The fields are those of `CaiT`; `image_size` is the side it was made for."""
+    """A named architecture: a network and its attributes, `image_size` as the side it was made for."""
 
-    width: int
-    depth: int
-    num_heads: int
-    drop_path: float
-    layer_scale_init: float
-    patch_size: int = 16
-    image_size: int = 224
-    in_channels: int = 3
+    network: Any
+    attributes: Mapping[str, Any]
+
+    def at(self, image_size: int) -> "Variant":
+        """The same for another resolution."""
+        return Variant(self.network, {**self.attributes, "image_size": image_size})
+
+
+def _cait(
+    width: int, depth: int, num_heads: int, drop_path: float, layer_scale_init: float, **others: Any
+) -> Variant:
+    attributes = {
+        "width": width,
+        "depth": depth,
+        "num_heads": num_heads,
+        "drop_path": drop_path,
+        "layer_scale_init": layer_scale_init,
+    }
+    return Variant(CaiT, {"image_size": 224, **attributes, **others})
+
+
+def _vit(width: int, depth: int, num_heads: int, **others: Any) -> Variant:
+    attributes = {"width": width, "depth": depth, "num_heads": num_heads}
+    return Variant(VisionTransformer, {"image_size": 224, **attributes, **others})
 
 
 # Paper, table 1 and appendix; drop path and LayerScale start values as in the released code.
 _PAPER = {
-    "cait_xxs24": Variant(192, 24, 4, 0.05, 1e-5),
-    "cait_xxs36": Variant(192, 36, 4, 0.1, 1e-5),
-    "cait_xs24": Variant(288, 24, 6, 0.05, 1e-5),
-    "cait_xs36": Variant(288, 36, 6, 0.1, 1e-6),
-    "cait_s24": Variant(384, 24, 8, 0.1, 1e-5),
-    "cait_s36": Variant(384, 36, 8, 0.2, 1e-6),
-    "cait_s48": Variant(384, 48, 8, 0.3, 1e-6),
-    "cait_m24": Variant(768, 24, 16, 0.2, 1e-5),
-    "cait_m36": Variant(768, 36, 16, 0.3, 1e-6),
-    "cait_m48": Variant(768, 48, 16, 0.4, 1e-6),
+    "cait_xxs24": _cait(192, 24, 4, 0.05, 1e-5),
+    "cait_xxs36": _cait(192, 36, 4, 0.1, 1e-5),
+    "cait_xs24": _cait(288, 24, 6, 0.05, 1e-5),
+    "cait_xs36": _cait(288, 36, 6, 0.1, 1e-6),
+    "cait_s24": _cait(384, 24, 8, 0.1, 1e-5),
+    "cait_s36": _cait(384, 36, 8, 0.2, 1e-6),
+    "cait_s48": _cait(384, 48, 8, 0.3, 1e-6),
+    "cait_m24": _cait(768, 24, 16, 0.2, 1e-5),
+    "cait_m36": _cait(768, 36, 16, 0.3, 1e-6),
+    "cait_m48": _cait(768, 48, 16, 0.4, 1e-6),
 }
 
 # The ten sets of weights the authors released, each at one resolution.
@@ -58,14 +78,47 @@ _RELEASED = (
 
 # Not of the paper, but by its rule for LayerScale: 0.1 up to depth 18.
 _SMALL = {
-    "cait_xxs12_patch4_32": Variant(192, 12, 4, 0.05, 0.1, patch_size=4, image_size=32),
-    "cait_nano4_patch4_8": Variant(64, 4, 4, 0.0, 0.1, patch_size=4, image_size=8, in_channels=1),
+    "cait_xxs12_patch4_32": _cait(192, 12, 4, 0.05, 0.1, patch_size=4, image_size=32),
+    "cait_nano4_patch4_8": _cait(64, 4, 4, 0.0, 0.1, patch_size=4, image_size=8, in_channels=1),
+}
+
+_VIT = {
+    "vit_tiny": _vit(256, 6, 4),
+    "vit_small": _vit(384, 8, 6),
+    "vit_base": _vit(768, 12, 12),
+    "vit_large": _vit(1024, 24, 16),
+    "vit_huge": _vit(1280, 32, 16),
+}
+
+# DeiT's paper, table 1; stochastic depth as in its recipe, table 9.
+_DEIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
+_DEIT = {f"deit_{size}": _vit(*of, drop_path=0.1) for size, of in _DEIT_SIZES.items()} | {
+    f"deit_{size}_distilled": _vit(*of, drop_path=0.1, distilled=True)
+    for size, of in _DEIT_SIZES.items()
+}
+
+# RegNetY-16GF, the teacher of DeiT and CaiT.
+_REGNET = {
+    "regnety_160": Variant(
+        RegNetY,
+        {"image_size": 224, "w0": 200, "wa": 106.23, "wm": 2.48, "depth": 18, "group_width": 112},
+    )
+}
+
+# The names that weights are published under say patch size and resolution.
+_ALIASES = {
+    **{f"{name}_patch16_224": _VIT[name] for name in ("vit_base", "vit_large")},
+    **{f"{name}_patch16_224": variant for name, variant in _DEIT.items()},
 }
 
 VARIANTS: Mapping[str, Variant] = (
     _PAPER
-    | {f"{n}_{size}": dataclasses.replace(_PAPER[n], image_size=size) for n, size in _RELEASED}
+    | {f"{name}_{size}": _PAPER[name].at(size) for name, size in _RELEASED}
     | _SMALL
+    | _VIT
+    | _DEIT
+    | _ALIASES
+    | _REGNET
 )
 
 
@@ -85,7 +138,7 @@ def create_model(
     param_dtype: Any = jnp.float32,
     precision: Any = None,
     **overrides: Any,
-) -> CaiT:
+) -> Network:
     """Makes a model by name: an architecture, without parameters.
 
     Args:
@@ -93,11 +146,11 @@ def create_model(
       image_size: side in pixels, or (height, width); the name's own resolution if not given.
       num_classes: classes of the head; 0 gives features.
       in_channels: channels of the images; the name's own if not given.
-      drop_path: stochastic-depth rate in training; the paper's for this model if not given.
+      drop_path: stochastic-depth rate in training; the published one for this model if not given.
       dtype: dtype of the computation, such as `jnp.bfloat16` or `"bfloat16"`.
       param_dtype: dtype of the parameters.
       precision: precision of matrix products, such as `"highest"`.
-      **overrides: any other attribute of `CaiT`, such as `depth=12`.
+      **overrides: any other attribute of the network, such as `depth=12`.
 
     Returns:
       A Flax Linen module: `variables = model.init(key, images)`, `logits = model.apply(variables, images)`.
@@ -107,19 +160,22 @@ def create_model(
     """
     if name not in VARIANTS:
         raise UserError(f"there is no model {name!r}; {nearest(name, VARIANTS)}")
-    fields = {field.name for field in dataclasses.fields(CaiT)} - {"parent", "name"}
+    variant = VARIANTS[name]
+    given = {"in_channels": in_channels, "drop_path": drop_path}
+    overrides |= {key: value for key, value in given.items() if value is not None}
+    fields = {field.name for field in dataclasses.fields(variant.network)} - {"parent", "name"}
     for key in overrides:
         if key not in fields:
             raise UserError(f"{name} has no attribute {key!r}; {nearest(key, fields)}")
 
-    attributes = dataclasses.asdict(VARIANTS[name])
-    given = {"image_size": image_size, "in_channels": in_channels, "drop_path": drop_path}
-    attributes |= {key: value for key, value in given.items() if value is not None}
-    attributes |= overrides
-    size = attributes.pop("image_size")
+    size = variant.attributes["image_size"] if image_size is None else image_size
+    attributes = {
+        **variant.attributes,
+        **overrides,
+        "image_size": (size, size) if isinstance(size, int) else tuple(size),
+    }
     try:
-        return CaiT(
-            image_size=(size, size) if isinstance(size, int) else tuple(size),
+        return variant.network(
             num_classes=num_classes,
             dtype=_float_dtype("dtype", dtype),
             param_dtype=_float_dtype("param_dtype", param_dtype),
@@ -139,33 +195,42 @@ def _float_dtype(argument: str, dtype: Any) -> Any:
 
 
 def forward_intermediates(
-    model: CaiT, variables: Mapping[str, Any], images: Images
+    model: Network, variables: Mapping[str, Any], images: Images
 ) -> tuple[Float[Array, "batch outputs"], dict[str, Any]]:
     """Runs the model once and gives, beside its output, what happened inside.
 
     Args:
-      model: a model, stacked or not.
+      model: a model of `create_model`, stacked or not.
       variables: its variables.
       images: normalised float images, (batch, height, width, channels).
 
     Returns:
       The output of `model.apply(variables, images)`, and a dict of
-        `blocks`: `features` (depth, batch, patches, width) and, of talking-heads attention, `logits`,
-          `mixed_logits`, `softmax`, `mixed_softmax` (depth, batch, heads, patches, patches);
-        `blocks_token_only`: `features` (class_depth, batch, 1, width) and `softmax`
+        `blocks`: `features` (depth, batch, tokens, width) and, of self-attention, `logits`, `softmax` and,
+          with talking heads, `mixed_logits`, `mixed_softmax` (depth, batch, heads, tokens, tokens); a list
+          of such dicts without the leading axis where a token joins on the way;
+        `blocks_token_only`, with class attention: `features` (class_depth, batch, 1, width) and `softmax`
           (class_depth, batch, heads, 1, 1 + patches), the class token's own column first;
-        `features`: (batch, width), the normed class token that the head reads.
+        `stages`, of RegNetY: a list of the stages' outputs (batch, height, width, channels);
+        `features`: (batch, width), what the head reads;
+        `logits_class` and `logits_distillation`, of a distilled network.
     """
     output, mutated = model.apply(variables, images, mutable=["intermediates"])
-    tree = mutated["intermediates"]
-    if "blocks" not in tree:
-        tree |= {"blocks": _stack([tree[f"blocks_{i}"] for i in range(model.depth)])}
-    token_only = _stack([tree[f"blocks_token_only_{i}"] for i in range(model.class_depth)])
-    return output, {
-        "blocks": _flatten(tree["blocks"]),
-        "blocks_token_only": _flatten(token_only),
-        "features": tree["features"],
-    }
+    tree = dict(mutated["intermediates"])
+    if isinstance(model, RegNetY):
+        stages = [tree.pop(name)["features"] for name in sorted(tree) if name != "features"]
+        return output, {"stages": stages, **tree}
+    if "blocks" in tree:
+        tree["blocks"] = _flatten(tree["blocks"])
+    else:
+        blocks = [_flatten(tree.pop(f"blocks_{i}")) for i in range(model.depth)]
+        tree["blocks"] = blocks if isinstance(model.class_token, int) else _stack(blocks)
+    token_only = [
+        _flatten(tree.pop(f"blocks_token_only_{i}")) for i in range(model.class_depth or 0)
+    ]
+    if token_only:
+        tree["blocks_token_only"] = _stack(token_only)
+    return output, tree
 
 
 def _stack(trees: list[Any]) -> Any:

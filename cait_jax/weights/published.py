@@ -1,7 +1,8 @@
-"""Names and layouts of the published CaiT weights (timm, facebookresearch/deit) to our parameter tree.
+"""Names and layouts of published weights (timm, facebookresearch/deit) to our variables and back.
 
 Both directions walk the leaves of the tree: each leaf has exactly one published name, or one a block where
-blocks are stacked, so nothing can be filled twice or left empty unnoticed.
+blocks are stacked, so nothing can be filled twice or left empty unnoticed. What nobody has published (the
+scalars of ReZero, say) gets its path as its name, so that every model of this package can be stored so.
 """
 
 import re
@@ -13,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from cait_jax.errors import UserError
-from cait_jax.models.cait import CaiT
+from cait_jax.models.zoo import Network
 
 _NUMBERED = re.compile(r"(blocks|blocks_token_only)_(\d+)")
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+# PyTorch's batch norms count their batches too. The count enters no result here and is not kept.
+_COUNTER = "num_batches_tracked"
 
 
-def from_published(weights: Mapping[str, Any], model: CaiT) -> dict[str, Any]:
+def from_published(weights: Mapping[str, Any], model: Network) -> dict[str, Any]:
     """Builds a model's variables from weights under their published names.
 
     Args:
@@ -27,20 +30,21 @@ def from_published(weights: Mapping[str, Any], model: CaiT) -> dict[str, Any]:
       model: the model the weights are for, stacked or not.
 
     Returns:
-      The variables of `model`, in its `param_dtype`: `{"params": ...}`.
+      The variables of `model`: `params` in its `param_dtype` and, of RegNetY, `batch_stats` in float32.
 
     Raises:
       UserError: naming every weight that is missing, left over, or of another shape.
     """
-    template = _params_template(model)
-    unused = set(weights)
+    template = variables_template(model)
+    class_attention = _has_class_attention(template)
+    unused = {name for name in weights if not name.endswith(_COUNTER)}
     missing: list[str] = []
     misshapen: list[str] = []
 
     def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
-        keys = tuple(key.key for key in path)
+        keys = tuple(key.key for key in path[1:])
         blocks = leaf.shape[0] if keys[0] == "blocks" else None
-        names = list(_published_names(keys, blocks))
+        names = list(_published_names(keys, blocks, class_attention))
         shape = leaf.shape if blocks is None else leaf.shape[1:]
         arrays = []
         for name in names:
@@ -58,7 +62,7 @@ def from_published(weights: Mapping[str, Any], model: CaiT) -> dict[str, Any]:
         whole = arrays[0] if blocks is None else np.stack(arrays)
         return jnp.asarray(whole, leaf.dtype)
 
-    params = jax.tree_util.tree_map_with_path(fill, template)
+    variables = jax.tree_util.tree_map_with_path(fill, template)
     faults = [
         f"{len(names)} {what} ({_some(names)})"
         for what, names in (
@@ -70,41 +74,57 @@ def from_published(weights: Mapping[str, Any], model: CaiT) -> dict[str, Any]:
     ]
     if faults:
         raise UserError(f"these weights are not for this model: {'; '.join(faults)}")
-    return {"params": params}
+    return variables
 
 
 def to_published(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Gives a model's variables under the published names and in PyTorch's layout.
 
     Args:
-      variables: `{"params": ...}` of a CaiT, stacked or not.
+      variables: of a model of this package, stacked or not.
 
     Returns:
       Published name to array, dtypes unchanged; `from_published` undoes it bit for bit.
     """
     weights: dict[str, np.ndarray] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(variables["params"])):
-        keys = tuple(key.key for key in path)
+    class_attention = _has_class_attention(variables)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(variables)):
+        keys = tuple(key.key for key in path[1:])
         array = np.asarray(leaf)
         blocks = array.shape[0] if keys[0] == "blocks" else None
         parts = [array] if blocks is None else list(array)
-        for name, part in zip(_published_names(keys, blocks), parts, strict=True):
-            weights[name] = np.ascontiguousarray(_to_torch_layout(keys, part))
+        names = _published_names(keys, blocks, class_attention)
+        for name, part in zip(names, parts, strict=True):
+            weights[name] = np.asarray(_to_torch_layout(keys, np.asarray(part)), order="C")
+            if keys[-1] == "mean":
+                counter = f"{name.removesuffix('running_mean')}{_COUNTER}"
+                weights[counter] = np.zeros((), np.int64)
     return weights
 
 
-def _params_template(model: CaiT) -> Any:
+def variables_template(model: Network) -> dict[str, Any]:
+    """Shapes and dtypes of a model's variables, as `jax.ShapeDtypeStruct`s."""
     images = jax.ShapeDtypeStruct((1, *model.image_size, model.in_channels), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
-def _published_names(keys: tuple[str, ...], blocks: int | None) -> Iterator[str]:
-    """The published names of the leaf at `keys`: one, or one for each of the stacked `blocks`."""
+def _has_class_attention(variables: Mapping[str, Any]) -> bool:
+    return any(name.startswith("blocks_token_only") for name in variables["params"])
+
+
+def _published_names(
+    keys: tuple[str, ...], blocks: int | None, class_attention: bool
+) -> Iterator[str]:
+    """The published names of the leaf at `keys`: one, or one for each of the stacked `blocks`.
+
+    LayerScale's are `gamma_1` in a network with class attention, and `ls1.gamma` in one without.
+    """
     first, rest = keys[0], keys[1:]
     if len(rest) >= 2 and rest[-2].startswith("layer_scale_"):
-        rest = (*rest[:-2], rest[-2].replace("layer_scale", "gamma"))
+        number = rest[-2][-1]
+        rest = (*rest[:-2], *([f"gamma_{number}"] if class_attention else [f"ls{number}", "gamma"]))
     elif rest:
-        rest = (*rest[:-1], _LEAVES[rest[-1]])
+        rest = (*rest[:-1], _LEAVES.get(rest[-1], rest[-1]))
     if blocks is not None:
         for i in range(blocks):
             yield ".".join((first, str(i), *rest))

@@ -73,7 +73,7 @@ def test_no_classes_gives_the_features_the_head_reads():
         (lambda: small(widht=5), "no attribute 'widht'; nearest: width"),
         (lambda: small(drop_path=1.0), r"drop_path 1.0 must lie in \[0, 1\)"),
         (lambda: small(remat="all"), "remat 'all' must be one of none, attention, block"),
-        (lambda: small(depth=0), "depth 0 and class_depth 2 must both be at least 1"),
+        (lambda: small(depth=0), "depth 0 must be at least 1"),
         (lambda: small(num_classes=-1), "num_classes -1 must be 0 or more"),
         (lambda: small(dtype="flaot32"), "dtype 'flaot32'; nearest: float32"),
         (lambda: small(dtype="int8"), "dtype 'int8'; known: bfloat16, float32, float64"),

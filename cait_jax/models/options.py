@@ -1,0 +1,69 @@
+"""Which attributes of a network fit each other."""
+
+from typing import Any
+
+from cait_jax.models.residual import ALWAYS_NORMED, SCHEMES
+
+
+def check_options(model: Any) -> None:
+    """Refuses attributes that could only fail later, or compute something else than was meant.
+
+    Args:
+      model: a `CaiT` whose attributes are set.
+
+    Raises:
+      ValueError: naming the attribute, its value and what it must be.
+    """
+    height, width = model.image_size
+    if height < 1 or width < 1 or height % model.patch_size or width % model.patch_size:
+        raise ValueError(
+            f"image_size {height}x{width} cannot be cut in patches of {model.patch_size}x"
+            f"{model.patch_size}: both sides must be multiples of {model.patch_size}"
+        )
+    if model.num_heads < 1 or model.width % model.num_heads:
+        raise ValueError(
+            f"num_heads {model.num_heads} does not divide width {model.width}: "
+            "every head needs the same number of channels"
+        )
+    if model.depth < 1:
+        raise ValueError(f"depth {model.depth} must be at least 1")
+    if model.num_classes < 0:
+        raise ValueError(f"num_classes {model.num_classes} must be 0 or more; 0 gives features")
+    for name in ("drop_path", "embedding_dropout", "attention_dropout", "dropout"):
+        if not 0.0 <= getattr(model, name) < 1.0:
+            raise ValueError(f"{name} {getattr(model, name)} must lie in [0, 1)")
+    for name, known in (
+        ("remat", ("none", "attention", "block")),
+        ("residual", SCHEMES),
+        ("drop_path_growth", ("constant", "linear")),
+    ):
+        if getattr(model, name) not in known:
+            raise ValueError(f"{name} {getattr(model, name)!r} must be one of {', '.join(known)}")
+    if not model.block_norm and model.residual in ALWAYS_NORMED:
+        raise ValueError(
+            f"residual {model.residual!r} keeps its norms: only "
+            f"{', '.join(name for name in SCHEMES if name not in ALWAYS_NORMED)} go without block_norm"
+        )
+    _check_class_token(model)
+
+
+def _check_class_token(model: Any) -> None:
+    token, depth = model.class_token, model.class_depth or 0
+    places = ("class_attention", "input", "mean")
+    number = isinstance(token, int) and not isinstance(token, bool)
+    if token not in places if not number else not 0 <= int(token) < model.depth:
+        raise ValueError(
+            f"class_token {token!r} must be one of {', '.join(places)}, or the number of the block "
+            f"before which it joins the patches, 0 to {model.depth - 1}"
+        )
+    if token == "class_attention" and depth < 1:
+        raise ValueError(
+            f"class_depth {depth} must be at least 1 with class_token 'class_attention'"
+        )
+    if token != "class_attention" and (depth or model.class_mlp_ratio is not None):
+        raise ValueError(
+            f"class_depth {depth} and class_mlp_ratio {model.class_mlp_ratio} go with class_token "
+            f"'class_attention', not {token!r}: leave them out"
+        )
+    if model.distilled and token != "input":
+        raise ValueError(f"distilled goes with class_token 'input', not {token!r}")
