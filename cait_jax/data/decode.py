@@ -1,20 +1,53 @@
-"""Encoded images (JPEG, PNG, WebP) to uint8 crops, in the arithmetic of torchvision and timm.
+"""Encoded images to uint8 crops, in the arithmetic of torchvision and timm.
 
-EXIF orientation is ignored, as it is there: published weights were trained and scored without it.
+Every picture becomes 8-bit RGB or luminance: transparency lies over white, deeper pixels are scaled. EXIF
+orientation is followed only where asked for: published scores of data sets were made without it.
 """
 
 import contextlib
 import io
 import math
+import re
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from cait_jax.errors import UserError
 
-_FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 89_478_485
+"""The most pixels an image may have: 256 MiB of RGB, as Pillow's own default. More is refused unread."""
+
+_READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
+    (rb"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+    (rb"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    (rb"RIFF.{4}WEBP", WebPImagePlugin.WebPImageFile),
+    (rb"GIF8[79]a", GifImagePlugin.GifImageFile),
+    (rb"BM", BmpImagePlugin.BmpImageFile),
+    (rb"II[*+]\0|MM\0[*+]", TiffImagePlugin.TiffImageFile),
+)
+# By EXIF orientation: what turns an image upright, and what that does to its sides.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_UPSIDE_DOWN, _MIRRORED, _LYING = (3, 4, 7, 8), (2, 3, 6, 7), (5, 6, 7, 8)
 _ATTEMPTS = 10
 # A JPEG is shrunk while decoding only as far as the box stays this many times the crop. The crop is
 # then about half a grey level from one of the full image, against up to two with no margin.
@@ -26,51 +59,65 @@ class BrokenImage(UserError):
 
 
 def decode_image(data: bytes, *, channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
-    """Decodes a whole image.
+    """Decodes a whole image, ignoring its EXIF orientation.
 
     Args:
-      data: an encoded JPEG, PNG or WebP image of any colour mode.
+      data: an encoded JPEG, PNG, WebP, GIF, BMP or TIFF image of any colour mode; of an animation,
+        the first frame counts.
       channels: 3 for RGB, 1 for luminance.
 
     Returns:
       The pixels, uint8 (height, width, channels).
 
     Raises:
-      BrokenImage: the bytes cannot be decoded.
+      BrokenImage: the bytes cannot be decoded, or hold more than `MAX_PIXELS` pixels.
     """
     with _broken_image():
         return _pixels(_convert(_open(data), channels))
 
 
 def center_crop(
-    data: bytes, *, image_size: tuple[int, int], crop_ratio: float = 1.0, channels: int = 3
+    image: bytes | Image.Image,
+    *,
+    image_size: tuple[int, int],
+    crop_ratio: float = 1.0,
+    channels: int = 3,
+    exif: bool = False,
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Decodes an image for evaluation: resized to cover, then cropped in the middle.
+    """Crops an image for evaluation: resized to cover, then cropped in the middle.
 
     The image is resized (bicubic, antialiased) so that it just covers `image_size / crop_ratio`,
     rounded down.
 
     Args:
-      data: an encoded JPEG, PNG or WebP image of any colour mode.
+      image: encoded as in `decode_image`, or opened by Pillow.
       image_size: height and width of the crop in pixels.
       crop_ratio: the part of the shorter side that the crop keeps, in (0, 1].
       channels: 3 for RGB, 1 for luminance.
+      exif: whether the EXIF orientation is followed, as for photographs. A TIFF always stands
+        upright.
 
     Returns:
       The crop, uint8 (image_size[0], image_size[1], channels).
 
     Raises:
-      BrokenImage: the bytes cannot be decoded.
+      BrokenImage: the image cannot be decoded, or has more than `MAX_PIXELS` pixels.
     """
     height, width = image_size
     with _broken_image():
-        image = _convert(_open(data), channels)
+        image = _open(image)
+        converted = _convert(image, channels)
+        image = _turn(converted, _orientation(image) if exif else 1)
         resized = _covering_size(
             (image.height, image.width),
             (math.floor(height / crop_ratio), math.floor(width / crop_ratio)),
         )
-        image = image.resize((resized[1], resized[0]), Image.Resampling.BICUBIC)
         top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
+        if math.prod(resized) > MAX_PIXELS:  # a hair of an image: only what is kept is enlarged
+            across, down = image.width / resized[1], image.height / resized[0]
+            box = (left * across, top * down, (left + width) * across, (top + height) * down)
+            return _pixels(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+        image = image.resize((resized[1], resized[0]), Image.Resampling.BICUBIC)
         return _pixels(image.crop((left, top, left + width, top + height)))
 
 
@@ -82,42 +129,53 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     channels: int = 3,
+    exif: bool = False,
 ) -> UInt8[np.ndarray, "h w c"]:
     """Decodes an image for training: a random box of it, resized (bicubic, antialiased).
 
     Args:
-      data: an encoded JPEG, PNG or WebP image of any colour mode.
+      data: an encoded image, as in `decode_image`.
       rng: where the box comes from; the result is a function of `data` and of the state of `rng`.
       image_size: height and width of the crop in pixels.
       scale: the least and greatest part of the image's area that the box covers, drawn uniformly.
       ratio: the least and greatest width over height of the box, drawn uniformly in the logarithm.
       channels: 3 for RGB, 1 for luminance.
+      exif: whether the EXIF orientation is followed, as in `center_crop`.
 
     Returns:
       The crop, uint8 (image_size[0], image_size[1], channels).
 
     Raises:
-      BrokenImage: the bytes cannot be decoded.
+      BrokenImage: the bytes cannot be decoded, or hold more than `MAX_PIXELS` pixels.
     """
     height, width = image_size
     with _broken_image():
         image = _open(data)
-        top, left, box_height, box_width = sample_box(
-            rng, (image.height, image.width), scale=scale, ratio=ratio
-        )
-        reduction = _jpeg_reduction(image, (box_height, box_width), image_size)
+        if image.format != "JPEG":  # which alone shrinks while decoding, and never turns itself
+            image.load()
+        orientation = _orientation(image) if exif else 1
+        lying = orientation in _LYING
+        size = (image.width, image.height) if lying else (image.height, image.width)
+        box = sample_box(rng, size, scale=scale, ratio=ratio)
+        # Cropped as stored, and turned when small.
+        top, left, box_height, box_width = _stored_box(box, size, orientation)
+        stored_size = (height, width) if lying else (width, height)
+        reduction = _jpeg_reduction(image, box[2:], image_size)
         if reduction == 1:
-            image = _convert(image.crop((left, top, left + box_width, top + box_height)), channels)
-            return _pixels(image.resize((width, height), Image.Resampling.BICUBIC))
-        reduced = (
-            left / reduction,
-            top / reduction,
-            (left + box_width) / reduction,
-            (top + box_height) / reduction,
-        )
-        image.draft(None, (image.width // reduction, image.height // reduction))
-        image = _convert(image, channels)
-        return _pixels(image.resize((width, height), Image.Resampling.BICUBIC, box=reduced))
+            image = _convert(image, channels)
+            image = image.crop((left, top, left + box_width, top + box_height))
+            image = image.resize(stored_size, Image.Resampling.BICUBIC)
+        else:
+            reduced = (
+                left / reduction,
+                top / reduction,
+                (left + box_width) / reduction,
+                (top + box_height) / reduction,
+            )
+            image.draft(None, (image.width // reduction, image.height // reduction))
+            image = _convert(image, channels)
+            image = image.resize(stored_size, Image.Resampling.BICUBIC, box=reduced)
+        return _pixels(_turn(image, orientation))
 
 
 def sample_box(
@@ -161,28 +219,86 @@ def sample_box(
 def _broken_image() -> Iterator[None]:
     try:
         yield
-    except MemoryError:
+    except (MemoryError, BrokenImage):
         raise
     except Exception as error:  # Pillow's decoders report broken files in any type
-        reason = (
-            "not a JPEG, PNG or WebP image"
-            if isinstance(error, Image.UnidentifiedImageError)
-            else str(error) or type(error).__name__
+        raise BrokenImage(str(error) or type(error).__name__) from error
+
+
+def _open(image: bytes | Image.Image) -> Image.Image:
+    """Reads the header. Not by `Image.open`, whose check of the size warns, globally or not at all."""
+    if isinstance(image, bytes):
+        readers = (cls for start, cls in _READERS if re.match(start, image, re.DOTALL))
+        reader = next(readers, None)
+        if reader is None:
+            raise BrokenImage("not a JPEG, PNG or WebP image, nor a GIF, BMP or TIFF")
+        image = reader(io.BytesIO(image))
+    count = image.width * image.height
+    if count > MAX_PIXELS:
+        raise BrokenImage(
+            f"{image.width:,} by {image.height:,} pixels are {count:,}, more than the limit of "
+            f"{MAX_PIXELS:,}; shrink the image first"
         )
-        raise BrokenImage(reason) from error
-
-
-def _open(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=_FORMATS)
+    return image
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
+    """Decodes to 8-bit RGB or luminance."""
     mode = "L" if channels == 1 else "RGB"
     image.load()
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image.info.pop("transparency", None)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = _over_white(image)
     return image if image.mode == mode else image.convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scales grey levels that are deeper than 8 bits, which Pillow would clip."""
+    levels = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((levels >> 8).astype(np.uint8))
+    # Neither integers of 32 bits nor floats say what white is: the least usual value that holds all.
+    peak = levels.max(initial=0, where=np.isfinite(levels))
+    usual = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+    white = next((white for white in usual if peak <= white), float(peak))
+    levels = np.nan_to_num(levels.astype(np.float32), nan=0.0)
+    return Image.fromarray(np.rint(np.clip(levels, 0, white) * (255 / white)).astype(np.uint8))
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # premultiplied; Pillow knows no direct way from here to RGBA
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, of a loaded image or an opened JPEG: 1 where it says nothing."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow's reader reports broken EXIF in any type; the picture is whole
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _turn(image: Image.Image, orientation: int) -> Image.Image:
+    """Turns an image upright."""
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _stored_box(
+    box: tuple[int, int, int, int], size: tuple[int, int], orientation: int
+) -> tuple[int, int, int, int]:
+    """Where a box (top, left, height, width) of the upright image of `size` lies as it is stored."""
+    top, left, height, width = box
+    if orientation in _UPSIDE_DOWN:
+        top = size[0] - top - height
+    if orientation in _MIRRORED:
+        left = size[1] - left - width
+    return (left, top, width, height) if orientation in _LYING else (top, left, height, width)
 
 
 def _pixels(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:

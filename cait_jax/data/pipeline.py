@@ -129,6 +129,7 @@ def train_batches(
         scale=crop_scale,
         ratio=crop_ratio,
         channels=split.channels,
+        exif=split.exif,
     )
     return _grain_batches(_TrainingExamples(split, seed, rows, crop), rows.local_size, workers)
 
@@ -159,6 +160,8 @@ def eval_batches(
     Returns:
       Batches with `image`, uint8 (batch_size / process_count, height, width, channels), `label`,
       int32 (batch_size / process_count,), and `mask`, bool of the same shape, False for padding.
+      Of a split with `multi_label` also `labels`, bool (batch_size / process_count, classes), True
+      for each class that is right.
 
     Raises:
       UserError: at the call, if the batch does not divide by the processes or the images in memory
@@ -175,7 +178,11 @@ def eval_batches(
     from cait_jax.data.decode import center_crop
 
     crop = functools.partial(
-        center_crop, image_size=image_size, crop_ratio=crop_ratio, channels=split.channels
+        center_crop,
+        image_size=image_size,
+        crop_ratio=crop_ratio,
+        channels=split.channels,
+        exif=split.exif,
     )
     shape = (*image_size, split.channels)
     examples = _EvaluationExamples(split, rows, steps, crop, shape)
@@ -307,11 +314,14 @@ class _EvaluationExamples:
         position = self.rows.position(int(index))
         if position < len(self.split):
             return {**_example(self.split, position, self.crop), "mask": np.array(True)}
-        return {
+        padding: Batch = {
             "image": np.zeros(self.shape, np.uint8),
             "label": np.array(0, np.int32),
             "mask": np.array(False),
         }
+        if self.split.multi_label:
+            padding["labels"] = np.zeros(self.split.num_classes, np.bool_)
+        return padding
 
 
 def _example(
@@ -327,7 +337,11 @@ def _example(
         name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
         which = f"image {index} ({name})" if name else f"image {index}"
         raise BrokenImage(f"{which} cannot be decoded: {error}") from error
-    return {"image": image, "label": np.array(record["label"], np.int32)}
+    example = {"image": image, "label": np.array(record["label"], np.int32)}
+    if split.multi_label:
+        example["labels"] = np.zeros(split.num_classes, np.bool_)
+        example["labels"][np.asarray(record["labels"], np.int64)] = True
+    return example
 
 
 def _grain_batches(

@@ -1,9 +1,11 @@
 """One split of a data set: decoded images in memory, or encoded images by index."""
 
+import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 IN_MEMORY_BYTES = 2**30
 _DIGITS_SPLITS = ("train", "test", "fit", "validation")
 _DIGITS_HELD_OUT = 360
+# What TFDS's imagenet2012_real calls them.
+_LABELS_OF_REAL = {"label": "original_label", "labels": "real_label"}
 
 
 @runtime_checkable
@@ -67,11 +71,15 @@ class Encoded:
       records: the examples in the order of the data set; picklable if worker processes read it.
       class_names: the names of the classes in the order of their labels.
       channels: 3 for colour, 1 for luminance.
+      multi_label: whether a record has, beside `label`, any number of right classes in `labels`.
+      exif: whether images are turned upright by their EXIF orientation, as photographs are.
     """
 
     records: Records
     class_names: tuple[str, ...]
     channels: int
+    multi_label: bool = False
+    exif: bool = False
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -93,14 +101,16 @@ def load_split(
 
     A TFDS data set is read without TensorFlow, so it must be prepared as array_record. It is
     decoded into memory if its features fix the size of its images at `image_size` and the split
-    fits in 1 GiB.
+    fits in 1 GiB. The records of `imagenet2012_real` have the original label as `label` and the
+    ReaL labels, which may be none, as `labels`.
 
     Args:
       name: `"digits"` (scikit-learn's, 8 by 8), or a TFDS name such as `"imagenet2012"` or
-        `"imagenet_resized/64x64"`.
+        `"imagenet_resized/64x64"`, or a folder of images as in `load_folder`. What starts with `/`,
+        `.` or `~` is a folder.
       split: a TFDS split or a part of one, such as `"train[90%:]"`; for digits `"train"` or
         `"test"`, or `"fit"` or `"validation"`, into which the training examples are divided for
-        choosing settings.
+        choosing settings; for a folder see `load_folder`.
       image_size: height and width in pixels of the images that will be asked for.
       data_dir: the folder of the TFDS data sets; by default `$TFDS_DATA_DIR` or
         `~/tensorflow_datasets`.
@@ -114,7 +124,40 @@ def load_split(
     """
     if name == "digits":
         return _load_digits(split, image_size)
+    if _is_folder(name):
+        from cait_jax.data.folder import load_folder
+
+        return load_folder(name, split)
     return _load_tfds(name, split, image_size, data_dir)
+
+
+def split_names(name: str, *, data_dir: str | None = None) -> tuple[str, ...]:
+    """Names the splits of a data set.
+
+    Args:
+      name: as for `load_split`.
+      data_dir: as for `load_split`.
+
+    Raises:
+      UserError: the data set is unknown, not prepared, not prepared as array_record or damaged.
+    """
+    if name == "digits":
+        return _DIGITS_SPLITS
+    if _is_folder(name):
+        from cait_jax.data.folder import folder_splits
+
+        return folder_splits(name)
+    return tuple(_prepared_builder(name, data_dir).info.splits)
+
+
+def _is_folder(name: str) -> bool:
+    """Whether `name` is a path to a folder of images, and not a TFDS name, whose folder may lie here."""
+    if name.startswith((os.sep, ".", "~")):
+        return True
+    folder = Path(name)
+    return folder.is_dir() and not any(
+        any(folder.glob(versions)) for versions in ("*.*.*/features.json", "*/*.*.*/features.json")
+    )
 
 
 def _load_digits(split: str, image_size: tuple[int, int]) -> InMemory:
@@ -158,7 +201,9 @@ def _load_tfds(name: str, split: str, image_size: tuple[int, int], data_dir: str
 
     builder = _prepared_builder(name, data_dir)
     features = dict(builder.info.features.items())
-    image, label = features.get("image"), features.get("label")
+    multi_label = set(_LABELS_OF_REAL.values()) <= features.keys()
+    image = features.get("image")
+    label = features.get(_LABELS_OF_REAL["label"] if multi_label else "label")
     if not isinstance(image, tfds.features.Image) or not isinstance(
         label, tfds.features.ClassLabel
     ):
@@ -169,6 +214,8 @@ def _load_tfds(name: str, split: str, image_size: tuple[int, int], data_dir: str
     _check_split(builder, name, split)
     try:
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        if multi_label:
+            records = _Renamed(records, _LABELS_OF_REAL)
         first = records[0]
         if first["image"] is None or first["label"] is None:  # as in a file that was cut short
             raise ValueError("its first record is empty")
@@ -181,13 +228,33 @@ def _load_tfds(name: str, split: str, image_size: tuple[int, int], data_dir: str
     *size, depth = image.shape
     channels = 1 if depth == 1 else 3
     fits = len(records) * image_size[0] * image_size[1] * channels <= IN_MEMORY_BYTES
-    if tuple(size) != image_size or not fits:
-        return Encoded(records, class_names, channels)
+    if tuple(size) != image_size or not fits or multi_label:
+        return Encoded(records, class_names, channels, multi_label=multi_label)
     try:
         images, labels = _decode_all(records, image_size, channels, f"decoding {name} {split}")
     except Exception as error:
         raise _damaged(name, builder.data_path, error) from error
     return InMemory(images, labels, class_names)
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    """Records whose features get the names that `names` maps to theirs."""
+
+    records: Any
+    names: Mapping[str, str]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self._renamed(self.records[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        return [self._renamed(record) for record in self.records.__getitems__(indices)]
+
+    def _renamed(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**record, **{name: record[theirs] for name, theirs in self.names.items()}}
 
 
 def _prepared_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":

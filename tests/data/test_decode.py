@@ -1,5 +1,9 @@
+import hashlib
 import io
 import math
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +11,7 @@ import pytest
 from PIL import Image
 from tfds_files import encode, noise, numbered_jpeg
 
+from cait_jax.data import decode
 from cait_jax.data.decode import (
     BrokenImage,
     center_crop,
@@ -23,16 +28,38 @@ def crop_with(seed, data, image_size=(24, 32), **options):
     return random_resized_crop(data, np.random.default_rng(seed), image_size=image_size, **options)
 
 
-def test_center_crop_equals_the_evaluation_transform_of_timm():
+def png(pixels, depth, colour, *chunks):
+    """A PNG of any depth, which Pillow cannot write; colour 0 is L, 2 RGB, 4 LA and 6 RGBA."""
+    rows = b"".join(b"\0" + row.astype(f">u{depth // 8}").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], depth, colour, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
+    )
+
+
+def file_of(image, image_format="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("preset", ["224@1.0", "224@0.875", "384@1.0"])
+def test_center_crop_equals_the_evaluation_transform_of_timm(preset):
     recorded = np.load(FIXTURE)
-    images = [key for key in recorded if key.endswith("/jpeg")]
-    assert len(images) == 2
-    for key in images:
-        for crop_ratio in (1.0, 0.875):
-            expected = recorded[key.replace("jpeg", f"224@{crop_ratio}")]
-            data = recorded[key].tobytes()
-            crop = center_crop(data, image_size=(224, 224), crop_ratio=crop_ratio)
-            np.testing.assert_array_equal(crop, expected)
+    images = [key.removesuffix("/jpeg") for key in recorded if key.endswith("/jpeg")]
+    assert len(images) == 6
+    size, crop_ratio = (float(part) for part in preset.split("@"))
+    for image in images:
+        data = recorded[f"{image}/jpeg"].tobytes()
+        crop = center_crop(data, image_size=(int(size), int(size)), crop_ratio=crop_ratio)
+        difference = np.abs(crop.astype(int) - recorded[f"{image}/{preset}"])
+        decoded = hashlib.sha256(decode_image(data)).digest()
+        if decoded == recorded[f"{image}/decoded_sha256"].tobytes():
+            assert difference.max() == 0
+        assert difference.max() <= 2  # another libjpeg rounds in its own way
+        assert np.mean(difference <= 1) >= 0.999
 
 
 @pytest.mark.parametrize("size", [(30, 90), (90, 30), (17, 17), (200, 101)])
@@ -47,13 +74,37 @@ def test_center_crop_of_another_shape_is_in_the_middle_and_covers(size):
     assert abs(row[0] + row[-1] - 255) <= 3
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
-def test_formats(image_format):
+@pytest.mark.parametrize(
+    ("image_format", "options", "tolerance"),
+    [
+        ("PNG", {}, 0),
+        ("JPEG", {"quality": 95}, 24),
+        ("WEBP", {"lossless": True}, 0),
+        ("BMP", {}, 0),
+        ("TIFF", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+    ],
+)
+def test_formats(image_format, options, tolerance):
     pixels = decode_image(numbered_jpeg(1, 40, 50))
-    options = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"lossless": True}}[image_format]
     decoded = decode_image(encode(pixels, image_format, **options))
     assert decoded.shape == (40, 50, 3)
-    assert np.abs(decoded.astype(int) - pixels).max() <= (24 if image_format == "JPEG" else 0)
+    assert np.abs(decoded.astype(int) - pixels).max() <= tolerance
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame_counts(image_format):
+    first, *others = (Image.new("RGB", (9, 7), colour) for colour in ("red", "blue", "lime"))
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    data = file_of(first, image_format, save_all=True, append_images=others, **options)
+    np.testing.assert_array_equal(decode_image(data), np.full((7, 9, 3), (255, 0, 0)))
+
+
+def test_a_picture_of_two_in_one_file_is_the_first():
+    pixels = noise(0, 16, 16)
+    both = {"save_all": True, "append_images": [Image.new("RGB", (16, 16))]}
+    data = encode(pixels, "MPO", **both)
+    np.testing.assert_array_equal(decode_image(data), decode_image(encode(pixels, "JPEG")))
 
 
 def test_grayscale_fills_the_channels_asked_for():
@@ -65,30 +116,262 @@ def test_grayscale_fills_the_channels_asked_for():
         assert center_crop(gray, image_size=(8, 8), channels=channels).shape == (8, 8, channels)
 
 
-def test_cmyk_jpeg_becomes_rgb():
+@pytest.mark.parametrize(("image_format", "inverted"), [("JPEG", True), ("TIFF", False)])
+def test_cmyk_becomes_rgb(image_format, inverted):
     red = np.full((32, 32, 3), (220, 30, 40), np.uint8)
-    decoded = decode_image(encode(red, "JPEG", mode="CMYK"))
+    data = encode(red, image_format, mode="CMYK")
+    assert (b"Adobe" in data) == inverted  # Adobe's JPEG files hold 255 minus the ink
+    decoded = decode_image(data)
     assert decoded.shape == (32, 32, 3)
     assert np.abs(decoded.astype(int) - red).max() <= 4
 
 
-def test_sixteen_bits_keep_the_high_ones():
-    deep = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
-    np.testing.assert_array_equal(decode_image(encode(deep), channels=1)[..., 0], deep >> 8)
+def test_one_bit():
+    bits = noise(0, 12, 12)[..., 0] > 99
+    for image_format in ("PNG", "TIFF", "BMP"):
+        data = file_of(Image.fromarray(bits), image_format)
+        np.testing.assert_array_equal(decode_image(data, channels=1)[..., 0], bits * 255)
 
 
-def test_palette_with_transparency():
+DEEP = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(DEEP),
+        encode(DEEP, "TIFF"),
+        encode(DEEP.astype(">u2"), "TIFF"),
+        encode(DEEP.astype(np.int32), "TIFF"),
+    ],
+    ids=["png", "tiff", "big-endian tiff", "32-bit tiff"],
+)
+def test_sixteen_bits_are_scaled(data):
+    levels = decode_image(data, channels=1)[..., 0]
+    assert np.abs(levels - DEEP / 257).max() < 1
+    assert np.all(np.ptp(decode_image(data), axis=-1) == 0)
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "I;16L"])
+def test_sixteen_bits_opened_by_pillow_are_scaled(mode):
+    dtype = {"I": np.int32, "I;16B": ">u2"}.get(mode, "<u2")
+    image = Image.frombytes(mode, (32, 32), DEEP.astype(dtype).tobytes())
+    crop = center_crop(image, image_size=(32, 32), channels=1)
+    assert np.abs(crop[..., 0] - DEEP / 257).max() < 1
+
+
+@pytest.mark.parametrize("colour", [2, 4, 6])
+def test_sixteen_bits_in_colour(colour):
+    pixels = np.random.default_rng(0).integers(0, 65536, (8, 8, {2: 3, 4: 2, 6: 4}[colour]))
+    if colour == 2:
+        expected = pixels / 257
+    else:
+        alpha = pixels[..., -1:] / 65535
+        expected = pixels[..., :-1] / 257 * alpha + 255 * (1 - alpha)
+    assert np.abs(decode_image(png(pixels, 16, colour)) - expected).max() < 3
+
+
+@pytest.mark.parametrize("white", [255, 65535, 2**30])
+def test_integers_of_thirty_two_bits_keep_their_range(white):
+    ramp = np.linspace(0, 1, 256).reshape(16, 16)
+    data = encode(np.round(ramp * white).astype(np.int32), "TIFF")
+    np.testing.assert_allclose(decode_image(data, channels=1)[..., 0], ramp * 255, atol=0.51)
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535, 1e6])
+def test_floats_keep_their_range(white):
+    ramp = np.linspace(0, 1, 256).reshape(16, 16)
+    data = encode((ramp * white).astype(np.float32), "TIFF")
+    np.testing.assert_allclose(decode_image(data, channels=1)[..., 0], ramp * 255, atol=0.51)
+
+
+def test_floats_outside_any_range():
+    levels = np.array([[np.nan, -np.inf, -3, 0.5, 1, np.inf]], np.float32)
+    decoded = decode_image(encode(levels, "TIFF"), channels=1)
+    np.testing.assert_array_equal(decoded[0, :, 0], [0, 0, 0, 128, 255, 255])
+    nothing = encode(np.full((2, 2), np.nan, np.float32), "TIFF")
+    np.testing.assert_array_equal(decode_image(nothing), np.zeros((2, 2, 3)))
+
+
+def over_white(colours, alpha):
+    return colours * (alpha / 255) + 255 * (1 - alpha / 255)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_lies_over_white(image_format, mode):
+    pixels = noise(0, 16, 16, 4)[..., -len(mode) :]
+    pixels[0, 0, -1], pixels[0, 1, -1] = 0, 255
+    options = {"lossless": True, "exact": True} if image_format == "WEBP" else {}
+    decoded = decode_image(file_of(Image.fromarray(pixels), image_format, **options))
+    np.testing.assert_allclose(
+        decoded, over_white(pixels[..., :-1], pixels[..., -1:]) + np.zeros(3), atol=1
+    )
+    assert np.all(decoded[0, 0] == 255)
+    assert np.all(decoded[0, 1] == pixels[0, 1, :-1])
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "La", "PA"])
+def test_other_modes_with_alpha_lie_over_white(mode):
+    image = Image.new({"RGBa": "RGB", "La": "L", "PA": "P"}[mode], (8, 8))
+    if mode == "PA":
+        image.putpalette([60, 60, 60])
+    else:
+        image.paste((60, 60, 60) if mode == "RGBa" else 60, (0, 0, 8, 8))
+    image.putalpha(128)
+    image = image.convert(mode)
+    assert image.mode == mode
+    crop = center_crop(image, image_size=(8, 8))
+    np.testing.assert_allclose(crop, np.full((8, 8, 3), over_white(60, 128)), atol=2)
+
+
+def test_palette():
     image = Image.fromarray(noise(0, 16, 16)).quantize(16)
-    file = io.BytesIO()
-    image.save(file, "PNG", transparency=bytes(range(16)))
-    np.testing.assert_array_equal(decode_image(file.getvalue()), np.asarray(image.convert("RGB")))
+    colours = np.asarray(image.convert("RGB"))
+    alpha = np.arange(16)[..., None] * 17
+    for image_format in ("PNG", "GIF", "BMP", "TIFF"):
+        np.testing.assert_array_equal(decode_image(file_of(image, image_format)), colours)
+
+    decoded = decode_image(file_of(image, transparency=bytes(alpha[:, 0].tolist())))
+    indices = np.asarray(image)
+    np.testing.assert_allclose(decoded, over_white(colours, alpha[indices]), atol=1)
+
+    decoded = decode_image(file_of(image, "GIF", transparency=3))
+    hidden = np.all(colours == colours[indices == 3][0], axis=-1)
+    np.testing.assert_array_equal(decoded, np.where(hidden[..., None], 255, colours))
 
 
-def test_orientation_is_ignored():
+def test_a_transparent_colour_becomes_white():
+    pixels = noise(0, 8, 8)
+    key = tuple(int(level) for level in pixels[2, 3])
+    expected = pixels.copy()
+    expected[np.all(pixels == key, axis=-1)] = 255
+    decoded = decode_image(file_of(Image.fromarray(pixels), transparency=key))
+    np.testing.assert_array_equal(decoded, expected)
+
+
+# What a camera stores, from what was seen, by the value of the EXIF tag 0x0112.
+STORED = {
+    1: lambda seen: seen,
+    2: np.fliplr,
+    3: lambda seen: np.rot90(seen, 2),
+    4: np.flipud,
+    5: lambda seen: np.swapaxes(seen, 0, 1),
+    6: np.rot90,
+    7: lambda seen: np.swapaxes(np.rot90(seen, 2), 0, 1),
+    8: lambda seen: np.rot90(seen, -1),
+}
+
+
+def turned(seen, orientation, image_format="PNG", **options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(STORED[orientation](seen))
+    return encode(stored, image_format, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF"])
+def test_orientation_is_followed_where_asked_for(orientation, image_format):
+    seen = noise(0, 10, 20) // 4 + 96
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    data = turned(seen, orientation, image_format, **options)
+    np.testing.assert_array_equal(center_crop(data, image_size=(10, 20), exif=True), seen)
+    # Columns are resized before rows, and rounded in between.
+    difference = crop_with(1, data, exif=True).astype(int) - crop_with(1, encode(seen))
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_orientation_of_a_jpeg_that_shrinks_while_decoding(orientation):
+    seen = decode_image(numbered_jpeg(5, 500, 700))
+    options = {"scale": (0.8, 1.0), "exif": True}
+    fast = crop_with(0, turned(seen, orientation, "JPEG", quality=95), **options)
+    difference = np.abs(fast.astype(int) - crop_with(0, encode(seen), **options))
+    assert difference.mean() < 1
+    assert difference.max() <= 10
+
+
+def test_orientation_is_ignored_in_data_sets():
     pixels = noise(0, 10, 20)
     exif = Image.Exif()
     exif[0x0112] = 6
-    np.testing.assert_array_equal(decode_image(encode(pixels, exif=exif)), pixels)
+    data = encode(pixels, exif=exif)
+    np.testing.assert_array_equal(decode_image(data), pixels)
+    np.testing.assert_array_equal(center_crop(data, image_size=(10, 20)), pixels)
+    rng = np.random.default_rng(0)
+    whole = {"image_size": (10, 20), "scale": (1.0, 1.0), "ratio": (2.0, 2.0)}
+    np.testing.assert_array_equal(random_resized_crop(data, rng, **whole), pixels)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_means_nothing(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = noise(0, 10, 20)
+    crop = center_crop(encode(pixels, exif=exif), image_size=(10, 20), exif=True)
+    np.testing.assert_array_equal(crop, pixels)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0", b"Exif\0\0junk", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\1"]
+)
+def test_broken_exif_spoils_no_picture(exif):
+    pixels = noise(0, 10, 20)
+    crop = center_crop(encode(pixels, exif=exif), image_size=(10, 20), exif=True)
+    np.testing.assert_array_equal(crop, pixels)
+
+
+def huge(width, height, image_format):
+    """A small file whose header promises `width` by `height` pixels."""
+    data = bytearray(encode(noise(0, 8, 8), image_format))
+    match image_format:
+        case "PNG":
+            return png(np.zeros((0, width, 3)), 8, 2).replace(
+                struct.pack(">II", width, 0), struct.pack(">II", width, height), 1
+            )
+        case "JPEG":
+            place, dimensions = data.index(b"\xff\xc0") + 5, struct.pack(">HH", height, width)
+        case "GIF":
+            place, dimensions = 6, struct.pack("<HH", width, height)
+        case "BMP":
+            place, dimensions = 18, struct.pack("<ii", width, height)
+    data[place : place + len(dimensions)] = dimensions
+    return bytes(data)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "GIF", "BMP"])
+@pytest.mark.parametrize("side", [9460, 30000])
+def test_too_many_pixels_are_refused_unread_without_a_warning(image_format, side, monkeypatch):
+    data = huge(side, side, image_format)
+    if image_format == "PNG":  # the sum of the header
+        chunk = data[12:29]
+        data = data[:29] + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    monkeypatch.setattr(Image.Image, "load", None)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(BrokenImage) as caught:
+            center_crop(data, image_size=(8, 8))
+    assert f"{side:,} by {side:,} pixels" in str(caught.value)
+    assert "89,478,485" in str(caught.value)
+    assert not warned
+
+
+def test_the_limit_itself_is_allowed(monkeypatch):
+    monkeypatch.setattr(decode, "MAX_PIXELS", 200)
+    image = Image.fromarray(noise(0, 10, 20))
+    assert center_crop(image, image_size=(8, 8)).shape == (8, 8, 3)
+    with pytest.raises(BrokenImage, match="21 by 10 pixels"):
+        center_crop(Image.fromarray(noise(0, 10, 21)), image_size=(8, 8))
+
+
+@pytest.mark.parametrize("size", [(100, 10), (10, 100)])
+def test_a_hair_is_cropped_as_any_image_without_being_enlarged_whole(size, monkeypatch):
+    data = encode(noise(0, *size) // 4 + 96)  # far from what would be cut off on the way
+    whole = center_crop(data, image_size=(24, 32), crop_ratio=0.9)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 1000)
+    part = center_crop(data, image_size=(24, 32), crop_ratio=0.9)
+    assert np.abs(part.astype(int) - whole).max() <= 1
 
 
 JPEG = numbered_jpeg(0, 60, 80)
@@ -96,7 +379,16 @@ JPEG = numbered_jpeg(0, 60, 80)
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"GIF89a" + bytes(40), JPEG[:30], JPEG[: len(JPEG) // 2], encode(noise(0, 9, 9))[:80]],
+    [
+        b"",
+        b"text",
+        b"BM",
+        b"II*\0",
+        b"GIF89a" + bytes(40),
+        JPEG[:30],
+        JPEG[: len(JPEG) // 2],
+        encode(noise(0, 9, 9))[:80],
+    ],
 )
 @pytest.mark.parametrize("decoder", [decode_image, "train", "eval"])
 def test_broken_images(data, decoder):
@@ -106,6 +398,11 @@ def test_broken_images(data, decoder):
     }.get(decoder, decoder)
     with pytest.raises(BrokenImage):
         decode(data)
+
+
+def test_what_is_no_image_is_told_what_would_be():
+    with pytest.raises(BrokenImage, match="not a JPEG, PNG or WebP image, nor a GIF, BMP or TIFF"):
+        decode_image(b"%PDF-1.7")
 
 
 def test_random_crop_is_a_function_of_its_generator():

@@ -52,6 +52,22 @@ def write_imagenet2012(data_dir: Path, splits: dict[str, list[Example]], **optio
     return write(folder, "imagenet2012", splits, names, image_shape=(-1, -1, 3), **options)
 
 
+def write_imagenet_real(
+    data_dir: Path, examples: list[tuple[bytes, int, list[int]]], num_classes: int = 1000
+) -> Path:
+    """ImageNet's validation split with ReaL labels: (image, original label, any number of labels)."""
+    names = tuple(f"n{number:08d}" for number in range(num_classes))
+    return write(
+        data_dir / "imagenet2012_real" / "1.0.0",
+        "imagenet2012_real",
+        {"validation": examples},
+        names,
+        image_shape=(-1, -1, 3),
+        label="original_label",
+        labels="real_label",
+    )
+
+
 def write(
     folder: Path,
     name: str,
@@ -61,8 +77,15 @@ def write(
     image_shape: tuple[int, int, int],
     file_format: str = "array_record",
     shards: int = 1,
+    label: str = "label",
+    labels: str | None = None,
 ) -> Path:
+    """Examples are (image, label), or (image, label, list of labels) where `labels` names a feature."""
     folder.mkdir(parents=True)
+    class_label = {
+        "pythonClassName": f"{_FEATURES}class_label_feature.ClassLabel",
+        "classLabel": {"numClasses": str(len(class_names))},
+    }
     features = {
         "file_name": {"pythonClassName": f"{_FEATURES}text_feature.Text", "text": {}},
         "image": {
@@ -72,11 +95,13 @@ def write(
                 "shape": {"dimensions": [str(size) for size in image_shape]},
             },
         },
-        "label": {
-            "pythonClassName": f"{_FEATURES}class_label_feature.ClassLabel",
-            "classLabel": {"numClasses": str(len(class_names))},
-        },
+        label: class_label,
     }
+    if labels is not None:
+        features[labels] = {
+            "pythonClassName": f"{_FEATURES}sequence_feature.Sequence",
+            "sequence": {"feature": class_label, "length": "-1"},
+        }
     _write_json(
         folder / "features.json",
         {
@@ -84,7 +109,10 @@ def write(
             "pythonClassName": f"{_FEATURES}features_dict.FeaturesDict",
         },
     )
-    (folder / "label.labels.txt").write_text("".join(f"{label}\n" for label in class_names))
+    lines = "".join(f"{class_name}\n" for class_name in class_names)
+    (folder / f"{label}.labels.txt").write_text(lines)
+    if labels is not None:
+        (folder / f"{labels}-feature.labels.txt").write_text(lines)
     _write_json(
         folder / "dataset_info.json",
         {
@@ -112,20 +140,25 @@ def write(
                 continue
             writer = ArrayRecordWriter(str(path), "group_size:1")
             for index in indices:
-                writer.write(_example(*examples[index], f"{split}_{index}"))
+                image, *values = examples[index]
+                named = dict(zip((label, labels), values, strict=False))
+                writer.write(_example(image, named, f"{split}_{index}"))
             writer.close()
     return folder
 
 
-def _example(image: bytes, label: int, file_name: str) -> bytes:
+def _example(image: bytes, labels: dict[str, int | list[int]], file_name: str) -> bytes:
     def of_bytes(value: bytes) -> tf_feature_pb2.Feature:
         return tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[value]))
 
-    label_feature = tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[label]))
+    def of_integers(value: int | list[int]) -> tf_feature_pb2.Feature:
+        values = [value] if isinstance(value, int) else value
+        return tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=values))
+
     feature = {
         "image": of_bytes(image),
-        "label": label_feature,
         "file_name": of_bytes(file_name.encode()),
+        **{name: of_integers(value) for name, value in labels.items()},
     }
     return tf_example_pb2.Example(
         features=tf_feature_pb2.Features(feature=feature)
