@@ -1,12 +1,27 @@
 """CaiT (Class-Attention in Image Transformers) for JAX.
 
-model = cait_jax.create_model("cait_xs24", image_size=224)
-variables = model.init(key, images)
+model, variables = cait_jax.load_pretrained("cait_xs24_384")
+images = cait_jax.preprocessing("cait_xs24_384")(["dog.jpg"])
 logits = model.apply(variables, images)
 """
 
+from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import UserError
-from cait_jax.models.zoo import create_model, forward_intermediates, list_models
+from cait_jax.models.zoo import forward_intermediates
+from cait_jax.weights.export import export_timm
+from cait_jax.weights.names import create_model, list_models, preprocessing
+from cait_jax.weights.pretrained import load_pretrained, load_settings, save_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "create_model", "forward_intermediates", "list_models"]
+__all__ = [
+    "Preprocessing",
+    "UserError",
+    "create_model",
+    "export_timm",
+    "forward_intermediates",
+    "list_models",
+    "load_pretrained",
+    "load_settings",
+    "preprocessing",
+    "save_pretrained",
+]

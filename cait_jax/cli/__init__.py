@@ -1,1 +1,44 @@
-"""The program `cait`: one file a command."""
+"""The program `cait`: one file a command, found when it is asked for."""
+
+import importlib
+
+import click
+
+from cait_jax.errors import UserError
+
+# Command to the module that holds it. Modules import what is heavy inside their command.
+COMMANDS = ("models", "predict", "evaluate", "features", "convert")
+
+
+class Commands(click.Group):
+    """Finds commands by name; turns a caller's mistake into one sentence and exit status 1."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which they are met."""
+        del ctx
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, or None for click's own message."""
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f"cait_jax.cli.{cmd_name}").command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs the command asked for."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            ctx.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cait-jax", prog_name="cait")
+def main() -> None:
+    """Image transformers for JAX: what a model sees, how good it is, its weights in and out.
+
+    Training is `python train.py --config=configs/NAME.py`, in the repository.
+    """

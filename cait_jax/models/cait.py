@@ -175,6 +175,8 @@ class CaiT(nn.Module):
 
     def __post_init__(self) -> None:
         """Refuses what could only fail later, or compute something else than was meant."""
+        if isinstance(self.class_token, str) and self.class_token.isdecimal():  # of a command line
+            object.__setattr__(self, "class_token", int(self.class_token))
         class_attention = self.class_token == "class_attention"
         if self.class_depth is None:
             object.__setattr__(self, "class_depth", 2 if class_attention else 0)

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cait_jax.models.cait import CaiT
 from cait_jax.checkpoint.store import Checkpoints
+from cait_jax.models.cait import CaiT
+from cait_jax.sharding import over_batch, put_batch
 from cait_jax.train.config import as_json, check_resumable
 from cait_jax.train.interrupt import StopRequest
 from cait_jax.train.report import Report, rewind
 from cait_jax.train.setup import Setup, abstract_state, set_up
-from cait_jax.sharding import over_batch, put_batch
 from cait_jax.train.state import TrainState
 
 
@@ -144,7 +144,12 @@ def _run(
                 checkpoints.save(
                     step,
                     state,
-                    {"config": as_json(config), "metrics": metrics},
+                    {
+                        "config": as_json(config),
+                        "metrics": metrics,
+                        "class_names": list(setup.train_split.class_names),
+                        "channels": setup.model.in_channels,
+                    },
                     metrics if evaluating else None,
                 )
                 last_saved = step

@@ -13,8 +13,8 @@ from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 from tqdm import tqdm
 
-from cait_jax.errors import UserError
 from cait_jax.checkpoint.seal import fsync
+from cait_jax.errors import UserError
 
 TIMING_KEYS = ("time", "train/images_per_second")
 """The keys of `metrics.jsonl` that may differ between two runs of the same config."""

@@ -14,12 +14,13 @@ from cait_jax.data.augment import Augmentation
 from cait_jax.data.pipeline import Batches, eval_batches, train_batches
 from cait_jax.data.sources import Split, load_split
 from cait_jax.errors import UserError
+from cait_jax.evaluation.evaluate import evaluate, jit_eval_step, make_eval_step
+from cait_jax.evaluation.metrics import loss_and_accuracy, means, zero_sums
 from cait_jax.models.cait import CaiT
-from cait_jax.models.zoo import create_model
-from cait_jax.train.config import check_values
-from cait_jax.train.evaluate import evaluate, make_eval_step
-from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.sharding import check_batch_size, make_mesh, over_batch, replicated
+from cait_jax.train.config import check_values
+from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from cait_jax.train.state import TrainState, create_state
 from cait_jax.train.step import Recipe, TrainStep, make_train_step
 
@@ -76,7 +77,7 @@ class Setup:
     def evaluate(self, params: Any) -> dict[str, float]:
         """Evaluates parameters on the evaluation split: `loss` in nats and `accuracy` from 0 to 1."""
         config = self.config
-        batches = eval_batches(
+        with eval_batches(
             self.eval_split,
             batch_size=-(-config.eval.batch_size // self.mesh.size) * self.mesh.size,
             image_size=self.image_size,
@@ -84,8 +85,15 @@ class Setup:
             process_count=jax.process_count(),
             workers=config.data.workers,
             crop_ratio=config.eval.crop_ratio,
-        )
-        return evaluate(self.eval_step, params, batches, over_batch(self.mesh))
+        ) as batches:
+            sums = evaluate(
+                self.eval_step,
+                {"params": params},
+                batches,
+                over_batch(self.mesh),
+                zero_sums(loss_and_accuracy, self.model.num_classes),
+            )
+        return means(sums)
 
 
 def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup:
@@ -102,6 +110,7 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
       UserError: for a setting, a data set or a size that does not fit.
     """
     check_values(config)
+    _check_trainable(config.model.name)
     mesh = make_mesh(devices)
     check_batch_size(config.batch_size, mesh, config.optimizer.accumulate)
     size = config.image_size
@@ -123,7 +132,7 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
                 f"--config.data.{key} has {len(data[key])} values, and {data.name} has "
                 f"{train_split.channels} channel(s): give one value, or one a channel"
             )
-    model = create_model(
+    model: Any = create_model(
         image_size=size,
         num_classes=train_split.num_classes,
         in_channels=train_split.channels,
@@ -162,14 +171,20 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
             out_shardings=(whole, whole),
             donate_argnums=0,
         ),
-        eval_step=jax.jit(
-            make_eval_step(model, recipe.mean, recipe.std),
-            in_shardings=(whole, rows, whole),
-            out_shardings=whole,
+        eval_step=jit_eval_step(
+            make_eval_step(model, recipe.mean, recipe.std, loss_and_accuracy), mesh
         ),
         init=jax.jit(init, out_shardings=whole),
         mesh=mesh,
     )
+
+
+def _check_trainable(name: str) -> None:
+    if name in VARIANTS and not issubclass(VARIANTS[name].network, CaiT):
+        raise UserError(
+            f"--config.model.name={name} is here to teach and to predict, not to be trained: its batch "
+            "norms keep running averages; choose a transformer, such as cait_xxs24 or deit_small"
+        )
 
 
 def _schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:

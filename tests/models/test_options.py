@@ -218,6 +218,7 @@ def test_a_token_inserted_at_block_k_is_unknown_before_it():
     params = random_params(model)
     assert params["pos_embed"].shape == (1, 16, 32)
     assert not model.stacked
+    assert small(class_token="2", depth=4) == model  # as a command line gives it
     moved = params | {"cls_token": params["cls_token"][..., ::-1]}
     _, before = forward_intermediates(model, {"params": params}, images())
     _, after = forward_intermediates(model, {"params": moved}, images())

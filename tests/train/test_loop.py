@@ -11,8 +11,8 @@ import pytest
 import tfds_files
 
 from cait_jax import UserError
-from cait_jax.train import NonFiniteError, loop, train
 from cait_jax.checkpoint.store import Checkpoints
+from cait_jax.train import NonFiniteError, loop, train
 from cait_jax.train.report import TIMING_KEYS, Report, read_metrics
 from configs import cait_xs24, cifar10
 
@@ -246,6 +246,8 @@ def test_cifar10_trains_in_memory(tmp_path):
         ("data.name", "imagenet2012", "ILSVRC2012_img_train.tar"),
         ("data.eval_split", "validate", "no split 'validate'; nearest: validation"),
         ("model.name", "cait_nano", "there is no model 'cait_nano'"),
+        ("model.name", "regnety_160", "regnety_160 is here to teach and to predict"),
+        ("model.class_token", "first", "class_token 'first' must be one of class_attention"),
         ("image_size", 16, "digits are 8 by 8"),
         ("model.dtype", "float23", "nearest: float32"),
         ("data.mean", (0.5, 0.5, 0.5), "data.mean has 3 values, and digits has 1 channel(s)"),

@@ -11,7 +11,6 @@ from trees import random_params
 
 from cait_jax import UserError, create_model
 from cait_jax.data.augment import Augmentation
-from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from cait_jax.sharding import (
     check_batch_size,
     make_mesh,
@@ -19,6 +18,7 @@ from cait_jax.sharding import (
     put_batch,
     replicated,
 )
+from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from cait_jax.train.state import create_state
 from cait_jax.train.step import Recipe, make_train_step, mean_over_micro_batches
 

@@ -1,0 +1,221 @@
+"""`cait evaluate`: how good a model is on a data set."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cait_jax.cli.loading import Loaded, model_options
+from cait_jax.cli.output import print_json, table
+
+_FEW_CLASSES = 20
+_WORST = 5
+
+
+@click.command(
+    "evaluate",
+    short_help="How good a model is on a data set, exactly.",
+    epilog="Example: cait evaluate --model cait_xs24_384 --data imagenet_v2 --data-dir DIR",
+)
+@model_options
+@click.option(
+    "--data", required=True, metavar="NAME|DIR",
+    help="imagenet, imagenet_v2, imagenet_real, imagenet_a, imagenet_r, imagenet_sketch, any TFDS name "
+    "prepared as array_record, digits, or a folder with a folder for each class.",
+)  # fmt: skip
+@click.option(
+    "--split", help="A split, or part of one such as 'test[:10%]'; the usual one if not given."
+)
+@click.option("--data-dir", metavar="DIR", help="Where TFDS data sets lie.")
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--workers", default=0, show_default=True, help="Processes that decode; 0: threads.")
+@click.option("--knn", is_flag=True, help="k-NN accuracy of the features too.")
+@click.option("--probe", is_flag=True, help="Linear-probe accuracy of the features too.")
+@click.option(
+    "--train-split", default="train", show_default=True, help="What --knn and --probe learn from."
+)
+@click.option(
+    "--confusion", type=click.Path(path_type=Path, dir_okay=False), metavar="PNG",
+    help="Draw the confusion matrix there.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Write the JSON there as well.",
+)  # fmt: skip
+def command(
+    load: Any,
+    model_name: str,
+    data: str,
+    split: str | None,
+    data_dir: str | None,
+    batch_size: int,
+    workers: int,
+    knn: bool,
+    probe: bool,
+    train_split: str,
+    confusion: Path | None,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """Score a model on every image of a data set, over all devices.
+
+    Images are resized and cropped as the model's own settings say. Where a data set has fewer classes than the
+    model, as ImageNet-A and -R and many folders do, only those compete; on ImageNet-ReaL any of an
+    image's labels is right, and images without labels do not count.
+    """
+    import numpy as np
+
+    from cait_jax.data.sources import load_split
+    from cait_jax.evaluation.benchmarks import find_benchmark
+    from cait_jax.evaluation.score import score, with_channels
+
+    _check_writable(confusion, output)
+    found = find_benchmark(data, split, data_dir=data_dir)
+    if confusion is not None and found.rule == "real":
+        raise click.UsageError(
+            "--confusion needs one label an image, and ImageNet-ReaL has several"
+        )
+    loaded = load()
+    prepare = loaded.preprocessing
+
+    def open_split(name: str) -> Any:
+        opened = load_split(found.data, name, image_size=prepare.image_size, data_dir=data_dir)
+        return with_channels(opened, prepare.channels)
+
+    examples = open_split(found.split)
+    # A split that does not exist is told before the work begins.
+    train = open_split(train_split) if knn or probe else None
+    scores = score(
+        loaded.model,
+        loaded.variables,
+        examples,
+        prepare,
+        batch_size=batch_size,
+        rule=found.rule,
+        class_names=loaded.label_names,
+        workers=workers,
+        progress=f"{found.data} {found.split}",
+    )
+    result: dict[str, Any] = {
+        "model": model_name,
+        "data": found.data,
+        "split": found.split,
+        "preprocessing": prepare.to_dict(),
+        **scores.as_dict(),
+    }
+    if train is not None:
+        result |= _features_accuracy(
+            loaded, train, examples, knn=knn, probe=probe, batch_size=batch_size, workers=workers
+        )
+    if confusion is not None:
+        from cait_jax.data.imagenet import class_words
+        from cait_jax.evaluation.confusion import save_confusion
+
+        title = f"{model_name} on {found.data} {found.split}"
+        matrix = np.asarray(scores.confusion)
+        save_confusion(matrix, class_words(scores.class_names), confusion, title)
+    if output is not None:
+        output.write_text(json.dumps(result, indent=2) + "\n")
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(_report(result))
+
+
+def _check_writable(*paths: Path | None) -> None:
+    from cait_jax.errors import UserError
+
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"there is no directory {path.parent} to write {path.name} in: make it")
+
+
+def _features_accuracy(
+    loaded: Loaded,
+    train: Any,
+    test: Any,
+    *,
+    knn: bool,
+    probe: bool,
+    batch_size: int,
+    workers: int,
+) -> dict[str, float]:
+    """What the features alone tell about the classes."""
+    from cait_jax.data.pipeline import eval_batches
+    from cait_jax.evaluation.features import extract_features
+    from cait_jax.evaluation.knn import knn_accuracy
+    from cait_jax.evaluation.probe import probe_accuracy
+    from cait_jax.evaluation.progress import show_progress
+    from cait_jax.sharding import make_mesh
+
+    devices = make_mesh().size
+    prepare = loaded.preprocessing
+    features: list[Any] = []
+    for part, title in ((train, "features to learn from"), (test, "features to classify")):
+        with (
+            eval_batches(
+                part,
+                batch_size=-(-batch_size // devices) * devices,
+                image_size=prepare.image_size,
+                workers=workers,
+                crop_ratio=prepare.crop_ratio,
+            ) as batches,
+            show_progress(len(part), title) as update,
+        ):
+            features += extract_features(
+                loaded.model,
+                loaded.variables,
+                batches,
+                mean=prepare.mean,
+                std=prepare.std,
+                progress=update,
+            )
+    result = {}
+    if knn:
+        result["knn"] = knn_accuracy(*features)
+    if probe:
+        result["probe"] = probe_accuracy(*features)
+    return result
+
+
+def _report(result: dict[str, Any]) -> str:
+    """The scores for people."""
+
+    def percent(value: float | None) -> str | None:
+        return None if value is None else f"{value:.3%}"
+
+    rows = [
+        {"score": "top-1", "value": percent(result["top1"])},
+        {"score": "top-5", "value": percent(result["top5"])},
+        {"score": "loss (nats)", "value": result["loss"] and f"{result['loss']:.5f}"},
+        {"score": "calibration error", "value": percent(result["ece"])},
+    ]
+    rows += [
+        {"score": name, "value": percent(result[key])}
+        for key, name in (("knn", "k-NN (k=20)"), ("probe", "linear probe"))
+        if key in result
+    ]
+    lines = [
+        f"{result['model']} on {result['counted']:,} images of {result['data']} {result['split']}",
+        "",
+        table([row for row in rows if row["value"] is not None]),
+    ]
+    per_class: list[tuple[float, str, int]] = []
+    if result["class_accuracy"] is not None:
+        columns = (result["class_accuracy"], result["class_names"], result["class_images"])
+        per_class = [row for row in zip(*columns, strict=True) if row[2]]
+    if per_class:
+        from cait_jax.data.imagenet import class_words
+
+        title = "by class"
+        if len(per_class) > _FEW_CLASSES:
+            per_class, title = sorted(per_class)[:_WORST], f"the {_WORST} worst classes"
+        words = class_words([name for _, name, _ in per_class])
+        rows = [
+            {"class": word, "images": f"{images:,}", "accuracy": percent(accuracy)}
+            for word, (accuracy, _, images) in zip(words, per_class, strict=True)
+        ]
+        lines += ["", f"{title}:", "", table(rows)]
+    return "\n".join(lines)

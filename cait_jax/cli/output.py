@@ -1,0 +1,59 @@
+"""How commands print: tables for people, JSON and CSV for programs, one broken pipe for none."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+
+def table(rows: Sequence[Mapping[str, Any]], *, markdown: bool = False) -> str:
+    """Rows as an aligned table.
+
+    Args:
+      rows: with the same keys, which become the heads.
+      markdown: in Markdown's notation.
+
+    Returns:
+      The table; empty cells for None.
+    """
+    heads = list(rows[0]) if rows else []
+    cells = [["" if row[head] is None else row[head] for head in heads] for row in rows]
+    style = "github" if markdown else "simple"
+    # Numbers come written as they should stand: tabulate is not to rewrite them.
+    right = ["right" if _is_number(column) else "left" for column in zip(*cells, strict=True)]
+    return tabulate(cells, heads, tablefmt=style, disable_numparse=True, colalign=right or None)
+
+
+def print_json(value: Any) -> None:
+    """Prints a value as JSON, indented."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as one line of JSON."""
+    return json.dumps(record)
+
+
+def csv_lines(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV (RFC 4180 quoting, line feeds)."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _is_number(cells: Iterable[Any]) -> bool:
+    return all(
+        str(cell)
+        .replace(",", "")
+        .replace(".", "")
+        .replace("-", "")
+        .replace("%", "")
+        .strip()
+        .isdigit()
+        for cell in cells
+        if cell != ""
+    )

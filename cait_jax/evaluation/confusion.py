@@ -1,0 +1,114 @@
+"""The picture of a confusion matrix."""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from cait_jax.errors import UserError
+
+_MOST_COUNTS = 25
+_MOST_NAMES = 60
+_DPI = 100
+_MARGIN, _BAR = 0.8, 1.2  # inches
+
+
+def save_confusion(
+    confusion: Int[np.ndarray, "classes classes"],
+    class_names: Sequence[str],
+    path: str | os.PathLike[str],
+    title: str | None = None,
+) -> None:
+    """Draws a confusion matrix to a PNG file. The same matrix gives the same file.
+
+    A cell's colour is its share of its row. Up to 25 classes it also has its count, and up to 60 the classes are
+    named. Of more, up to 1000, a cell is a whole number of pixels and its colour goes by the cube root of the
+    share.
+
+    Args:
+      confusion: counts; rows are true classes, columns predicted ones.
+      class_names: the names of the classes.
+      path: the file, replaced if it exists.
+      title: a line above the picture.
+
+    Raises:
+      UserError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import PowerNorm
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            'pictures are drawn by matplotlib: pip install "cait-jax[figures]"'
+        ) from error
+
+    classes = len(confusion)
+    named, counted = classes <= _MOST_NAMES, classes <= _MOST_COUNTS
+    images = confusion.sum(axis=1, keepdims=True)
+    share = confusion / np.maximum(images, 1)
+
+    names = [name.replace("_", " ") for name in class_names] if named else []
+    # Whole pixels, so that every cell of a large matrix gets its own.
+    margin = round(_MARGIN + 0.085 * max(map(len, names), default=0), 2)
+    side = _cell_pixels(classes) * classes / _DPI
+    width, height = margin + side + _BAR, margin + side + (0.5 if title else 0.2)
+    figure = Figure(figsize=(width, height), dpi=_DPI)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
+    picture = axes.imshow(
+        share,
+        cmap="Blues",
+        norm=PowerNorm(1.0 if named else 1 / 3, 0.0, 1.0),
+        interpolation="nearest",
+    )
+    bar = figure.add_axes(
+        ((margin + side + 0.2) / width, margin / height, 0.2 / width, side / height)
+    )
+    figure.colorbar(picture, cax=bar, label="share of the true class")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    if title:
+        axes.set_title(title)
+    if named:
+        axes.set_xticks(range(classes), names, rotation=90)
+        axes.set_yticks(range(classes), names)
+    if counted:
+        _write_counts(axes, confusion, share)
+
+    file = io.BytesIO()
+    canvas.print_png(file, metadata={"Software": None})
+    _write(Path(path), file.getvalue())
+
+
+def _cell_pixels(classes: int) -> int:
+    if classes <= _MOST_COUNTS:
+        return max(45, 300 // classes)
+    return 22 if classes <= _MOST_NAMES else max(1, 1000 // classes)
+
+
+def _write_counts(
+    axes: Any,
+    confusion: Int[np.ndarray, "classes classes"],
+    share: Float[np.ndarray, "classes classes"],
+) -> None:
+    for (row, column), count in np.ndenumerate(confusion):
+        if count:
+            color = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=8)
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; choose another folder for the picture"
+        ) from error

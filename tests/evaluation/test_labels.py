@@ -1,0 +1,202 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import confusion_matrix, log_loss
+from tfds_files import write_imagenet2012
+
+from cait_jax import UserError
+from cait_jax.data.imagenet import imagenet_classes
+from cait_jax.data.sources import Encoded, InMemory, load_split
+from cait_jax.evaluation.labels import (
+    Classes,
+    choose_classes,
+    choose_rule,
+    match_classes,
+    measure_of,
+    read_labels,
+)
+from cait_jax.evaluation.metrics import finish
+
+MODEL = ("tench, Tinca tinca", "n01443537", "great_white_shark", "Cock", "hen", "crane", "crane")
+
+
+def match(data, model=MODEL):
+    return match_classes(data, model, len(MODEL)).tolist()
+
+
+def split_of(labels, names):
+    images = np.zeros((len(labels), 2, 2, 1), np.uint8)
+    return InMemory(images, np.asarray(labels, np.int32), tuple(names))
+
+
+def test_classes_are_found_by_name():
+    assert match(["HEN", "cock", "Great White  Shark", "N01443537"]) == [4, 3, 2, 1]
+    assert match(["tinca_tinca"]) == match(["Tench"]) == match(["tench, Tinca tinca"]) == [0]
+    assert match(list(MODEL)) == list(range(7))  # the same names, though two of them are alike
+    whole = ["maillot", "maillot, tank suit"]
+    assert match_classes(["maillot"], whole, 2).tolist() == [0]
+
+
+def test_wordnet_ids_equal_their_words():
+    wnids, words = zip(*imagenet_classes(), strict=True)
+    for data, model in ((wnids, words), (words, wnids), (wnids, wnids)):
+        np.testing.assert_array_equal(match_classes(data, model, 1000), range(1000))
+    some = [517, 0, 999, 134]
+    assert match_classes([wnids[i] for i in some], wnids, 1000).tolist() == some
+    assert match_classes([words[i] for i in some[1:3]], wnids, 1000).tolist() == some[1:3]
+    assert match_classes(["Tench", wnids[999]], words, 1000).tolist() == [0, 999]
+    with pytest.raises(UserError, match=r"could be more than one .* 'crane'"):
+        match_classes(["tench", "crane"], wnids, 1000)
+
+
+@pytest.mark.parametrize(
+    ("data", "model"),
+    [
+        (list("abcdefg"), None),
+        (list("abcdefg"), [str(i) for i in range(7)]),
+        ([str(i) for i in range(7)], MODEL),
+    ],
+)
+def test_without_names_on_one_side_the_indices_are_the_same(data, model):
+    indices = match(data, model)
+    assert indices == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "words"),
+    [
+        (["hem", "cock", "dog"], MODEL, "2 of the data set's 3 .* 7: 'hem', 'dog' .nearest: hen"),
+        (["crane"], MODEL, "could be more than one of the model's 7: 'crane'"),
+        (["hen"], None, "has 1 classes and the model 7, and the names of the model's"),
+        (["0", "1"], MODEL, "the names of the data set's classes are not known"),
+        (["hen"], MODEL[:3], "3 class names were given for a model of 7"),
+    ],
+)
+def test_what_does_not_match_is_named(data, model, words):
+    with pytest.raises(UserError, match=words) as caught:
+        match(data, model)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_the_names_of_imagenet_are_not_listed():
+    names = [f"n{i:08d}" for i in range(1000)]
+    with pytest.raises(UserError) as caught:
+        match_classes(["zebra crossing"], names, 1000)
+    assert len(str(caught.value)) < 200
+
+
+def test_labels_are_read_without_decoding(tmp_path):
+    write_imagenet2012(tmp_path, {"validation": [(b"no image", i % 7) for i in range(600)]})
+    split = load_split("imagenet2012", "validation", image_size=(8, 8), data_dir=str(tmp_path))
+    np.testing.assert_array_equal(read_labels(split), np.arange(600) % 7)
+
+
+class Unreadable:
+    """Records that know their labels; reading one fails."""
+
+    labels = np.array([2, 0], np.int32)
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise AssertionError
+
+
+def test_labels_of_other_records():
+    assert read_labels(Encoded(Unreadable(), ("a",), 3)).tolist() == [2, 0]
+    records = [{"image": b"", "label": 4}, {"image": b"", "label": 1}]
+    assert read_labels(Encoded(records, ("a",), 3)).tolist() == [4, 1]
+    assert read_labels(split_of([1, 0], "ab")).tolist() == [1, 0]
+
+
+def test_default_rules():
+    assert choose_rule(split_of([0], "abc"), 3) == "all"
+    assert choose_rule(split_of([0], "abc"), 4) == "restricted"
+    assert choose_rule(Encoded([], ("a", "b"), 3, multi_label=True), 2) == "real"
+
+
+def test_the_classes_that_occur_compete():
+    split = split_of([3, 1, 3, -1], "abcde")
+    classes = choose_classes(split, "restricted", 5)
+    assert classes.columns.tolist() == [1, 3]
+    assert classes.index.tolist() == [-1, 0, -1, 1, -1]
+    assert classes.names == ("b", "d")
+    every = choose_classes(split, "all", 5)
+    assert every.columns is None
+    assert every.names == ("a", "b", "c", "d", "e")
+
+
+def test_names_are_the_models_own_where_they_are_known():
+    classes = choose_classes(split_of([0, 1], ["hen", "tinca tinca"]), "all", 7, MODEL)
+    assert classes.index.tolist() == [4, 0]
+    assert classes.names == MODEL
+
+
+def test_unfit_rules():
+    split = split_of([0], "ab")
+    with pytest.raises(UserError, match="nearest: restricted"):
+        choose_classes(split, "restrict", 2)
+    with pytest.raises(UserError, match="needs any number of labels"):
+        choose_classes(split, "real", 2)
+
+
+def measured(rule, classes, logits, **batch):
+    batch = {name: jnp.asarray(value) for name, value in batch.items()}
+    batch |= {"mask": jnp.ones(len(logits), bool)}
+    sums = jax.jit(measure_of(rule, classes))(jnp.asarray(logits), batch)
+    return finish(sums, classes.names)
+
+
+@pytest.fixture(scope="module")
+def logits():
+    return (2 * np.random.default_rng(0).standard_normal((200, 9))).astype(np.float32)
+
+
+def test_restriction_is_minus_infinity_elsewhere(logits):
+    """As on ImageNet-A: the data set's labels are the model's, and some of them never occur."""
+    occurring = np.array([1, 2, 5, 6, 7, 8])
+    labels = np.random.default_rng(1).choice(occurring, 200).astype(np.int32)
+    split = split_of(labels, "abcdefghi")
+    found = measured("restricted", choose_classes(split, "restricted", 9), logits, label=labels)
+
+    masked = np.full_like(logits, -np.inf)
+    masked[:, occurring] = logits[:, occurring]
+    probabilities = np.exp(np.float64(masked))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    order = np.argsort(-masked, axis=-1)
+    assert found["top1"] == np.mean(order[:, 0] == labels)
+    assert found["top5"] == np.mean((order[:, :5] == labels[:, None]).any(-1))
+    assert found["top1"] > np.mean(logits.argmax(-1) == labels)
+    expected = log_loss(labels, probabilities[:, occurring], labels=occurring)
+    assert found["loss"] == pytest.approx(expected, rel=1e-6)
+    matrix = confusion_matrix(labels, masked.argmax(-1), labels=occurring)
+    np.testing.assert_array_equal(found["confusion"], matrix)
+    assert found["class_names"] == list("bcfghi")
+
+
+def test_labels_of_another_order_and_of_one_class_under_two_names(logits):
+    classes = choose_classes(
+        split_of([0, 1, 2], ["hen", "tench", "tinca tinca"]), "all", 9, (*MODEL[:5], *"xyzw")
+    )
+    labels = np.tile(np.array([0, 1, 2, -1], np.int32), 50)
+    found = measured("all", classes, logits, label=labels)
+    true = np.array([4, 0, 0, -1])[labels]
+    assert found["counted"] == 150
+    assert found["top1"] == np.mean(logits.argmax(-1)[labels >= 0] == true[labels >= 0])
+
+
+def test_several_labels_of_another_order(logits):
+    """Two of the labels are one class of the model."""
+    index = np.array([8, 3, 0, 3], np.int32)
+    classes = Classes(None, index, tuple("abcdefghi"))
+    labels = np.random.default_rng(2).random((200, 4)) < 0.4
+    found = measured("real", classes, logits, labels=labels, label=np.zeros(200, np.int32))
+    right = [
+        predicted in index[row]
+        for predicted, row in zip(logits.argmax(-1), labels, strict=True)
+        if row.any()
+    ]
+    assert 0 < sum(right) < len(right)
+    assert (found["counted"], found["top1"]) == (len(right), np.mean(right))
