@@ -18,29 +18,37 @@ from cait_jax.cli.loading import model_options
     "--to", "form", type=click.Choice(["cait", "timm"]), default="cait", show_default=True,
     help="Who is to read it: cait_jax.load_pretrained, or timm.create_model (PyTorch).",
 )  # fmt: skip
-@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
-def command(load: Any, model_name: str, form: str, directory: Path) -> None:
-    """Write a model to DIRECTORY: model.safetensors, config.json and, for timm, a model card.
+@click.argument("target", type=click.Path(path_type=Path))
+def command(load: Any, model_name: str, form: str, target: Path) -> None:
+    """Write a model to the directory TARGET: model.safetensors, config.json and, for timm, a model card.
+
+    With --to timm, TARGET may also be a .safetensors file, which is then written alone.
 
     The model may be a released one, a file of weights (with --model NAME --weights FILE), a saved directory or
     a training run. Parameters are written bit for bit, in the dtype they have.
     """
+    from cait_jax.errors import UserError
     from cait_jax.weights.export import export_timm
     from cait_jax.weights.saved import save_pretrained
 
+    alone = target.suffix == ".safetensors"
+    if alone and form == "cait":
+        raise UserError(
+            f"{target.name} alone would not say which network it is of: name a directory, or add --to timm"
+        )
     loaded = load()
     write = export_timm if form == "timm" else save_pretrained
     write(
-        directory,
+        target,
         loaded.model,
         loaded.variables,
         label_names=loaded.label_names,
         preprocessing=loaded.preprocessing.to_dict(),
     )
-    click.echo(f"{model_name} is in {directory}; {_next_step(form, directory)}")
-
-
-def _next_step(form: str, directory: Path) -> str:
     if form == "cait":
-        return f"load it by cait_jax.load_pretrained({str(directory)!r})"
-    return "its README.md says how timm loads it"
+        then = f"load it by cait_jax.load_pretrained({str(target)!r})"
+    elif alone:
+        then = f"timm loads it with checkpoint_path={str(target)!r}"
+    else:
+        then = "its README.md says how timm loads it"
+    click.echo(f"{model_name} is in {target}; {then}")

@@ -1,13 +1,12 @@
 """`cait evaluate`: how good a model is on a data set."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cait_jax.cli.loading import Loaded, model_options
-from cait_jax.cli.output import print_json, table
+from cait_jax.cli.loading import Loaded, dtype_option, model_options
+from cait_jax.cli.output import as_json, table
 
 _FEW_CLASSES = 20
 _WORST = 5
@@ -19,6 +18,7 @@ _WORST = 5
     epilog="Example: cait evaluate --model cait_xs24_384 --data imagenet_v2 --data-dir DIR",
 )
 @model_options
+@dtype_option
 @click.option(
     "--data", required=True, metavar="NAME|DIR",
     help="imagenet, imagenet_v2, imagenet_real, imagenet_a, imagenet_r, imagenet_sketch, any TFDS name "
@@ -39,13 +39,14 @@ _WORST = 5
     "--confusion", type=click.Path(path_type=Path, dir_okay=False), metavar="PNG",
     help="Draw the confusion matrix there.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", is_flag=True, help="Print JSON.")
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
     help="Write the JSON there as well.",
 )  # fmt: skip
 def command(
     load: Any,
+    numerics: dict[str, Any],
     model_name: str,
     data: str,
     split: str | None,
@@ -56,7 +57,7 @@ def command(
     probe: bool,
     train_split: str,
     confusion: Path | None,
-    as_json: bool,
+    json: bool,
     output: Path | None,
 ) -> None:
     """Score a model on every image of a data set, over all devices.
@@ -77,7 +78,7 @@ def command(
         raise click.UsageError(
             "--confusion needs one label an image, and ImageNet-ReaL has several"
         )
-    loaded = load()
+    loaded = load(**numerics)
     prepare = loaded.preprocessing
 
     def open_split(name: str) -> Any:
@@ -117,9 +118,9 @@ def command(
         matrix = np.asarray(scores.confusion)
         save_confusion(matrix, class_words(scores.class_names), confusion, title)
     if output is not None:
-        output.write_text(json.dumps(result, indent=2) + "\n")
-    if as_json:
-        print_json(result)
+        output.write_text(as_json(result) + "\n")
+    if json:
+        click.echo(as_json(result))
     else:
         click.echo(_report(result))
 

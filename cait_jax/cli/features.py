@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from cait_jax.cli.loading import model_options
+from cait_jax.cli.loading import dtype_option, model_options
 
 
 @click.command(
@@ -15,6 +15,7 @@ from cait_jax.cli.loading import model_options
 )
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @model_options
+@dtype_option
 @click.option(
     "--layer", default="head", show_default=True,
     help="'head': what the head reads; 'blocks.N' or 'blocks_token_only.N': after block N, counted from 0; "
@@ -31,6 +32,7 @@ def command(
     ctx: click.Context,
     images: tuple[str, ...],
     load: Any,
+    numerics: dict[str, Any],
     model_name: str,
     layer: str,
     tokens: bool,
@@ -55,7 +57,7 @@ def command(
     if not output.absolute().parent.is_dir():
         raise UserError(f"there is no directory {output.parent} to write {output.name} in: make it")
     paths = expand_images(images)
-    loaded = load()
+    loaded = load(**numerics)
     found, features, broken = [], [], 0
     with show_progress(len(paths), model_name) as update:
         for answers in run_over_photographs(

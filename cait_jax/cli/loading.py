@@ -50,10 +50,6 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--image-size", type=int, metavar="PIXELS", help="Another resolution.")
     @click.option("--antialias", is_flag=True, help="Resize positions for it as timm does.")
     @click.option("--ema", is_flag=True, help="Of a training run, the averaged parameters.")
-    @click.option(
-        "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
-        help="Of the computation; float32 is exact on every device, bfloat16 fast.",
-    )  # fmt: skip
     @functools.wraps(function)
     def with_load(
         model: str,
@@ -61,23 +57,36 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         image_size: int | None,
         antialias: bool,
         ema: bool,
-        dtype: str,
         **others: Any,
     ) -> Any:
-        def load() -> Loaded:
+        def load(**attributes: Any) -> Loaded:
             return load_model(
                 model,
                 weights=weights,
                 image_size=image_size,
                 antialias=antialias,
                 ema=ema,
-                dtype=dtype,
-                precision="highest" if dtype == "float32" else None,
+                **attributes,
             )
 
         return function(load=load, model_name=model, **others)
 
     return with_load
+
+
+def dtype_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds `--dtype`; the command gets `numerics`, the attributes of a model that computes so."""
+
+    @click.option(
+        "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
+        help="Of the computation; float32 is exact on every device, bfloat16 fast.",
+    )  # fmt: skip
+    @functools.wraps(function)
+    def with_numerics(dtype: str, **others: Any) -> Any:
+        precision = "highest" if dtype == "float32" else None
+        return function(numerics={"dtype": dtype, "precision": precision}, **others)
+
+    return with_numerics
 
 
 def load_model(

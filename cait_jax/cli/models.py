@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from cait_jax.cli.output import print_json, table
+from cait_jax.cli import output
 
 
 @click.command(
@@ -14,9 +14,9 @@ from cait_jax.cli.output import print_json, table
 )
 @click.argument("pattern", default="*")
 @click.option("--pretrained", is_flag=True, help="Only those with released weights.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "json", is_flag=True, help="Print JSON.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
-def command(pattern: str, pretrained: bool, as_json: bool, markdown: bool) -> None:
+def command(pattern: str, pretrained: bool, json: bool, markdown: bool) -> None:
     """List the named models that match the shell PATTERN, all of them by default.
 
     Parameters and multiply-accumulates (GMACs, for one image) are computed from the shapes. Top-1 is the
@@ -29,8 +29,8 @@ def command(pattern: str, pretrained: bool, as_json: bool, markdown: bool) -> No
     if not names:
         raise UserError(f"no model matches {pattern!r}: `cait models` lists them all")
     rows = [_row(name) for name in names]
-    if as_json:
-        print_json(rows)
+    if json:
+        click.echo(output.as_json(rows))
         return
     shown = [
         {
@@ -44,7 +44,7 @@ def command(pattern: str, pretrained: bool, as_json: bool, markdown: bool) -> No
         }
         for row in rows
     ]
-    click.echo(table(shown, markdown=markdown))
+    click.echo(output.table(shown, markdown=markdown))
 
 
 def _row(name: str) -> dict[str, Any]:

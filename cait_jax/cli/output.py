@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import click
 from tabulate import tabulate
 
 
@@ -28,9 +27,14 @@ def table(rows: Sequence[Mapping[str, Any]], *, markdown: bool = False) -> str:
     return tabulate(cells, heads, tablefmt=style, disable_numparse=True, colalign=right or None)
 
 
-def print_json(value: Any) -> None:
-    """Prints a value as JSON, indented."""
-    click.echo(json.dumps(value, indent=2))
+def as_json(value: Mapping[str, Any] | Sequence[Any]) -> str:
+    """An object or a list as JSON, each member on a line of its own whatever it holds."""
+    if isinstance(value, Mapping):
+        members = [f"{json.dumps(key)}: {json.dumps(member)}" for key, member in value.items()]
+    else:
+        members = [json.dumps(member) for member in value]
+    opening, closing = "{}" if isinstance(value, Mapping) else "[]"
+    return "\n".join([opening, ",\n".join(f"  {member}" for member in members), closing])
 
 
 def json_line(record: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 import click
 
-from cait_jax.cli.loading import model_options
+from cait_jax.cli.loading import dtype_option, model_options
 from cait_jax.cli.output import csv_lines, json_line
 
 _HEADS = ("image", "rank", "class", "label", "probability")
@@ -19,6 +19,7 @@ _HEADS = ("image", "rank", "class", "label", "probability")
 )
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @model_options
+@dtype_option
 @click.option(
     "--top", default=5, show_default=True, type=click.IntRange(1), help="Classes for each image."
 )
@@ -34,6 +35,7 @@ def command(
     ctx: click.Context,
     images: tuple[str, ...],
     load: Any,
+    numerics: dict[str, Any],
     model_name: str,
     top: int,
     batch_size: int,
@@ -50,7 +52,7 @@ def command(
     from cait_jax.evaluation.progress import show_progress
 
     paths = expand_images(images)
-    loaded = load()
+    loaded = load(**numerics)
     words = loaded.class_words
     broken = 0
     if style == "csv":
