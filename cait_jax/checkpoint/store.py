@@ -28,7 +28,6 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
 
-from cait_jax.errors import UserError
 from cait_jax.checkpoint.seal import (
     MANIFEST,
     BrokenError,
@@ -39,6 +38,7 @@ from cait_jax.checkpoint.seal import (
     read_manifest,
     seal,
 )
+from cait_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -211,6 +211,40 @@ class Checkpoints:
         if chosen is None:
             return None
         return chosen, *self._read(chosen, template)
+
+    def restore_part(
+        self, part: str, template: PyTree | None = None, step: int | None = None
+    ) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """Restores one part of a saved state to host memory; the other parts' arrays are not loaded.
+
+        Every file of the step is checked against the manifest first, as in `restore`. A run may go on
+        saving in the meantime: when it deletes the newest step while that is read, the next one is taken.
+
+        Args:
+          part: the name of a field of the state, such as `"params"`.
+          template: shapes and dtypes that it must have; None: it comes as it was saved, in dicts and
+            lists.
+          step: which, and no other in its place; None: the newest good one.
+
+        Returns:
+          The step, the part with numpy arrays as leaves, and the step's `meta`; None if nothing was
+          saved.
+
+        Raises:
+          UserError: as `restore` does, and if the state has no such part or the part is empty.
+        """
+        self._settle()
+        while True:
+            newest = self.latest_step()
+            try:
+                chosen = self._agree(step)
+                return (
+                    None if chosen is None else (chosen, *self._read_part(chosen, part, template))
+                )
+            except Exception:
+                overtaken = step is None and self.latest_step() != newest
+                if not overtaken or jax.process_count() > 1:
+                    raise
 
     def wait(self) -> None:
         """Returns when what was saved is on disk and sealed.
@@ -407,8 +441,39 @@ class Checkpoints:
                     differences = [one_line(str(error))]
                 else:
                     return found[_STATE], found[_META]
+        raise self._misfit(step, differences)
+
+    def _read_part(
+        self, step: int, part: str, template: PyTree | None
+    ) -> tuple[PyTree, dict[str, Any]]:
+        path = self._path(step)
+        handlers = {_STATE: ocp.PyTreeCheckpointHandler(), _META: ocp.JsonCheckpointHandler()}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
+            stored = reader.metadata(path).item_metadata[_STATE].tree
+            if not jax.tree.leaves(stored.get(part)):
+                there = ", ".join(sorted(name for name in stored if jax.tree.leaves(stored[name])))
+                raise UserError(
+                    f"The checkpoint of step {step} under {self._directory} holds no {part}; it "
+                    f"holds {there}."
+                )
+            shapes = {part: jax.tree.map(_shape, stored[part])}
+            differences = [] if template is None else _differences(shapes, {part: template})
+            if differences:
+                raise self._misfit(step, differences)
+            how = jax.tree.map(lambda leaf: ocp.RestoreArgs(np.ndarray, leaf.dtype), shapes)
+            items = {
+                _STATE: ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=True),
+                _META: ocp.args.JsonRestore(),
+            }
+            restored = reader.restore(path, args=ocp.args.Composite(**items))
+        found = restored[_STATE][part]
+        if template is not None:
+            found = jax.tree.unflatten(jax.tree.structure(template), jax.tree.leaves(found))
+        return found, restored[_META]
+
+    def _misfit(self, step: int, differences: list[str]) -> UserError:
         more = f"; and {len(differences) - 1} more" if len(differences) > 1 else ""
-        raise UserError(
+        return UserError(
             f"The checkpoint of step {step} under {self._directory} does not fit the state to be "
             f"restored: {differences[0]}{more}."
         )
@@ -458,6 +523,10 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _differences(stored: PyTree, targets: PyTree) -> list[str]:

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -15,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import struct
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from cait_jax.errors import UserError
 from cait_jax.checkpoint.store import Checkpoints
+from cait_jax.errors import UserError
 
 
 @struct.dataclass
@@ -174,6 +176,83 @@ def test_refuses_a_template_with_another_optimizer(tmp_path):
     state = make_state()
     with pytest.raises(UserError, match="opt_state"):
         Checkpoints(tmp_path).restore(state.replace(opt_state=optax.sgd(0.1).init(state.params)))
+
+
+def test_a_part_comes_to_the_host_with_its_meta(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    params = make_state(2).params
+    for template in (None, params, abstract(params)):
+        step, found, meta = Checkpoints(tmp_path).restore_part("params", template)
+        assert (step, meta) == (2, {"step": 2})
+        assert_same_bits(found, params)
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
+    assert Checkpoints(tmp_path).restore_part("step", step=1)[1] == 1
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert Checkpoints(tmp_path / "absent").restore_part("params") is None
+
+
+def test_the_other_parts_of_a_state_are_not_loaded(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1)
+    read, real = [], ocp.type_handlers.NumpyHandler.deserialize
+
+    async def deserialize(handler, infos, args=None):
+        read.extend(info.name for info in infos)
+        return await real(handler, infos, args)
+
+    monkeypatch.setattr(ocp.type_handlers.NumpyHandler, "deserialize", deserialize)
+    Checkpoints(tmp_path).restore_part("params")
+    assert len(read) == len(jax.tree.leaves(make_state().params))
+    assert all(name.startswith("params") for name in read)
+
+
+@pytest.mark.parametrize(
+    ("part", "template", "sentence"),
+    [
+        ("ema", None, r"step 1 .* holds no ema; it holds opt_state, params, step\."),
+        (
+            "step",
+            jnp.float32(0),
+            r"step is int32 \(\) in the checkpoint and should be float32 \(\)",
+        ),
+        (
+            "params",
+            {"half": jnp.zeros(3)},
+            r"checkpoint's params/bits has no place in it; and 6 more",
+        ),
+    ],
+)
+def test_a_part_that_is_missing_or_does_not_fit(tmp_path, part, template, sentence):
+    save_steps(tmp_path, 1)
+    with pytest.raises(UserError, match=sentence) as caught:
+        Checkpoints(tmp_path).restore_part(part, template)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_part_of_a_damaged_step_is_that_of_the_one_before(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    flip_bit(array_file(tmp_path / "2"))
+    step, found, _ = Checkpoints(tmp_path).restore_part("params")
+    assert step == 1
+    assert_same_bits(found, make_state(1).params)
+    with pytest.raises(UserError, match=r"step 2 .* unusable"):
+        Checkpoints(tmp_path).restore_part("params", step=2)
+
+
+def test_a_step_deleted_while_it_is_read_gives_way_to_the_next(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1)
+    real = Checkpoints._read_part
+
+    def overtaken(checkpoints, step, *arguments):
+        if step == 1:
+            save_steps(tmp_path, 2)
+            shutil.rmtree(tmp_path / "1")
+        return real(checkpoints, step, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "_read_part", overtaken)
+    step, found, _ = Checkpoints(tmp_path).restore_part("params")
+    assert step == 2
+    assert_same_bits(found, make_state(2).params)
 
 
 def test_keeps_the_latest_and_the_best(tmp_path):

@@ -1,0 +1,294 @@
+"""A model for PyTorch users: weights that timm loads strictly, with a model card that says how."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cait_jax.errors import UserError
+from cait_jax.models.zoo import create_model
+from cait_jax.weights.description import attribute_names, checked_weights
+from cait_jax.weights.files import replace_files, safetensors_writer, write_safetensors
+from cait_jax.weights.released import RELEASED
+from cait_jax.weights.saved import CONFIG, SECTION, WEIGHTS, config_section, config_writer
+
+# What changes how a network is computed or trained, but not what it computes.
+_WITHOUT_EFFECT = (
+    "dtype",
+    "param_dtype",
+    "precision",
+    "remat",
+    "stacked",
+    "drop_path",
+    "drop_path_growth",
+    "embedding_dropout",
+    "attention_dropout",
+    "dropout",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimmModel:
+    """How timm makes the same network.
+
+    Attributes:
+      constructor: dotted path of the class.
+      arguments: of the constructor.
+      entry_point: the model of timm's registry that the arguments make this network from.
+      named: the arguments that `entry_point` needs beside its own; None if the network is not that model
+        at another resolution, with other channels or classes.
+      first_conv: name of the layer that sees the image.
+      classifier: name of the layer that gives the logits.
+    """
+
+    constructor: str
+    arguments: dict[str, Any]
+    entry_point: str
+    named: dict[str, Any] | None
+    first_conv: str
+    classifier: str
+
+
+def timm_constructor(model: Any) -> TimmModel:
+    """The call of timm that makes the same network, whose state dict has the same names and shapes.
+
+    Args:
+      model: a model.
+
+    Raises:
+      UserError: timm has no such network; the attributes that it lacks are named.
+    """
+    family = type(model).__name__
+    if family not in _FAMILIES:
+        raise UserError(
+            f"timm's constructor for a {family} is not known: one of {', '.join(sorted(_FAMILIES))} "
+            "can be exported, and save_pretrained takes every model"
+        )
+    return _FAMILIES[family](model)
+
+
+def export_timm(
+    path_or_dir: str | os.PathLike[str],
+    model: Any,
+    variables: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    label_names: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model so that timm loads it strictly, and `load_pretrained` too.
+
+    Args:
+      path_or_dir: a `.safetensors` file, which is written alone; or a directory, which receives
+        `model.safetensors`, `config.json` for timm's `local-dir:` and `hf-hub:`, and a model card.
+      model: the model.
+      variables: its variables; their dtypes are kept.
+      name: title of the model card.
+      label_names: names of the classes in the order of the logits.
+      preprocessing: as `save_pretrained` takes it.
+
+    Raises:
+      UserError: timm has no such network, the variables are not the model's, or the disk refuses.
+    """
+    call = timm_constructor(model)
+    section = config_section(model, label_names=label_names, preprocessing=preprocessing)
+    weights = checked_weights(model, variables)
+    path = Path(path_or_dir)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, weights)
+        return
+    card = _card(name or _title(model, call), model, call, section)
+    replace_files(
+        path,
+        {
+            WEIGHTS: safetensors_writer(weights),
+            CONFIG: config_writer({**_timm_config(model, call, section), SECTION: section}),
+            "README.md": lambda file: file.write_text(card, encoding="utf-8"),
+        },
+    )
+
+
+def _cait(model: Any) -> TimmModel:
+    _refuse_options(
+        model,
+        {
+            "image_size", "num_classes", "in_channels", "width", "depth", "num_heads", "patch_size",
+            "class_depth", "mlp_ratio", "class_mlp_ratio", "layer_scale_init",
+        },
+    )  # fmt: skip
+    class_mlp_ratio = model.mlp_ratio if model.class_mlp_ratio is None else model.class_mlp_ratio
+    if class_mlp_ratio == 0:
+        raise UserError(
+            "timm's Cait has no class_mlp_ratio=0: export a model with MLPs, or use save_pretrained"
+        )
+    height, width = model.image_size
+    input_and_head = {
+        "img_size": height if height == width else [height, width],
+        "in_chans": model.in_channels,
+        "num_classes": model.num_classes,
+    }
+    network = {
+        "patch_size": model.patch_size,
+        "embed_dim": model.width,
+        "depth": model.depth,
+        "num_heads": model.num_heads,
+        "mlp_ratio": model.mlp_ratio,
+        "depth_token_only": model.class_depth,
+        "mlp_ratio_token_only": class_mlp_ratio,
+    }
+    usual = (model.mlp_ratio, model.class_depth, class_mlp_ratio) == (4, 2, 4)
+    same = [name for name in RELEASED if usual and _has_shape_of(name, model)]
+    # The one made for this resolution first.
+    same.sort(key=lambda name: RELEASED[name].image_size != height)
+    entry_point = same[0] if same else "cait_xxs24_224"
+    of_entry_point = {
+        "img_size": RELEASED[entry_point].image_size,
+        "in_chans": 3,
+        "num_classes": 1000,
+    }
+    named = {k: v for k, v in input_and_head.items() if v != of_entry_point[k]}
+    return TimmModel(
+        constructor="timm.models.cait.Cait",
+        arguments={**input_and_head, **network, "init_values": model.layer_scale_init},
+        entry_point=entry_point,
+        named=named if same else None,
+        first_conv="patch_embed.proj",
+        classifier="head",
+    )
+
+
+# One function a family.
+_FAMILIES: Mapping[str, Callable[[Any], TimmModel]] = {"CaiT": _cait}
+
+
+def _has_shape_of(name: str, model: Any) -> bool:
+    """Whether a model is of the same class and size as the released `name`."""
+    released = create_model(name)
+    return type(released) is type(model) and all(
+        getattr(released, attribute) == getattr(model, attribute)
+        for attribute in ("width", "depth", "num_heads", "patch_size")
+    )
+
+
+def _refuse_options(model: Any, known: set[str]) -> None:
+    """Refuses attributes that the constructor has no argument for, unless they have their defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(model)}
+    lacking = [
+        f"{name}={getattr(model, name)!r}"
+        for name in attribute_names(model)
+        if name not in known
+        and name not in _WITHOUT_EFFECT
+        and getattr(model, name) != defaults[name]
+    ]
+    if lacking:
+        raise UserError(
+            f"timm's {type(model).__name__} has no {', '.join(lacking)}: export a model without, or "
+            "use save_pretrained"
+        )
+
+
+def _timm_config(model: Any, call: TimmModel, section: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm reads in `config.json`: the arguments make the network from its entry point."""
+    height, width = model.image_size
+    pretrained_cfg: dict[str, Any] = {
+        "num_classes": model.num_classes,
+        "input_size": [model.in_channels, height, width],
+        "fixed_input_size": True,
+        "pool_size": None,
+        "interpolation": "bicubic",
+        "first_conv": call.first_conv,
+        "classifier": call.classifier,
+        "custom_load": False,
+    }
+    preprocessing = section["preprocessing"]
+    if preprocessing is not None:
+        pretrained_cfg |= {
+            "crop_pct": preprocessing["crop_ratio"],
+            "mean": _each_channel(preprocessing["mean"], model.in_channels),
+            "std": _each_channel(preprocessing["std"], model.in_channels),
+        }
+    config = {
+        "architecture": call.entry_point,
+        "num_classes": model.num_classes,
+        "model_args": call.arguments if call.named is None else call.named,
+        "pretrained_cfg": pretrained_cfg,
+    }
+    if section["label_names"] is not None:
+        config["label_names"] = section["label_names"]
+    return config
+
+
+def _each_channel(values: list[float], channels: int) -> list[float]:
+    return values * channels if len(values) == 1 else values
+
+
+def _card(title: str, model: Any, call: TimmModel, section: Mapping[str, Any]) -> str:
+    """The model card, in the hub's Markdown."""
+    if call.named is None:
+        module = call.constructor.rpartition(".")[0]
+        how = [
+            f"import {module}",
+            "from safetensors.torch import load_file",
+            "",
+            f"model = {_call(call.constructor, **call.arguments)}",
+            f'model.load_state_dict(load_file("{WEIGHTS}"), strict=True)',
+        ]
+    else:
+        file = _call("timm.create_model", call.entry_point, **call.named, checkpoint_path=WEIGHTS)
+        how = [
+            "import timm",
+            "",
+            'model = timm.create_model("local-dir:DIRECTORY", pretrained=True)',
+            f"# or, from the file of weights alone: model = {file}",
+        ]
+    lines = [
+        "---",
+        "library_name: timm",
+        "tags: [image-classification, timm]",
+        "---",
+        f"# {title}",
+        "",
+        f"A {type(model).__name__} written by cait_jax, as `{_call(call.constructor, **call.arguments)}`.",
+        "",
+        f"Images: {_images(model, section['preprocessing'])}.",
+        "",
+        "```python",
+        *how,
+        "model.eval()",
+        "```",
+        "",
+        "In JAX:",
+        "",
+        "```python",
+        "from cait_jax.weights.pretrained import load_pretrained",
+        "",
+        'model, variables = load_pretrained("DIRECTORY")',
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _title(model: Any, call: TimmModel) -> str:
+    return type(model).__name__ if call.named is None else call.entry_point
+
+
+def _images(model: Any, preprocessing: Mapping[str, Any] | None) -> str:
+    height, width = model.image_size
+    size = f"{height} by {width} pixels, {model.in_channels} channel(s)"
+    if preprocessing is None:
+        return f"{size}; how they were normalised is not recorded"
+    return (
+        f"{size}, resized (bicubic, antialiased) to cover that over {preprocessing['crop_ratio']}, then "
+        f"cropped in the middle; mean {tuple(preprocessing['mean'])} and std "
+        f"{tuple(preprocessing['std'])} on a scale from 0 to 1"
+    )
+
+
+def _call(function: str, *values: Any, **arguments: Any) -> str:
+    parts = [repr(value) for value in values]
+    parts += [
+        f"{key}={tuple(value) if isinstance(value, list) else value!r}"
+        for key, value in arguments.items()
+    ]
+    return f"{function}({', '.join(parts)})"

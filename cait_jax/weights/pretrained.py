@@ -1,0 +1,189 @@
+"""One call for weights from anywhere: a released name, a file, a saved model, a training run."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from cait_jax.errors import UserError
+from cait_jax.models.zoo import VARIANTS, create_model
+from cait_jax.weights.description import change
+from cait_jax.weights.files import SUFFIXES, read_weights
+from cait_jax.weights.head import fit_head
+from cait_jax.weights.hub import download
+from cait_jax.weights.published import from_published
+from cait_jax.weights.released import RELEASED, find_released
+from cait_jax.weights.resize import fit_to_model
+from cait_jax.weights.runs import is_run, read_run, run_settings
+from cait_jax.weights.saved import is_saved, read_saved, read_saved_weights, save_pretrained
+
+__all__ = ["Settings", "load_pretrained", "load_settings", "save_pretrained"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What prediction needs beside a model.
+
+    Attributes:
+      label_names: names of the classes in the order of the logits; None where none are saved. Released
+        weights have ImageNet-1k's.
+      preprocessing: `image_size` [height, width] in pixels, `crop_ratio`, `mean` and `std` of each channel
+        on a scale from 0 to 1, and `channels`; None where none is saved.
+    """
+
+    label_names: tuple[str, ...] | None
+    preprocessing: dict[str, Any] | None
+
+
+def load_pretrained(
+    name_or_path: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    num_classes: int | None = None,
+    reset_head: bool = False,
+    antialias: bool = False,
+    dtype: Any = None,
+    param_dtype: Any = None,
+    ema: bool = False,
+    seed: int = 0,
+    weights_image_size: tuple[int, int] | None = None,
+    **overrides: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Makes a model and fills it with weights, strictly: all of them, or an error.
+
+    Args:
+      name_or_path: a name of a model; or a directory that `save_pretrained` or `export_timm` wrote, or that
+        of a training run.
+      weights: where the weights are instead: a `.safetensors`, `.pth`, `.pt` or `.bin` file under the
+        published names, or such a directory.
+      image_size: side in pixels, or (height, width); positions are resized to it.
+      patch_size: side of a patch in pixels; the patch kernel is resized to it.
+      num_classes: classes of the head; 0 leaves the head out.
+      reset_head: start the head anew, as another number of classes needs.
+      antialias: resize positions as timm does; by default as the released weights were.
+      dtype: dtype of the computation; if not given float32 for a name, or the saved model's own.
+      param_dtype: dtype of the parameters, likewise. One that cannot hold the numbers of the file exactly
+        must be asked for.
+      ema: of a training run, the average of the parameters.
+      seed: what a new head is drawn from.
+      weights_image_size: (height, width) that a file's weights were made for, where it is not square.
+      **overrides: any other attribute of the model, such as `drop_path=0.1`.
+
+    Returns:
+      The model, and its variables: `logits = model.apply(variables, images)`.
+
+    Raises:
+      UserError: in one sentence, for anything missing, broken, or not fitting.
+    """
+    given = {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "num_classes": num_classes,
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+    }
+    attributes = {key: value for key, value in given.items() if value is not None} | overrides
+
+    if _is_name(name_or_path):
+        name = str(name_or_path)
+        if weights is None:
+            find_released(name)
+        model = create_model(name, **attributes)
+        place = download(find_released(name)) if weights is None else Path(weights)
+        trained, stored = _read(place, ema)
+    else:
+        place = Path(name_or_path)
+        trained, stored = _read(place, ema)
+        if trained is None:
+            raise UserError(
+                f"{place} holds weights but not the network they are of: load it as "
+                f"load_pretrained(NAME, weights='{place}')"
+            )
+        model = change(trained, **attributes)
+        if weights is not None:
+            place = Path(weights)
+            trained, stored = _read(place, ema)
+    if ema and not is_run(place):
+        raise UserError(f"ema goes with the directory of a training run, and {place} is none")
+
+    size = weights_image_size or getattr(trained, "image_size", None)
+    try:
+        stored = fit_to_model(stored, model, image_size=size, antialias=antialias)
+        stored, _ = fit_head(stored, model, reset=reset_head, seed=seed)
+        if param_dtype is None:
+            _refuse_rounding(stored, model.param_dtype)
+        return model, from_published(stored, model)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def load_settings(name_or_path: str | os.PathLike[str]) -> Settings:
+    """What prediction needs beside the model of `load_pretrained(name_or_path)`.
+
+    Args:
+      name_or_path: a released name, or a directory as `load_pretrained` takes it.
+
+    Raises:
+      UserError: there is no such name or directory, or it cannot be read.
+    """
+    if _is_name(name_or_path):
+        return Settings(None, find_released(str(name_or_path)).preprocessing())
+    path = Path(name_or_path)
+    if is_run(path):
+        return Settings(*run_settings(path))
+    if not is_saved(path):
+        raise _no_source(path)
+    saved = read_saved(path)
+    return Settings(saved.label_names, saved.preprocessing)
+
+
+def _is_name(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether a model is meant and not a path: what is neither is refused as the likelier of the two."""
+    if not isinstance(name_or_path, str):
+        return False
+    if name_or_path in VARIANTS or name_or_path in RELEASED:
+        return True
+    path = Path(name_or_path)
+    return not path.exists() and path.name == name_or_path and not path.suffix
+
+
+def _read(path: Path, ema: bool) -> tuple[Any, dict[str, np.ndarray]]:
+    """The model, where `path` says what it is, and the weights under their published names."""
+    if is_run(path):
+        return read_run(path, ema=ema)
+    if is_saved(path):
+        return read_saved(path).model, read_saved_weights(path)
+    if path.suffix in SUFFIXES and not path.is_dir():
+        return None, read_weights(path)
+    raise _no_source(path)
+
+
+def _no_source(path: Path) -> UserError:
+    what = "is not" if path.exists() else "does not exist, so it is not"
+    return UserError(
+        f"{path} {what} a file of weights ({', '.join(SUFFIXES)}), a directory of save_pretrained "
+        "(with a config.json) or one of a training run (with checkpoints/): give one of these"
+    )
+
+
+def _refuse_rounding(weights: Mapping[str, np.ndarray], param_dtype: Any) -> None:
+    wide = {
+        array.dtype
+        for name, array in weights.items()
+        # Which are kept in float32 whatever the parameters are in.
+        if not name.endswith(("running_mean", "running_var"))
+        and jnp.issubdtype(array.dtype, jnp.floating)
+        and jnp.promote_types(array.dtype, param_dtype) != param_dtype
+    }
+    if wide:
+        found, wanted = min(str(dtype) for dtype in wide), jnp.dtype(param_dtype).name
+        raise UserError(
+            f"these weights are {found}, which {wanted} would round: give param_dtype='{wanted}' if "
+            "that is meant"
+        )

@@ -1,0 +1,161 @@
+"""Weights for another image or patch size: position grids and patch kernels resized."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from cait_jax.errors import UserError
+from cait_jax.weights.published import variables_template
+
+_POSITIONS = "pos_embed"
+_KERNEL = "patch_embed.proj.weight"
+
+
+def resize_pos_embed(
+    pos_embed: Float[np.ndarray | Array, "1 old d"],
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    *,
+    antialias: bool = False,
+    num_prefix_tokens: int = 0,
+) -> Float[np.ndarray, "1 new d"]:
+    """Resizes the grid of a position embedding with PyTorch's bicubic interpolation.
+
+    The released models were fine-tuned from positions resized without antialiasing; timm antialiases.
+
+    Args:
+      pos_embed: positions of prefix tokens, then of the patches, row by row.
+      old_grid: rows and columns of patches it is for.
+      new_grid: rows and columns wanted.
+      antialias: as `torch.nn.functional.interpolate(..., antialias=True)`, whose kernel is another one too
+        (a = -0.5 instead of -0.75).
+      num_prefix_tokens: positions in front that belong to no patch and stay as they are.
+
+    Returns:
+      (1, num_prefix_tokens + new rows * new columns, d), computed in float32, in the dtype of `pos_embed`.
+
+    Raises:
+      UserError: `pos_embed` has another number of positions than `old_grid` and the prefix together.
+    """
+    positions = np.asarray(pos_embed)
+    count, width = positions.shape[1:]
+    rows, columns = old_grid
+    if count != num_prefix_tokens + rows * columns:
+        raise UserError(
+            f"a position embedding of {count} positions is not one of {rows} by {columns} patches and "
+            f"{num_prefix_tokens} prefix tokens: give the grid it was made for"
+        )
+    if old_grid == new_grid:
+        return positions
+    prefix, grid = np.split(positions, [num_prefix_tokens], axis=1)
+    resized = jax.image.resize(
+        jnp.asarray(grid.reshape(rows, columns, width), jnp.float32),
+        (*new_grid, width),
+        "cubic" if antialias else "cubic-pytorch",
+        antialias=antialias,
+        precision="highest",
+    )
+    resized = np.asarray(resized).astype(positions.dtype).reshape(1, -1, width)
+    return np.concatenate([prefix, resized], axis=1)
+
+
+def resize_patch_embed(
+    kernel: Float[np.ndarray | Array, "old old c d"], new_patch: int
+) -> Float[np.ndarray, "new new c d"]:
+    """Resizes a patch kernel so that a resized patch gives the same token.
+
+    Beyer et al., "FlexiViT", arXiv 2212.08013, section 3.4: with `B` the linear map that resizes a patch
+    (bicubic, antialiased), the new kernel is the pseudo-inverse of `B`'s transpose times the old one. For
+    larger patches `<new, B x> = <old, x>` holds for every patch `x`; for smaller ones as nearly as can be.
+
+    Args:
+      kernel: of the convolution that embeds patches, (old, old, channels, width).
+      new_patch: side of the new patches in pixels.
+
+    Returns:
+      (new, new, channels, width), in the dtype of `kernel`.
+    """
+    array = np.asarray(kernel)
+    old = array.shape[0]
+    if old == new_patch:
+        return array
+    one_side = jax.image.resize(
+        jnp.eye(old), (new_patch, old), "cubic", antialias=True, precision="highest"
+    )
+    inverse = np.linalg.pinv(np.asarray(one_side, np.float64))
+    # The map is the same along both sides, so its pseudo-inverse is that of one side, applied twice.
+    resized = np.einsum("in,jm,ijcd->nmcd", inverse, inverse, array.astype(np.float64))
+    return resized.astype(array.dtype)
+
+
+def fit_to_model(
+    weights: Mapping[str, np.ndarray],
+    model: Any,
+    *,
+    image_size: tuple[int, int] | None = None,
+    antialias: bool = False,
+) -> dict[str, np.ndarray]:
+    """Resizes position embedding and patch kernel where the model's image or patches have another size.
+
+    Args:
+      weights: published name to array, in PyTorch's layout.
+      model: the model the weights are wanted for; one without position embedding takes any image.
+      image_size: (height, width) in pixels that the weights are for; a square image if not given.
+      antialias: see `resize_pos_embed`.
+
+    Returns:
+      The weights, those two replaced where needed.
+
+    Raises:
+      UserError: the weights' grid is not known: it is not square and `image_size` is not given, or does
+        not fit.
+    """
+    fitted = dict(weights)
+    if _POSITIONS not in weights or _KERNEL not in weights:
+        return fitted
+    shapes = variables_template(model)["params"]
+    positions, kernel = np.asarray(weights[_POSITIONS]), np.asarray(weights[_KERNEL])
+    if _POSITIONS not in shapes or positions.ndim != 3 or kernel.ndim != 4:
+        return fitted
+    height, width = model.image_size
+    grid = (height // model.patch_size, width // model.patch_size)
+    prefix = shapes[_POSITIONS].shape[1] - grid[0] * grid[1]
+    old_grid = _grid(positions.shape[1] - prefix, grid, kernel.shape[-1], image_size)
+    if positions.shape[-1] != shapes[_POSITIONS].shape[-1]:
+        return fitted  # of another network, as whoever fills it in will say
+    fitted[_POSITIONS] = resize_pos_embed(
+        positions, old_grid, grid, antialias=antialias, num_prefix_tokens=prefix
+    )
+    resized = resize_patch_embed(kernel.transpose(2, 3, 1, 0), model.patch_size)
+    fitted[_KERNEL] = np.ascontiguousarray(resized.transpose(3, 2, 0, 1))
+    return fitted
+
+
+def _grid(
+    count: int, wanted: tuple[int, int], patch: int, image_size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Rows and columns of the `count` patches that weights have positions for."""
+    if image_size is not None:
+        grid = (image_size[0] // patch, image_size[1] // patch)
+        if grid[0] * grid[1] != count:
+            raise UserError(
+                f"these weights have positions for {count} patches of {patch} by {patch} pixels, not "
+                f"for {image_size[0]} by {image_size[1]} pixels: give weights_image_size=(height, "
+                "width), the size they were made for"
+            )
+        return grid
+    side = math.isqrt(max(count, 0))
+    square = side * side == count
+    if count == wanted[0] * wanted[1] and (not square or wanted[0] == wanted[1]):
+        return wanted
+    if not square or count == wanted[0] * wanted[1]:
+        raise UserError(
+            f"these weights have positions for {count} patches, which could be cut from more than one "
+            "shape of image: give weights_image_size=(height, width), the size they were made for"
+        )
+    return side, side

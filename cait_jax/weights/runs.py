@@ -1,0 +1,105 @@
+"""A training run's directory as a source of weights. It is only read, also while the run goes on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cait_jax.errors import UserError
+from cait_jax.models.zoo import create_model
+from cait_jax.weights.description import checked_weights
+
+_CHECKPOINTS = "checkpoints"
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is the directory of a training run."""
+    return (path / _CHECKPOINTS).is_dir()
+
+
+def read_run(workdir: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarray]]:
+    """Reads the parameters of a run's newest good checkpoint; the optimiser's state is not loaded.
+
+    Args:
+      workdir: the run's directory.
+      ema: the average of the parameters instead of the parameters themselves.
+
+    Returns:
+      The model as it was trained, and published name to array.
+
+    Raises:
+      UserError: there is no checkpoint, none that is good, or no average in it.
+    """
+    params, meta = _restore(workdir, "ema" if ema else "params")
+    model = _model(meta, params)
+    return model, checked_weights(model, {"params": params})
+
+
+def run_settings(workdir: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of a run's classes, and the preprocessing of its images.
+
+    Raises:
+      UserError: there is no checkpoint, or none that is good.
+    """
+    from cait_jax.checkpoint.store import Checkpoints
+
+    meta = Checkpoints(workdir / _CHECKPOINTS).meta()
+    params: Mapping[str, Any] = {}
+    if "class_names" not in meta or "channels" not in meta:
+        params, meta = _restore(workdir, "params")
+    config = meta["config"]
+    preprocessing = {
+        "image_size": list(_image_size(config)),
+        "crop_ratio": config["eval"]["crop_ratio"],
+        "mean": list(config["data"]["mean"]),
+        "std": list(config["data"]["std"]),
+        "channels": _channels(meta, params),
+    }
+    return _class_names(meta, params), preprocessing
+
+
+def _restore(workdir: Path, part: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    from cait_jax.checkpoint.store import Checkpoints
+
+    checkpoints = Checkpoints(workdir / _CHECKPOINTS)
+    if part == "ema" and not checkpoints.meta()["config"]["optimizer"]["ema_decay"]:
+        raise UserError(
+            f"the run in {workdir} kept no average of its parameters (optimizer.ema_decay is 0): load "
+            "it without ema"
+        )
+    restored = checkpoints.restore_part(part)
+    if restored is None:
+        raise UserError(f"the run in {workdir} has saved no checkpoint yet: wait for its first")
+    _, params, meta = restored
+    return params, meta
+
+
+def _model(meta: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
+    config = meta["config"]
+    return create_model(
+        image_size=_image_size(config),
+        num_classes=len(_class_names(meta, params)),
+        in_channels=_channels(meta, params),
+        **{key: value for key, value in config["model"].items() if value is not None},
+    )
+
+
+def _image_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    size = config["image_size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+# Runs of before the names and the channels were saved: of CaiT alone.
+
+
+def _class_names(meta: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[str, ...]:
+    if "class_names" in meta:
+        return tuple(meta["class_names"])
+    return tuple(str(i) for i in range(params["head"]["bias"].shape[0]))
+
+
+def _channels(meta: Mapping[str, Any], params: Mapping[str, Any]) -> int:
+    if "channels" in meta:
+        return int(meta["channels"])
+    return int(params["patch_embed"]["proj"]["kernel"].shape[2])

@@ -1,0 +1,179 @@
+"""A model in a directory: its weights under the published names, and everything else in `config.json`."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cait_jax.errors import UserError, nearest
+from cait_jax.weights.description import build, checked_weights, describe
+from cait_jax.weights.files import read_weights, replace_files, safetensors_writer
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+# Our part of config.json, beside which other libraries may have theirs.
+SECTION = "cait_jax"
+_FORMAT = 1
+_PREPROCESSING = ("image_size", "crop_ratio", "mean", "std", "channels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What a directory holds.
+
+    Attributes:
+      model: the model, without parameters.
+      label_names: names of the classes in the order of the logits, or None.
+      preprocessing: `image_size`, `crop_ratio`, `mean`, `std` and `channels`, or None.
+      sha256: of the file of weights.
+    """
+
+    model: Any
+    label_names: tuple[str, ...] | None
+    preprocessing: dict[str, Any] | None
+    sha256: str
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str],
+    model: Any,
+    variables: Mapping[str, Any],
+    *,
+    label_names: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves a model so that `load_pretrained(directory)` gives the same bits and the same outputs.
+
+    Args:
+      directory: made if missing; an earlier save in it is replaced.
+      model: the model.
+      variables: its variables, in its own `param_dtype`.
+      label_names: names of the classes in the order of the logits.
+      preprocessing: what images need: `image_size` (height, width) in pixels, `crop_ratio`, `mean` and
+        `std` of each channel on a scale from 0 to 1, `channels`.
+
+    Raises:
+      UserError: the variables are not the model's, or label names or preprocessing do not fit it, or the
+        disk refuses; the directory is as it was then.
+    """
+    weights = checked_weights(model, variables)
+    section = config_section(model, label_names=label_names, preprocessing=preprocessing)
+    replace_files(
+        Path(directory),
+        {WEIGHTS: safetensors_writer(weights), CONFIG: config_writer({SECTION: section})},
+    )
+
+
+def config_section(
+    model: Any, *, label_names: Sequence[str] | None, preprocessing: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Our part of `config.json`, but for the sum of the weights.
+
+    Raises:
+      UserError: see `save_pretrained`.
+    """
+    if label_names is not None and len(label_names) != model.num_classes:
+        raise UserError(
+            f"there are {len(label_names)} label names and the model has {model.num_classes} classes: "
+            "give one name a class"
+        )
+    return {
+        "format": _FORMAT,
+        **describe(model),
+        "label_names": None if label_names is None else [str(name) for name in label_names],
+        "preprocessing": None if preprocessing is None else _as_json(preprocessing),
+    }
+
+
+def config_writer(config: Mapping[str, Any]) -> Callable[[Path], None]:
+    """A writer of `config.json` for `replace_files`, after that of the weights, whose sum it adds."""
+
+    def write(path: Path) -> None:
+        section = {**config[SECTION], "weights_sha256": _sha256(path.with_name(WEIGHTS))}
+        text = json.dumps({**config, SECTION: section}, indent=1, allow_nan=False)
+        path.write_text(f"{text}\n", encoding="utf-8")
+
+    return write
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `path` is a directory with a `config.json`."""
+    return (path / CONFIG).is_file()
+
+
+def read_saved(directory: Path) -> Saved:
+    """Reads what `config.json` says, without the weights.
+
+    Raises:
+      UserError: the file is not one of ours, or of a newer format.
+    """
+    file = directory / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): save the model again") from error
+    section = config.get(SECTION) if isinstance(config, dict) else None
+    if not isinstance(section, dict):
+        raise UserError(
+            f"{file} was not written by save_pretrained: name the model and give its weights, as in "
+            f"load_pretrained(NAME, weights='{directory / WEIGHTS}')"
+        )
+    if section.get("format") != _FORMAT:
+        raise UserError(
+            f"{file} is of format {section.get('format')}, and this version reads {_FORMAT}: install a "
+            "newer cait-jax"
+        )
+    try:
+        labels = section["label_names"]
+        return Saved(
+            model=build(section),
+            label_names=None if labels is None else tuple(labels),
+            preprocessing=section["preprocessing"],
+            sha256=section["weights_sha256"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is incomplete (no {error}): save the model again") from error
+
+
+def read_saved_weights(directory: Path) -> dict[str, np.ndarray]:
+    """Reads the weights of a saved model, checked against the sum in its `config.json`.
+
+    Raises:
+      UserError: a file is missing, or the weights are not those that were saved.
+    """
+    expected = read_saved(directory).sha256
+    file = directory / WEIGHTS
+    weights = read_weights(file)
+    if _sha256(file) != expected:
+        raise UserError(
+            f"{file} is not the file that {CONFIG} beside it was written for (its SHA-256 differs): "
+            "save the model again"
+        )
+    return weights
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _as_json(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    for name in preprocessing:
+        if name not in _PREPROCESSING:
+            raise UserError(
+                f"there is no preprocessing setting {name!r}; {nearest(name, _PREPROCESSING)}"
+            )
+    missing = [name for name in _PREPROCESSING if name not in preprocessing]
+    if missing:
+        raise UserError(f"preprocessing lacks {', '.join(missing)}: give every setting")
+    return {
+        name: [float(part) if name != "image_size" else int(part) for part in value]
+        if isinstance(value := preprocessing[name], Sequence)
+        else value
+        for name in _PREPROCESSING
+    }

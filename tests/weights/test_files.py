@@ -1,0 +1,230 @@
+"""Weights come out of a file as they went in, or not at all and with a sentence."""
+
+import errno
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from cait_jax.errors import UserError
+from cait_jax.weights.files import read_weights, replace_files, write_safetensors
+
+# Made with torch.save: {"model": {"module.a.weight": ..., "module.b": bfloat16, ...}, "epoch": 3}.
+FIRST_RELEASE = Path(__file__).parents[1] / "fixtures" / "first_release.pth"
+
+
+def some_weights():
+    values = np.random.default_rng(0).standard_normal((4, 6))
+    return {
+        "single": values.astype(np.float32),
+        "half": values.astype(np.float16),
+        "brain": values.astype(ml_dtypes.bfloat16),
+        "double": values,
+        "transposed": values.astype(np.float32).T,
+        "count": np.int64(3).reshape(()),
+    }
+
+
+def test_safetensors_keep_dtypes_and_bits(tmp_path):
+    weights = some_weights()
+    write_safetensors(tmp_path / "new" / "w.safetensors", weights)
+    found = read_weights(tmp_path / "new" / "w.safetensors")
+    assert set(found) == set(weights)
+    for name, array in weights.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+        assert found[name].tobytes() == array.tobytes()
+    with safe_open(tmp_path / "new" / "w.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["w.safetensors"]
+
+
+def test_the_prefix_of_parallel_training_is_dropped_where_every_name_has_it(tmp_path):
+    one = np.ones(1)
+    save_file({"module.a": one, "module.b": one}, tmp_path / "w.safetensors")
+    assert set(read_weights(tmp_path / "w.safetensors")) == {"a", "b"}
+    save_file({"module.a": one, "b": one}, tmp_path / "w.safetensors")
+    assert set(read_weights(tmp_path / "w.safetensors")) == {"module.a", "b"}
+
+
+def written(path: Path) -> bytes:
+    save_file({"a": np.ones((50, 4), np.float32)}, path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda data: data[:-1], r"is cut short .*: download it again"),
+        (lambda data: data[:40], r"is cut short .*: download it again"),
+        (lambda data: b"<html>404</html>" * 9, r"no safetensors file .*: download it again"),
+        (lambda data: b"", r"is empty: download it again"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_cause_and_the_fix(tmp_path, damage, sentence):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(damage(written(path)))
+    with pytest.raises(UserError, match=f"w.safetensors.*{sentence}") as caught:
+        read_weights(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("absent.safetensors", "does not exist"),
+        ("folder.pth", "is a directory"),
+        ("w.h5", r"give a file ending in \.safetensors, \.pth, \.pt, \.bin"),
+    ],
+)
+def test_what_is_no_file_of_weights(tmp_path, name, sentence):
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(UserError, match=f"{name}.*{sentence}"):
+        read_weights(tmp_path / name)
+
+
+def test_a_file_without_arrays(tmp_path):
+    save_file({}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="holds no arrays"):
+        read_weights(tmp_path / "w.safetensors")
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, existing):
+    folder = tmp_path / "model"
+    if existing:
+        write_safetensors(folder / "w.safetensors", {"old": np.ones(2)})
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(UserError, match=r"w\.safetensors could not be written .*No space left"):
+        write_safetensors(folder / "w.safetensors", {"new": np.ones(2)})
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not existing or set(read_weights(folder / "w.safetensors")) == {"old"}
+
+
+def test_who_may_read_a_file_is_as_for_any_other(tmp_path):
+    (tmp_path / "any").touch()
+    write_safetensors(tmp_path / "w.safetensors", {"a": np.ones(2)})
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_files_that_go_together_appear_together(tmp_path):
+    def fails(path):
+        assert (path.parent / "a").read_text() == "first"
+        raise OSError("the second file")
+
+    with pytest.raises(UserError, match=r"a and b could not be written .*the second file"):
+        replace_files(tmp_path, {"a": lambda path: path.write_text("first"), "b": fails})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyError, match="a bug"):
+        replace_files(tmp_path / "new", {"a": lambda path: {}["a bug"]})
+    assert not list(tmp_path.iterdir())
+
+
+# PyTorch's files. It is not installed where the tests run: what is asked of it is held by a stand-in, and
+# what it really gives by hand, in an environment with both.
+
+
+def test_without_pytorch_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r'first_release\.pth .* pip install "cait-jax\[torch\]"'):
+        read_weights(FIRST_RELEASE)
+
+
+class Tensor:
+    """As much of a tensor as reading needs; a view gives the same bits."""
+
+    def __init__(self, array, dtype=None):
+        self.array, self.dtype = array, dtype
+
+    def detach(self):
+        return self
+
+    def contiguous(self):
+        return Tensor(np.ascontiguousarray(self.array), self.dtype)
+
+    def view(self, dtype):
+        return Tensor(self.array.view(dtype), dtype)
+
+    def numpy(self):
+        return self.array
+
+
+def stand_in(result):
+    torch = types.ModuleType("torch")
+    torch.Tensor, torch.bfloat16, torch.uint16 = Tensor, "bfloat16", np.uint16
+    torch.calls = []
+
+    def load(path, **options):
+        torch.calls.append((Path(path), options))
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    torch.load = load
+    return torch
+
+
+BRAIN = np.array([1.5, -2.0], ml_dtypes.bfloat16)
+STATE = {
+    "a.weight": Tensor(np.arange(6.0, dtype=np.float32).reshape(2, 3).T),
+    "b": Tensor(BRAIN, "bfloat16"),
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        STATE,
+        {"model": STATE, "epoch": 3},
+        {"state_dict": STATE, "optimizer": {}},
+        {"model": {f"module.{name}": tensor for name, tensor in STATE.items()}},
+    ],
+)
+def test_state_dicts_of_pytorch(monkeypatch, content):
+    torch = stand_in(content)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    weights = read_weights(FIRST_RELEASE)
+    assert torch.calls == [(FIRST_RELEASE, {"map_location": "cpu", "weights_only": True})]
+    np.testing.assert_array_equal(weights["a.weight"], [[0, 3], [1, 4], [2, 5]])
+    assert weights["b"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(weights["b"], BRAIN)
+    assert len(weights) == 2
+
+
+@pytest.mark.parametrize(
+    ("result", "sentence"),
+    [
+        (pickle.UnpicklingError("Unsupported global"), "more than tensors, .* could run code"),
+        (RuntimeError("failed finding central directory. And more.\nAnd more."), "cut short or no"),
+        (EOFError(), r"cut short .*\(EOFError\): download it again"),
+        ([1], "holds a list, not named tensors"),
+        ({"model_ema": STATE}, "holds 'model_ema', of type dict, where weights are expected"),
+        ({"a": 3}, "holds 'a', of type int"),
+    ],
+)
+def test_what_pytorch_cannot_read_or_should_not(monkeypatch, result, sentence):
+    monkeypatch.setitem(sys.modules, "torch", stand_in(result))
+    with pytest.raises(UserError, match=rf"first_release\.pth .*{sentence}") as caught:
+        read_weights(FIRST_RELEASE)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_pickle_is_not_given_to_pytorch(monkeypatch, tmp_path):
+    torch = stand_in(STATE)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    (tmp_path / "w.bin").write_bytes(b"<html>404</html>")
+    with pytest.raises(UserError, match=r"w\.bin is cut short or no file of PyTorch's"):
+        read_weights(tmp_path / "w.bin")
+    assert torch.calls == []
