@@ -1,4 +1,4 @@
-"""Whether timm and cait_jax compute the same from the same weights, in both directions, for the released models.
+"""Whether timm and cait_jax compute the same from the same weights, in both directions, for every released model.
 
 Command: python benchmarks/export_to_timm.py --torch-python=PYTHON [--names cait_xxs24_224 ...] [--out=runs/timm]
   PYTHON is that of an environment with timm, torch and safetensors. If this environment has PyTorch too, the
@@ -32,10 +32,15 @@ def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in sorted(shapes.items()):
+        if name.endswith("num_batches_tracked"):
+            weights[name] = np.zeros(shape, np.int64)
+            continue
         noise = rng.standard_normal(shape, np.float32)
-        if "gamma" in name:
+        if "gamma" in name or name.endswith("conv3.bn.weight"):
             weights[name] = 0.3 + 0.1 * noise
-        elif "norm" in name and name.endswith("weight"):
+        elif name.endswith("running_var"):
+            weights[name] = np.exp(0.1 * noise)
+        elif ("norm" in name or ".bn." in name) and name.endswith("weight"):
             weights[name] = 1 + 0.1 * noise
         elif len(shape) == 1:
             weights[name] = 0.1 * noise
@@ -48,7 +53,7 @@ def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray
 
 def drawn_images(model, seed: int) -> np.ndarray:
     """One or two normalised images: (batch, height, width, channels)."""
-    batch = 1 if model.width > 384 else 2
+    batch = 1 if getattr(model, "width", 0) > 384 else 2
     shape = (batch, *model.image_size, model.in_channels)
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
@@ -161,7 +166,7 @@ def compare(name: str, folder: Path, torch_python: str) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch-python", help="the Python of an environment with timm")
-    parser.add_argument("--names", nargs="+", help="models; all ten if not given")
+    parser.add_argument("--names", nargs="+", help="models; all released ones if not given")
     parser.add_argument("--out", type=Path, default=Path("runs/timm"))
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -177,7 +182,7 @@ def main() -> None:
 
     from cait_jax.weights.released import RELEASED
 
-    names = args.names or [name for name in RELEASED if name.startswith("cait_")]
+    names = args.names or list(RELEASED)
     args.out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, object]] = []
     for name in names:

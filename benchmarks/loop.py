@@ -17,11 +17,11 @@ from pathlib import Path
 
 import jax
 
-from cait_jax.train import loop
 from cait_jax.checkpoint.store import Checkpoints
+from cait_jax.sharding import over_batch, put_batch
+from cait_jax.train import loop
 from cait_jax.train.report import Report
 from cait_jax.train.setup import Setup, set_up
-from cait_jax.sharding import over_batch, put_batch
 from configs import digits
 
 

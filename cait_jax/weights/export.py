@@ -2,30 +2,32 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cait_jax.errors import UserError
+from cait_jax.models.cait import CaiT
+from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import create_model
-from cait_jax.weights.description import attribute_names, checked_weights
+from cait_jax.weights.description import checked_weights
 from cait_jax.weights.files import replace_files, safetensors_writer, write_safetensors
 from cait_jax.weights.released import RELEASED
 from cait_jax.weights.saved import CONFIG, SECTION, WEIGHTS, config_section, config_writer
 
-# What changes how a network is computed or trained, but not what it computes.
-_WITHOUT_EFFECT = (
-    "dtype",
-    "param_dtype",
-    "precision",
-    "remat",
-    "stacked",
-    "drop_path",
-    "drop_path_growth",
-    "embedding_dropout",
-    "attention_dropout",
-    "dropout",
-)
+# What a network of each class of timm's is, in attributes of ours.
+_CAIT_IS = {
+    "residual": ("layerscale",),
+    "block_norm": (True,),
+    "talking_heads": (True,),
+    "class_token": ("class_attention",),
+}
+_VIT_IS = {
+    "residual": ("plain", "layerscale"),
+    "block_norm": (True,),
+    "talking_heads": (False,),
+    "class_token": ("input", "mean"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +41,19 @@ class TimmModel:
       named: the arguments that `entry_point` needs beside its own; None if the network is not that model
         at another resolution, with other channels or classes.
       first_conv: name of the layer that sees the image.
-      classifier: name of the layer that gives the logits.
+      classifier: name of the layer that gives the logits, or of both.
+      positional: what comes before the arguments of the constructor, as code.
+      fixed_input_size: whether the network takes images of its own size only.
     """
 
     constructor: str
     arguments: dict[str, Any]
     entry_point: str
     named: dict[str, Any] | None
-    first_conv: str
-    classifier: str
+    first_conv: str = "patch_embed.proj"
+    classifier: str | list[str] = "head"
+    positional: str = ""
+    fixed_input_size: bool = True
 
 
 def timm_constructor(model: Any) -> TimmModel:
@@ -59,13 +65,9 @@ def timm_constructor(model: Any) -> TimmModel:
     Raises:
       UserError: timm has no such network; the attributes that it lacks are named.
     """
-    family = type(model).__name__
-    if family not in _FAMILIES:
-        raise UserError(
-            f"timm's constructor for a {family} is not known: one of {', '.join(sorted(_FAMILIES))} "
-            "can be exported, and save_pretrained takes every model"
-        )
-    return _FAMILIES[family](model)
+    if isinstance(model, RegNetY):
+        return _regnet(model)
+    return _cait(model) if model.class_token == "class_attention" else _vit(model)
 
 
 def export_timm(
@@ -110,81 +112,137 @@ def export_timm(
 
 
 def _cait(model: Any) -> TimmModel:
-    _refuse_options(
-        model,
-        {
-            "image_size", "num_classes", "in_channels", "width", "depth", "num_heads", "patch_size",
-            "class_depth", "mlp_ratio", "class_mlp_ratio", "layer_scale_init",
-        },
-    )  # fmt: skip
+    _refuse_options("Cait", model, _CAIT_IS)
     class_mlp_ratio = model.mlp_ratio if model.class_mlp_ratio is None else model.class_mlp_ratio
     if class_mlp_ratio == 0:
         raise UserError(
             "timm's Cait has no class_mlp_ratio=0: export a model with MLPs, or use save_pretrained"
         )
+    usual = (model.mlp_ratio, model.class_depth, class_mlp_ratio) == (4, 2, 4)
+    entry_point, named = _entry_point(model, usual=usual, otherwise="cait_xxs24_224")
+    arguments = {
+        **_sizes(model),
+        "mlp_ratio": model.mlp_ratio,
+        "depth_token_only": model.class_depth,
+        "mlp_ratio_token_only": class_mlp_ratio,
+        "init_values": model.layer_scale_init,
+    }
+    return TimmModel("timm.models.cait.Cait", arguments, entry_point, named)
+
+
+def _vit(model: Any) -> TimmModel:
+    _refuse_options("VisionTransformer", model, _VIT_IS)
+    usual = (model.mlp_ratio, model.residual, model.class_token) == (4, "plain", "input")
+    otherwise = f"deit_tiny{'_distilled' * model.distilled}_patch16_224"
+    entry_point, named = _entry_point(model, usual=usual, otherwise=otherwise)
+    arguments = {**_sizes(model), "mlp_ratio": model.mlp_ratio}
+    if model.residual == "layerscale":
+        arguments["init_values"] = model.layer_scale_init
+    if model.class_token == "mean":
+        arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    if not model.distilled:
+        constructor = "timm.models.vision_transformer.VisionTransformer"
+        return TimmModel(constructor, arguments, entry_point, named)
+    constructor = "timm.models.deit.VisionTransformerDistilled"
+    both = ["head", "head_dist"]
+    return TimmModel(constructor, arguments, entry_point, named, classifier=both)
+
+
+def _regnet(model: Any) -> TimmModel:
+    released: Any = create_model("regnety_160")
+    network = {
+        "w0": model.w0,
+        "wa": model.wa,
+        "wm": model.wm,
+        "depth": model.depth,
+        "group_size": model.group_width,
+        "se_ratio": model.se_ratio,
+        "stem_width": model.stem_width,
+    }
+    usual = dataclasses.replace(model, **_free_of(released)) == released
+    input_and_head = {"in_chans": model.in_channels, "num_classes": model.num_classes}
+    usually = {"in_chans": 3, "num_classes": 1000}
+    named = {k: v for k, v in input_and_head.items() if v != usually[k]}
+    return TimmModel(
+        constructor="timm.models.regnet.RegNet",
+        arguments={**input_and_head, **network},
+        entry_point="regnety_160",
+        named=named if usual else None,
+        first_conv="stem.conv",
+        classifier="head.fc",
+        positional="timm.models.regnet.RegNetCfg()",
+        fixed_input_size=False,
+    )
+
+
+def _free_of(released: RegNetY) -> dict[str, Any]:
+    """The attributes that timm's name leaves open."""
+    names = ("image_size", "in_channels", "num_classes", "dtype", "param_dtype", "precision")
+    return {name: getattr(released, name) for name in names}
+
+
+def _input_and_head(model: Any) -> dict[str, Any]:
     height, width = model.image_size
-    input_and_head = {
+    return {
         "img_size": height if height == width else [height, width],
         "in_chans": model.in_channels,
         "num_classes": model.num_classes,
     }
-    network = {
+
+
+def _sizes(model: Any) -> dict[str, Any]:
+    """The arguments that timm's transformers share."""
+    return {
+        **_input_and_head(model),
         "patch_size": model.patch_size,
         "embed_dim": model.width,
         "depth": model.depth,
         "num_heads": model.num_heads,
-        "mlp_ratio": model.mlp_ratio,
-        "depth_token_only": model.class_depth,
-        "mlp_ratio_token_only": class_mlp_ratio,
     }
-    usual = (model.mlp_ratio, model.class_depth, class_mlp_ratio) == (4, 2, 4)
+
+
+def _entry_point(model: Any, *, usual: bool, otherwise: str) -> tuple[str, dict[str, Any] | None]:
+    """The name under which timm knows a transformer, and what must be said beside it.
+
+    Args:
+      model: the model.
+      usual: whether everything but its sizes is as in the released models.
+      otherwise: a name of the same class, for a model that timm has no name for.
+
+    Returns:
+      The name and its arguments, None if the model is none of timm's.
+    """
     same = [name for name in RELEASED if usual and _has_shape_of(name, model)]
     # The one made for this resolution first.
-    same.sort(key=lambda name: RELEASED[name].image_size != height)
-    entry_point = same[0] if same else "cait_xxs24_224"
-    of_entry_point = {
-        "img_size": RELEASED[entry_point].image_size,
-        "in_chans": 3,
-        "num_classes": 1000,
-    }
-    named = {k: v for k, v in input_and_head.items() if v != of_entry_point[k]}
-    return TimmModel(
-        constructor="timm.models.cait.Cait",
-        arguments={**input_and_head, **network, "init_values": model.layer_scale_init},
-        entry_point=entry_point,
-        named=named if same else None,
-        first_conv="patch_embed.proj",
-        classifier="head",
-    )
-
-
-# One function a family.
-_FAMILIES: Mapping[str, Callable[[Any], TimmModel]] = {"CaiT": _cait}
+    same.sort(key=lambda name: RELEASED[name].image_size != model.image_size[0])
+    if not same:
+        return otherwise, None
+    usually = {"img_size": RELEASED[same[0]].image_size, "in_chans": 3, "num_classes": 1000}
+    return same[0], {k: v for k, v in _input_and_head(model).items() if v != usually[k]}
 
 
 def _has_shape_of(name: str, model: Any) -> bool:
-    """Whether a model is of the same class and size as the released `name`."""
+    """Whether a transformer is of the same kind and size as the released `name`."""
     released = create_model(name)
-    return type(released) is type(model) and all(
-        getattr(released, attribute) == getattr(model, attribute)
-        for attribute in ("width", "depth", "num_heads", "patch_size")
+    attributes = (
+        "width", "depth", "num_heads", "patch_size", "class_token", "distilled"
+    )  # fmt: skip
+    return isinstance(released, CaiT) and all(
+        getattr(released, attribute) == getattr(model, attribute) for attribute in attributes
     )
 
 
-def _refuse_options(model: Any, known: set[str]) -> None:
-    """Refuses attributes that the constructor has no argument for, unless they have their defaults."""
-    defaults = {field.name: field.default for field in dataclasses.fields(model)}
+def _refuse_options(constructor: str, model: Any, known: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuses the attributes that make a network which the constructor cannot make."""
     lacking = [
         f"{name}={getattr(model, name)!r}"
-        for name in attribute_names(model)
-        if name not in known
-        and name not in _WITHOUT_EFFECT
-        and getattr(model, name) != defaults[name]
+        for name, values in known.items()
+        if getattr(model, name) not in values
     ]
     if lacking:
         raise UserError(
-            f"timm's {type(model).__name__} has no {', '.join(lacking)}: export a model without, or "
-            "use save_pretrained"
+            f"timm's {constructor} has no {', '.join(lacking)}: export a model without, or use "
+            "save_pretrained"
         )
 
 
@@ -194,7 +252,7 @@ def _timm_config(model: Any, call: TimmModel, section: Mapping[str, Any]) -> dic
     pretrained_cfg: dict[str, Any] = {
         "num_classes": model.num_classes,
         "input_size": [model.in_channels, height, width],
-        "fixed_input_size": True,
+        "fixed_input_size": call.fixed_input_size,
         "pool_size": None,
         "interpolation": "bicubic",
         "first_conv": call.first_conv,
@@ -231,7 +289,7 @@ def _card(title: str, model: Any, call: TimmModel, section: Mapping[str, Any]) -
             f"import {module}",
             "from safetensors.torch import load_file",
             "",
-            f"model = {_call(call.constructor, **call.arguments)}",
+            f"model = {_constructed(call)}",
             f'model.load_state_dict(load_file("{WEIGHTS}"), strict=True)',
         ]
     else:
@@ -249,7 +307,7 @@ def _card(title: str, model: Any, call: TimmModel, section: Mapping[str, Any]) -
         "---",
         f"# {title}",
         "",
-        f"A {type(model).__name__} written by cait_jax, as `{_call(call.constructor, **call.arguments)}`.",
+        f"A {type(model).__name__} written by cait_jax, as `{_constructed(call)}`.",
         "",
         f"Images: {_images(model, section['preprocessing'])}.",
         "",
@@ -283,6 +341,11 @@ def _images(model: Any, preprocessing: Mapping[str, Any] | None) -> str:
         f"cropped in the middle; mean {tuple(preprocessing['mean'])} and std "
         f"{tuple(preprocessing['std'])} on a scale from 0 to 1"
     )
+
+
+def _constructed(call: TimmModel) -> str:
+    written = _call(call.constructor, **call.arguments)
+    return written.replace("(", f"({call.positional}, ", 1) if call.positional else written
 
 
 def _call(function: str, *values: Any, **arguments: Any) -> str:

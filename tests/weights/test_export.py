@@ -5,6 +5,7 @@ That timm loads it strictly and gives the same logits is held by benchmarks/expo
 
 import json
 
+import jax
 import jax.numpy as jnp
 import pytest
 from safetensors import safe_open
@@ -13,6 +14,7 @@ from trees import random_params
 from cait_jax import UserError, create_model
 from cait_jax.weights.export import export_timm, timm_constructor
 from cait_jax.weights.pretrained import load_pretrained, load_settings
+from cait_jax.weights.published import variables_template
 from cait_jax.weights.released import RELEASED
 
 PREPROCESSING = {
@@ -20,10 +22,37 @@ PREPROCESSING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in RELEASED if name.startswith("cait")])
+@pytest.mark.parametrize("name", RELEASED)
 def test_released_models_are_timms_entry_points(name):
     call = timm_constructor(create_model(name))
-    assert (call.entry_point, call.named) == (name, {})
+    same = {"vit_base_patch16_224": "deit_base_patch16_224"}  # of one shape
+    assert (call.entry_point, call.named) == (same.get(name, name), {})
+
+
+def test_vit_shapes_without_a_name_are_the_constructors_call():
+    call = timm_constructor(create_model("vit_tiny", residual="layerscale", class_token="mean"))
+    assert call.constructor == "timm.models.vision_transformer.VisionTransformer"
+    assert call.named is None
+    assert call.arguments["init_values"] == 1e-5
+    assert call.arguments["global_pool"] == "avg"
+    call = timm_constructor(create_model("deit_tiny_distilled", depth=3))
+    assert call.constructor == "timm.models.deit.VisionTransformerDistilled"
+    assert call.classifier == ["head", "head_dist"]
+    assert call.entry_point == "deit_tiny_distilled_patch16_224"
+
+
+def test_a_regnety_of_another_size_is_a_config_overlaid(tmp_path):
+    call = timm_constructor(create_model("regnety_160", num_classes=5))
+    assert call.named == {"num_classes": 5}
+    small = create_model("regnety_160", w0=24, wa=24.0, wm=2.0, depth=9, group_width=8)
+    assert timm_constructor(small).named is None
+    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), variables_template(small))
+    export_timm(tmp_path, small, variables)
+    card = (tmp_path / "README.md").read_text()
+    assert "RegNet(timm.models.regnet.RegNetCfg(), in_chans=3, num_classes=1000, w0=24, " in card
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_args"]["group_size"] == 8
+    assert not config["pretrained_cfg"]["fixed_input_size"]
 
 
 def test_a_released_shape_at_another_size_is_named_with_what_differs():
@@ -58,7 +87,9 @@ def test_any_other_shape_is_the_constructors_call(attributes, argument, value):
     ("attributes", "sentence"),
     [
         ({"residual": "rezero", "talking_heads": False}, r"residual='rezero', talking_heads=False"),
-        ({"class_token": "mean"}, r"timm's CaiT has no class_token='mean'"),
+        ({"class_token": "mean"}, r"timm's VisionTransformer has no talking_heads=True"),
+        ({"class_token": 1, "talking_heads": False}, r"VisionTransformer has no class_token=1"),
+        ({"residual": "plain", "block_norm": False}, r"Cait has no residual='plain', block_norm="),
         ({"class_mlp_ratio": 0.0}, r"class_mlp_ratio=0"),
     ],
 )
