@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from cait_jax.cli.images import answers_of, exit_over_broken, image_options
 from cait_jax.cli.loading import dtype_option, model_options
 
 
@@ -13,7 +14,7 @@ from cait_jax.cli.loading import dtype_option, model_options
     short_help="Features of photographs from any layer, to an npz file.",
     epilog="Example: cait features photos/ --model cait_xs24_384 --layer blocks.11 --tokens -o f.npz",
 )
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@image_options
 @model_options
 @dtype_option
 @click.option(
@@ -22,7 +23,6 @@ from cait_jax.cli.loading import dtype_option, model_options
     "'stages.N' of RegNetY.",
 )  # fmt: skip
 @click.option("--tokens", is_flag=True, help="All tokens of the layer instead of their mean.")
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
 @click.option(
     "--output", "-o", required=True, metavar="FILE.npz",
     type=click.Path(path_type=Path, dir_okay=False), help="The file to write.",
@@ -30,7 +30,7 @@ from cait_jax.cli.loading import dtype_option, model_options
 @click.pass_context
 def command(
     ctx: click.Context,
-    images: tuple[str, ...],
+    paths: list[Path],
     load: Any,
     numerics: dict[str, Any],
     model_name: str,
@@ -46,34 +46,21 @@ def command(
     """
     import numpy as np
 
-    from cait_jax.data.folder import expand_images
     from cait_jax.errors import UserError
-    from cait_jax.evaluation.photographs import run_over_photographs
-    from cait_jax.evaluation.progress import show_progress
     from cait_jax.weights.files import replace_files
 
     if output.suffix != ".npz":
         raise UserError(f"{output} does not end in .npz, which is what is written: add it")
     if not output.absolute().parent.is_dir():
         raise UserError(f"there is no directory {output.parent} to write {output.name} in: make it")
-    paths = expand_images(images)
     loaded = load(**numerics)
+    function = layer_features(loaded.model, layer, tokens=tokens)
     found, features, broken = [], [], 0
-    with show_progress(len(paths), model_name) as update:
-        for answers in run_over_photographs(
-            layer_features(loaded.model, layer, tokens=tokens),
-            loaded.variables,
-            loaded.preprocessing,
-            paths,
-            batch_size=batch_size,
-        ):
-            for _, reason in answers.broken:
-                click.echo(f"cait: {reason}", err=True)
-            broken += len(answers.broken)
-            if answers.outputs is not None:
-                found += [str(path) for path in answers.paths]
-                features.append(answers.outputs)
-            update(len(answers.paths) + len(answers.broken))
+    for answers in answers_of(loaded, function, paths, batch_size=batch_size, title=model_name):
+        broken += len(answers.broken)
+        if answers.outputs is not None:
+            found += [str(path) for path in answers.paths]
+            features.append(answers.outputs)
     if not features:
         raise UserError(f"none of the {len(paths)} images could be read, so nothing was written")
     whole = np.concatenate(features)
@@ -84,9 +71,7 @@ def command(
 
     replace_files(output.absolute().parent, {output.name: write})
     click.echo(f"{output}: features {whole.dtype} {whole.shape} of {len(found)} images")
-    if broken:
-        click.echo(f"cait: {broken} of {len(paths)} images could not be read", err=True)
-        ctx.exit(1)
+    exit_over_broken(ctx, broken, len(paths))
 
 
 def layer_features(model: Any, layer: str, *, tokens: bool) -> Any:

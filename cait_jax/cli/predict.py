@@ -6,6 +6,7 @@ from typing import Any, TextIO
 
 import click
 
+from cait_jax.cli.images import answers_of, exit_over_broken, image_options
 from cait_jax.cli.loading import dtype_option, model_options
 from cait_jax.cli.output import csv_lines, json_line
 
@@ -17,13 +18,12 @@ _HEADS = ("image", "rank", "class", "label", "probability")
     short_help="What a model sees in photographs: classes and probabilities.",
     epilog="Example: cait predict dog.jpg holidays/ 'scans/*.png' --model cait_xs24_384 --top 3",
 )
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@image_options
 @model_options
 @dtype_option
 @click.option(
     "--top", default=5, show_default=True, type=click.IntRange(1), help="Classes for each image."
 )
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--json", "style", flag_value="json", help="Print JSON lines, one an image.")
 @click.option("--csv", "style", flag_value="csv", help="Print CSV, one line for each class.")
 @click.option(
@@ -33,7 +33,7 @@ _HEADS = ("image", "rank", "class", "label", "probability")
 @click.pass_context
 def command(
     ctx: click.Context,
-    images: tuple[str, ...],
+    paths: list[Path],
     load: Any,
     numerics: dict[str, Any],
     model_name: str,
@@ -47,36 +47,20 @@ def command(
     An IMAGE is a file, a folder (searched with its subfolders) or a glob in quotes. An image that cannot be
     read is named on standard error and the rest goes on; the exit status is then 1.
     """
-    from cait_jax.data.folder import expand_images
-    from cait_jax.evaluation.photographs import run_over_photographs
-    from cait_jax.evaluation.progress import show_progress
-
-    paths = expand_images(images)
     loaded = load(**numerics)
-    words = loaded.class_words
+    function, words = _most_probable(loaded.model, top), loaded.class_words
     broken = 0
     if style == "csv":
         output.write(csv_lines([_HEADS]))
-    with show_progress(len(paths), model_name) as update:
-        for answers in run_over_photographs(
-            _most_probable(loaded.model, top),
-            loaded.variables,
-            loaded.preprocessing,
-            paths,
-            batch_size=batch_size,
-        ):
-            for path, reason in answers.broken:
-                click.echo(f"cait: {reason}", err=True)
-                if style == "json":
-                    output.write(json_line({"image": str(path), "error": reason}) + "\n")
-            for path, classes in _ranked(answers.paths, answers.outputs, words):
-                output.write(_written(path, classes, style))
-            output.flush()
-            broken += len(answers.broken)
-            update(len(answers.paths) + len(answers.broken))
-    if broken:
-        click.echo(f"cait: {broken} of {len(paths)} images could not be read", err=True)
-        ctx.exit(1)
+    for answers in answers_of(loaded, function, paths, batch_size=batch_size, title=model_name):
+        for path, reason in answers.broken:
+            if style == "json":
+                output.write(json_line({"image": str(path), "error": reason}) + "\n")
+        for path, classes in _ranked(answers.paths, answers.outputs, words):
+            output.write(_written(path, classes, style))
+        output.flush()
+        broken += len(answers.broken)
+    exit_over_broken(ctx, broken, len(paths))
 
 
 def _most_probable(model: Any, top: int) -> Any:

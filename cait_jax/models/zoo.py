@@ -177,8 +177,8 @@ def create_model(
     try:
         return variant.network(
             num_classes=num_classes,
-            dtype=_float_dtype("dtype", dtype),
-            param_dtype=_float_dtype("param_dtype", param_dtype),
+            dtype=float_dtype("dtype", dtype),
+            param_dtype=float_dtype("param_dtype", param_dtype),
             precision=precision,
             **attributes,
         )
@@ -186,7 +186,16 @@ def create_model(
         raise UserError(f"{name}: {error}") from error
 
 
-def _float_dtype(argument: str, dtype: Any) -> Any:
+def float_dtype(argument: str, dtype: Any) -> Any:
+    """A floating-point dtype of networks, from itself or from its name.
+
+    Args:
+      argument: what it is given for, to name it in the error.
+      dtype: such as `jnp.bfloat16` or `"bfloat16"`.
+
+    Raises:
+      UserError: it is none of bfloat16, float32 and float64.
+    """
     known = {name: jnp.dtype(name) for name in ("bfloat16", "float32", "float64")}
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in known:

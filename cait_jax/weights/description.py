@@ -13,6 +13,7 @@ from cait_jax.errors import UserError, nearest
 from cait_jax.models.cait import CaiT
 from cait_jax.models.regnet import RegNetY
 from cait_jax.models.vit import VisionTransformer
+from cait_jax.models.zoo import float_dtype
 from cait_jax.weights.published import to_published, variables_template
 
 # The networks that can be saved, under the names their files say.
@@ -20,7 +21,6 @@ FAMILIES: Mapping[str, type[nn.Module]] = {
     network.__name__: network for network in (CaiT, VisionTransformer, RegNetY)
 }
 _DTYPES = ("dtype", "param_dtype")
-_FLOATS = ("bfloat16", "float32", "float64")
 
 
 def describe(model: Any) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def build(description: Mapping[str, Any]) -> Any:
     }
     for name in _DTYPES:
         if name in attributes:
-            attributes[name] = _float_dtype(name, attributes[name])
+            attributes[name] = float_dtype(name, attributes[name])
     known = {field.name for field in dataclasses.fields(FAMILIES[family])}
     _refuse_unknown(family, attributes, known)
     try:
@@ -100,7 +100,7 @@ def change(model: Any, **attributes: Any) -> Any:
         attributes["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
     for name in _DTYPES:
         if name in attributes:
-            attributes[name] = _float_dtype(name, attributes[name])
+            attributes[name] = float_dtype(name, attributes[name])
     try:
         return model.clone(**attributes)
     except (TypeError, ValueError) as error:
@@ -146,13 +146,6 @@ def _by_name(tree: Any) -> dict[str, str]:
         ): f"{jnp.dtype(leaf.dtype)} {leaf.shape}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-
-
-def _float_dtype(attribute: str, dtype: Any) -> Any:
-    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-    if name not in _FLOATS:
-        raise UserError(f"there is no {attribute} {name!r}; {nearest(name, _FLOATS)}")
-    return jnp.dtype(name)
 
 
 def _refuse_unknown(family: str, attributes: Mapping[str, Any], known: set[str]) -> None:
