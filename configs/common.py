@@ -41,6 +41,12 @@ def get_config() -> ConfigDict:
     config.model.remat = "none"  # what the backward pass recomputes: none, attention or block
     config.model.stacked = True  # blocks in one scan: compiles fast
 
+    config.init = ConfigDict()  # a checkpoint in the workdir comes first; then these; then the seed
+    config.init.weights = placeholder(str)  # a file of weights, a saved directory or a run's workdir
+    config.init.pretrained = False  # the released weights of model.name
+    config.init.reset_head = False  # start the head anew, as other classes need
+    config.init.ema = False  # of a run in init.weights, the averaged parameters
+
     config.data = ConfigDict()
     config.data.name = "imagenet2012"  # "digits" or a TFDS data set prepared as array_record
     config.data.data_dir = placeholder(str)  # where TFDS data sets lie; None: TFDS's own default

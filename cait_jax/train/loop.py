@@ -67,7 +67,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
         meta: dict[str, Any] = {}
         restored = checkpoints.restore(abstract_state(setup))
         if restored is None:
-            start, state = 0, setup.init()
+            start, state = 0, setup.start()
         else:
             start, state, meta = restored
         if jax.process_index() == 0:

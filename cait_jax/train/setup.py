@@ -21,6 +21,7 @@ from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.sharding import check_batch_size, make_mesh, over_batch, replicated
 from cait_jax.train.config import check_values
 from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from cait_jax.train.start import given_params
 from cait_jax.train.state import TrainState, create_state
 from cait_jax.train.step import Recipe, TrainStep, make_train_step
 
@@ -38,7 +39,8 @@ class Setup:
       steps_per_epoch: training examples over batch size, not rounded.
       train_step: the step, jitted, its state donated.
       eval_step: see `make_eval_step`, jitted.
-      init: a function without arguments that makes the state before the first step, on the mesh.
+      init: a function without arguments that makes the state of a run from its seed, on the mesh.
+      begin: a function of parameters that makes the state of a run that starts from them, on the mesh.
       mesh: the devices.
     """
 
@@ -51,6 +53,7 @@ class Setup:
     train_step: TrainStep
     eval_step: Callable[..., Any]
     init: Callable[[], TrainState]
+    begin: Callable[[Any], TrainState]
     mesh: Mesh
 
     @property
@@ -73,6 +76,11 @@ class Setup:
             crop_scale=tuple(config.augment.crop_area),
             crop_ratio=tuple(config.augment.crop_aspect),
         )
+
+    def start(self) -> TrainState:
+        """The state before the first step: from the weights that the config names, or from the seed."""
+        params = given_params(self.config, self.model)
+        return self.init() if params is None else self.begin(params)
 
     def evaluate(self, params: Any) -> dict[str, float]:
         """Evaluates parameters on the evaluation split: `loss` in nats and `accuracy` from 0 to 1."""
@@ -152,10 +160,12 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
     )
     recipe = _recipe(config)
 
+    def begin(params: Any) -> TrainState:
+        return create_state(params, optimizer, ema=recipe.ema_decay > 0)
+
     def init() -> TrainState:
         images = jnp.zeros((1, *size, model.in_channels))
-        params = model.init(jax.random.key(config.seed), images)["params"]
-        return create_state(params, optimizer, ema=recipe.ema_decay > 0)
+        return begin(model.init(jax.random.key(config.seed), images)["params"])
 
     whole, rows = replicated(mesh), over_batch(mesh)
     return Setup(
@@ -175,6 +185,7 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
             make_eval_step(model, recipe.mean, recipe.std, loss_and_accuracy), mesh
         ),
         init=jax.jit(init, out_shardings=whole),
+        begin=jax.jit(begin, out_shardings=whole),
         mesh=mesh,
     )
 

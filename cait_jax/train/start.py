@@ -1,0 +1,57 @@
+"""Where a run starts.
+
+The precedence: a checkpoint of the run itself, then `init.weights`, then `init.pretrained`, then initialisation
+from the seed.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cait_jax.errors import UserError
+from cait_jax.models.cait import CaiT
+
+
+def given_params(config: ConfigDict, model: CaiT) -> Any:
+    """The parameters that a run is to start from, where its config names some.
+
+    Args:
+      config: `init.weights` is a file, a saved directory or another run's workdir; `init.pretrained` stands
+        for the released weights of `model.name`; `init.reset_head` starts the head anew.
+      model: the run's model; positions and patch kernel are resized to it.
+
+    Returns:
+      The `params` tree, on the host; None where the run starts from its seed.
+
+    Raises:
+      UserError: the weights cannot be had or do not fit, or both keys are given.
+    """
+    from cait_jax.weights.pretrained import load_pretrained
+
+    init = config.init
+    if init.weights is None and not init.pretrained:
+        if init.reset_head or init.ema:
+            raise UserError(
+                "--config.init.reset_head and --config.init.ema go with --config.init.weights=PATH or "
+                "--config.init.pretrained=True: give one of these, or leave them out"
+            )
+        return None
+    if init.weights is not None and init.pretrained:
+        raise UserError(
+            "--config.init.weights and --config.init.pretrained both say where to start: give one"
+        )
+    loaded, variables = load_pretrained(
+        config.model.name,
+        weights=init.weights,
+        image_size=model.image_size,
+        num_classes=model.num_classes,
+        in_channels=model.in_channels,
+        reset_head=init.reset_head,
+        ema=init.ema,
+        seed=config.seed,
+        **{
+            key: value for key, value in config.model.items() if value is not None and key != "name"
+        },
+    )
+    assert loaded == model
+    return variables["params"]

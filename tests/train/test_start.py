@@ -1,0 +1,94 @@
+"""Where a run starts: from its own checkpoint, from weights that are given, from its seed, in this order."""
+
+import jax
+import numpy as np
+import pytest
+from trees import random_params
+
+from cait_jax import UserError, create_model, load_pretrained, save_pretrained
+from cait_jax.train import train
+from cait_jax.train.setup import set_up
+from configs import digits
+
+
+@pytest.fixture
+def config():
+    config = digits.get_config()
+    config.steps = 2
+    config.batch_size = 64
+    config.model.depth = config.model.class_depth = 1
+    config.model.width = 16
+    config.model.num_heads = 2
+    config.report.every_steps = 1
+    return config
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A model of the same shape with 10 classes, saved."""
+    model = create_model(
+        "cait_nano4_patch4_8", depth=1, class_depth=1, width=16, num_heads=2, num_classes=10
+    )
+    variables = {"params": random_params(model)}
+    save_pretrained(tmp_path / "weights", model, variables)
+    return tmp_path / "weights", variables["params"]
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_given_weights_come_before_the_seed_and_the_runs_own_before_them(config, weights, tmp_path):
+    path, params = weights
+    config.init.weights = str(path)
+    state = set_up(config).start()
+    assert same(state.params, params)
+    assert int(state.step) == 0
+
+    run = train(config, tmp_path / "run")
+    assert not same(run.state.params, params)
+    for file in path.iterdir():  # no longer needed: the run has a checkpoint of its own
+        file.unlink()
+    again = train(config, tmp_path / "run")
+    assert same(again.state.params, run.state.params)
+    _, loaded = load_pretrained(tmp_path / "run")
+    assert same(loaded["params"], run.state.params)
+
+
+def test_weights_of_other_classes_and_size_start_with_a_new_head(config, tmp_path, caplog):
+    other = create_model(
+        "cait_nano4_patch4_8", depth=1, class_depth=1, width=16, num_heads=2, num_classes=3,
+        image_size=16,
+    )  # fmt: skip
+    params = random_params(other)
+    save_pretrained(tmp_path / "other", other, {"params": params})
+    config.init.weights = str(tmp_path / "other")
+    with pytest.raises(UserError, match="3 classes and the model 10: give reset_head=True"):
+        set_up(config).start()
+    config.init.reset_head = True
+    state = set_up(config).start()
+    assert state.params["pos_embed"].shape == (1, 4, 16)
+    assert same(state.params["blocks"], params["blocks"])
+    assert "head.bias" in caplog.text
+
+
+def test_a_run_may_start_from_another_run(config, tmp_path):
+    first = train(config, tmp_path / "first")
+    config.init.weights = str(tmp_path / "first")
+    assert same(set_up(config).start().params, first.state.params)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"pretrained": True}, "no weights were released for cait_nano4_patch4_8"),
+        ({"weights": "nowhere"}, "nowhere does not exist"),
+        ({"weights": "x", "pretrained": True}, "both say where to start: give one"),
+        ({"reset_head": True}, "go with --config.init.weights=PATH or"),
+    ],
+)
+def test_starts_that_cannot_be_are_one_sentence(config, tmp_path, keys, sentence):
+    config.init.update(keys)
+    with pytest.raises(UserError, match=sentence) as caught:
+        train(config, tmp_path / "run")
+    assert "\n" not in str(caught.value)
