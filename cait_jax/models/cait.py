@@ -226,7 +226,8 @@ class CaiT(nn.Module):
             jnp.asarray(images, self.dtype)
         )
         if self.class_token == "input":
-            x = self._prepend(x, "cls_token", *(("dist_token",) if self.distilled else ()))
+            names = ("cls_token", "dist_token") if self.distilled else ("cls_token",)
+            x = jnp.concatenate([*(self._token(name, len(x)) for name in names), x], axis=1)
         pos_embed = self.param("pos_embed", LINEAR_INIT, (1, *x.shape[1:]), self.param_dtype)
         x = x + pos_embed.astype(self.dtype)
         x = Dropout(self.embedding_dropout, name="pos_drop")(x, example_ids)
@@ -234,7 +235,7 @@ class CaiT(nn.Module):
         x = self._self_attention_stage(x, example_ids, residual)
 
         if self.class_token == "class_attention":
-            cls = self._prepend(x, "cls_token")[:, :1]
+            cls = self._token("cls_token", len(x))
             for i in range(self.class_depth or 0):
                 mlp_ratio = self.mlp_ratio if self.class_mlp_ratio is None else self.class_mlp_ratio
                 cls = ClassAttentionBlock(
@@ -246,16 +247,10 @@ class CaiT(nn.Module):
 
         return self._heads(numerics.norm("norm")(x), residual)
 
-    def _prepend(self, x: Tokens, *names: str) -> Float[Array, "batch all_tokens d"]:
-        """Puts learned tokens, the same for every image, before the tokens `x`."""
-        shape = (x.shape[0], 1, self.width)
-        tokens = [
-            jnp.broadcast_to(
-                self.param(name, LINEAR_INIT, (1, 1, self.width), self.param_dtype), shape
-            ).astype(self.dtype)
-            for name in names
-        ]
-        return jnp.concatenate([*tokens, x], axis=1)
+    def _token(self, name: str, batch: int) -> ClassToken:
+        """A learned token, the same for every image."""
+        token = self.param(name, LINEAR_INIT, (1, 1, self.width), self.param_dtype)
+        return jnp.broadcast_to(token.astype(self.dtype), (batch, 1, self.width))
 
     def _self_attention_stage(
         self, x: Tokens, example_ids: ExampleIds, residual: Residual
@@ -289,7 +284,7 @@ class CaiT(nn.Module):
         if not self.stacked:
             for i in range(self.depth):
                 if i == self.class_token:
-                    x = self._prepend(x, "cls_token")
+                    x = jnp.concatenate([self._token("cls_token", len(x)), x], axis=1)
                 x = block(f"blocks_{i}")(x, example_ids, 1.0 if shares is None else shares[i])
             return x
 
