@@ -11,6 +11,10 @@ import jax.numpy as jnp
 from jax.scipy import ndimage
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
 
+from cait_jax.data.jitter import color_jitter, three_augment
+from cait_jax.data.per_example import for_each_example
+from cait_jax.data.randaugment import RandAugment, rand_augment
+
 Image = Float[Array, "height width channels"]
 
 
@@ -25,6 +29,10 @@ class Augmentation:
       zoom: largest relative change of size; 0.1 draws a factor from 0.9 to 1.1.
       shear: largest horizontal shear, as a fraction of the height.
       translate: largest shift in both directions, as a fraction of the side.
+      rand_augment: how RandAugment draws; None for none.
+      three_augment: DeiT III's choice of grey, solarised or blurred.
+      color_jitter: largest relative change of brightness, contrast and saturation. The recipes leave it
+        out beside RandAugment, and have 0.3 after `three_augment`.
     """
 
     flip: bool = False
@@ -33,6 +41,20 @@ class Augmentation:
     zoom: float = 0.0
     shear: float = 0.0
     translate: float = 0.0
+    rand_augment: RandAugment | None = None
+    three_augment: bool = False
+    color_jitter: float = 0.0
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything but colours is drawn, RandAugment aside."""
+        affine = self.rotate or self.zoom or self.shear or self.translate
+        return bool(self.flip or self.pad_crop or affine)
+
+    @property
+    def recolours(self) -> bool:
+        """Whether anything is drawn that is defined on 8-bit images."""
+        return bool(self.rand_augment or self.three_augment or self.color_jitter)
 
 
 def normalise(
@@ -60,9 +82,13 @@ def augment(
 ) -> Float[Array, "batch height width channels"]:
     """Augments a batch, each image with the key folded from its position in the global batch.
 
+    The order is crop, affine transformation, flip, then RandAugment, `three_augment`, colour jitter. These
+    three are defined on 8-bit images, to which pixels are rounded for them.
+
     Args:
       key: the key of the step.
-      images: pixels on any scale, on which 0 is the background that moves in at the borders.
+      images: pixels, from 0 to 255 where one of the last three is drawn. Before them 0 is the background
+        that moves in at the borders.
       example_ids: position of each image in the global batch.
       settings: what to draw.
 
@@ -70,19 +96,41 @@ def augment(
       The augmented images, of the same shape and dtype.
     """
 
-    def one(example_id: Array, image: Array) -> Array:
-        crop_key, affine_key, flip_key = jax.random.split(jax.random.fold_in(key, example_id), 3)
-        if settings.pad_crop:
-            image = random_pad_crop(crop_key, image, settings.pad_crop)
-        if settings.rotate or settings.zoom or settings.shear or settings.translate:
-            image = random_affine(affine_key, image, settings)
-        if settings.flip:
-            image = random_flip(flip_key, image)
-        return image
+    def moved(example_id: Array, image: Array) -> Array:
+        return _move(jax.random.fold_in(key, example_id), image, settings)
 
-    if settings == Augmentation():
-        return images
-    return jax.vmap(one)(example_ids, images)
+    def recoloured(image_key: PRNGKeyArray, image: Array) -> Array:
+        return _recolour(image_key, image, settings)
+
+    if settings.moves:
+        images = jax.vmap(moved)(example_ids, images)
+    if settings.recolours:
+        images = for_each_example(recoloured, key, images, example_ids)
+    return images
+
+
+def _move(key: PRNGKeyArray, image: Image, settings: Augmentation) -> Image:
+    crop_key, affine_key, flip_key = jax.random.split(key, 3)
+    if settings.pad_crop:
+        image = random_pad_crop(crop_key, image, settings.pad_crop)
+    if settings.rotate or settings.zoom or settings.shear or settings.translate:
+        image = random_affine(affine_key, image, settings)
+    if settings.flip:
+        image = random_flip(flip_key, image)
+    return image
+
+
+def _recolour(key: PRNGKeyArray, image: Image, settings: Augmentation) -> Image:
+    # The first three keys are those of `_move`.
+    rand_key, three_key, jitter_key = jax.random.split(key, 6)[3:]
+    pixels = jnp.clip(jnp.round(image), 0, 255).astype(jnp.uint8)
+    if settings.rand_augment:
+        pixels = rand_augment(rand_key, pixels, settings.rand_augment)
+    if settings.three_augment:
+        pixels = three_augment(three_key, pixels)
+    if settings.color_jitter:
+        pixels = color_jitter(jitter_key, pixels, settings.color_jitter)
+    return pixels.astype(image.dtype)
 
 
 def random_flip(key: PRNGKeyArray, image: Image) -> Image:

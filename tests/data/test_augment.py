@@ -1,5 +1,8 @@
 """Augmentation in the step: each operation against a formula or an independent implementation."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,8 @@ from cait_jax.data.augment import (
     random_flip,
     random_pad_crop,
 )
+from cait_jax.data.randaugment import RandAugment
+from cait_jax.sharding import make_mesh, over_batch, replicated
 
 ALL = Augmentation(flip=True, pad_crop=2, rotate=15.0, zoom=0.1, shear=0.1, translate=0.1)
 
@@ -122,3 +127,34 @@ def test_limits_are_kept():
     for offset in (down, right):
         assert np.abs(offset).max() < 2.1 + 0.5
         assert np.abs(offset).max() > 1.0
+
+
+RECIPE = Augmentation(flip=True, rand_augment=RandAugment())
+DEIT3 = Augmentation(flip=True, three_augment=True, color_jitter=0.3)
+
+
+@pytest.mark.parametrize("settings", [RECIPE, DEIT3])
+def test_recipes_are_the_same_on_one_device_and_eight(settings):
+    batch, ids, key = jnp.round(images(16)), jnp.arange(16), jax.random.key(5)
+    one = jax.jit(augment, static_argnums=3)(key, batch, ids, settings)
+    mesh = make_mesh()
+    rows = over_batch(mesh)
+    sharded = jax.jit(
+        functools.partial(augment, settings=settings),
+        in_shardings=(replicated(mesh), rows, rows),
+        out_shardings=rows,
+    )
+    eight = sharded(key, jax.device_put(batch, rows), jax.device_put(ids, rows))
+    assert len(eight.sharding.device_set) == 8
+    np.testing.assert_array_equal(eight, one)
+    assert one.dtype == batch.dtype
+    np.testing.assert_array_equal(one, np.round(one))
+    assert not np.array_equal(one, batch)
+
+
+def test_recipes_flip_as_their_flip_alone():
+    """New draws leave those that were there before as they are."""
+    batch, ids, key = jnp.round(images(32)), jnp.arange(32), jax.random.key(5)
+    never = dataclasses.replace(RECIPE, rand_augment=RandAugment(probability=0.0))
+    flipped = augment(key, batch, ids, Augmentation(flip=True))
+    np.testing.assert_array_equal(augment(key, batch, ids, never), flipped)
