@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     config.model.stacked = True  # blocks in one scan: compiles fast
 
     config.init = ConfigDict()  # a checkpoint in the workdir comes first; then these; then the seed
-    config.init.weights = placeholder(str)  # a file of weights, a saved directory or a run's workdir
+    config.init.weights = placeholder(str)  # a file, a saved directory or a run's workdir
     config.init.pretrained = False  # the released weights of model.name
     config.init.reset_head = False  # start the head anew, as other classes need
     config.init.ema = False  # of a run in init.weights, the averaged parameters
@@ -65,23 +65,53 @@ def get_config() -> ConfigDict:
     config.augment.zoom = 0.0  # largest relative change of size
     config.augment.shear = 0.0  # largest horizontal shear
     config.augment.translate = 0.0  # largest shift, as a share of the side
+    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"  # RandAugment's policy; "": none
+    config.augment.three_augment = False  # DeiT III's: grayscale, solarisation or blur
+    config.augment.color_jitter = 0.0  # brightness, contrast and saturation change by up to this
+    config.augment.erase = 0.25  # probability that a box becomes noise
+    config.augment.mixup = 0.8  # alpha of mixup; 0: none
+    config.augment.cutmix = 1.0  # alpha of CutMix; 0: none
+    config.augment.mix_probability = 1.0  # of mixing a batch at all
+    config.augment.mix_switch = 0.5  # of CutMix where there are both
 
     config.loss = ConfigDict()
+    config.loss.name = "softmax"  # or "binary": each class a yes or no of its own
     config.loss.label_smoothing = 0.1  # share of a label spread over all classes
+    config.loss.threshold = placeholder(float)  # of "binary": targets above it count as 1
+
+    config.distill = ConfigDict()
+    config.distill.kind = "none"  # "hard" (the paper's) or "soft"
+    config.distill.teacher = "regnety_160"  # a released name, a saved directory or a run's workdir
+    config.distill.weights = placeholder(str)  # of a named teacher, a file instead of the release
+    config.distill.weight = 0.5  # the teacher's part of the loss
+    config.distill.temperature = 3.0  # of "soft"
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # adamw, lamb, lion or sgd
     config.optimizer.learning_rate = 5e-4  # peak, for a batch of reference_batch images
     config.optimizer.reference_batch = 512  # the peak grows with batch_size over this; 0: not
     config.optimizer.warmup_epochs = 5.0  # linear warm-up, counted in the length of the run
     config.optimizer.warmup_learning_rate = 1e-6  # learning rate of step 0
     config.optimizer.final_learning_rate = 1e-5  # where the cosine ends
     config.optimizer.weight_decay = 0.05  # of kernels only, times the learning rate
-    config.optimizer.b1 = 0.9  # decay of AdamW's first moment
-    config.optimizer.b2 = 0.999  # decay of AdamW's second moment
-    config.optimizer.eps = 1e-8  # added to the root of the second moment
+    config.optimizer.b1 = 0.9  # decay of the first moment
+    config.optimizer.b2 = 0.999  # decay of the second moment; lion wants 0.99
+    config.optimizer.eps = 1e-8  # added to the root of the second moment; lamb wants 1e-6
+    config.optimizer.momentum = 0.9  # of sgd
+    config.optimizer.nesterov = False  # of sgd
+    config.optimizer.layer_decay = 1.0  # learning rate of a layer over that of the one above
+    config.optimizer.train = "all"  # or head, class_attention, a number of last blocks
+    config.optimizer.sharpness_radius = 0.0  # rho of sharpness-aware minimisation; 0: none
     config.optimizer.clip_norm = 0.0  # largest norm of the gradient; 0: no clipping
     config.optimizer.accumulate = 1  # micro batches a step, their gradients averaged
     config.optimizer.ema_decay = 0.99996  # of the average of the parameters; 0: none is kept
+
+    config.phases = ConfigDict()  # first the head alone, then the last blocks too
+    config.phases.head_epochs = 0.0  # 0: no phases; else these replace rate, schedule and length
+    config.phases.head_learning_rate = 1e-3  # constant in the first phase
+    config.phases.blocks = 4  # last blocks that learn in the second
+    config.phases.blocks_epochs = 15.0  # length of the second
+    config.phases.blocks_learning_rate = 1e-5  # constant in the second
 
     config.eval = ConfigDict()
     config.eval.batch_size = 1024  # images at a time; the result does not depend on it

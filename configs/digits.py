@@ -27,6 +27,10 @@ def get_config() -> ConfigDict:
     config.data.std = (0.5,)
 
     config.augment.flip = False
+    config.augment.rand_augment = ""
+    config.augment.erase = 0.0
+    config.augment.mixup = 0.0
+    config.augment.cutmix = 0.0
     config.augment.rotate = 10.0
     config.augment.zoom = 0.1
     config.augment.shear = 0.1

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import click
 from click.testing import CliRunner
 
 from cait_jax.cli import COMMANDS, main
@@ -24,7 +25,7 @@ def test_every_command_and_option_in_readme_exists():
         assert command in COMMANDS, line
         known = {
             name
-            for option in main.get_command(None, command).params
+            for option in main.get_command(click.Context(main), command).params
             for name in (*option.opts, *option.secondary_opts)
         }
         for argument in arguments:

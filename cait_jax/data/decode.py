@@ -131,7 +131,12 @@ def random_resized_crop(
     channels: int = 3,
     exif: bool = False,
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Decodes an image for training: a random box of it, resized (bicubic, antialiased).
+    """Decodes an image for training: a random box of it, resized (antialiased).
+
+    A JPEG in colour or grey is decoded and resized by OpenCV, which is about 1.4 times as fast as Pillow
+    (`benchmarks/input.py`), by the mean over areas where it shrinks and bicubic where it grows. Whatever
+    else, and a JPEG large enough to shrink while decoding, goes through Pillow (bicubic). Their crops
+    differ by about one grey level.
 
     Args:
       data: an encoded image, as in `decode_image`.
@@ -161,7 +166,14 @@ def random_resized_crop(
         top, left, box_height, box_width = _stored_box(box, size, orientation)
         stored_size = (height, width) if lying else (width, height)
         reduction = _jpeg_reduction(image, box[2:], image_size)
-        if reduction == 1:
+        pixels = _decode_jpeg(data, image, channels) if reduction == 1 else None
+        if pixels is not None:
+            pixels = pixels[top : top + box_height, left : left + box_width]
+            pixels = _resize(pixels, stored_size)
+            if orientation == 1:
+                return pixels.reshape(height, width, channels)
+            image = Image.fromarray(pixels)
+        elif reduction == 1:
             image = _convert(image, channels)
             image = image.crop((left, top, left + box_width, top + box_height))
             image = image.resize(stored_size, Image.Resampling.BICUBIC)
@@ -251,6 +263,31 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     if image.has_transparency_data:
         image = _over_white(image)
     return image if image.mode == mode else image.convert(mode)
+
+
+def _decode_jpeg(data: bytes, image: Image.Image, channels: int) -> UInt8[np.ndarray, "..."] | None:
+    """The pixels by OpenCV, or None if Pillow, which has read the header, is to decode the image.
+
+    OpenCV gives no pixels for a file that was cut short, and Pillow then says what is wrong with it.
+    """
+    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    import cv2
+
+    colour = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
+    return cv2.imdecode(np.frombuffer(data, np.uint8), colour | cv2.IMREAD_IGNORE_ORIENTATION)
+
+
+def _resize(pixels: UInt8[np.ndarray, "..."], size: tuple[int, int]) -> UInt8[np.ndarray, "..."]:
+    """Resizes pixels to (width, height): the mean over areas where a side shrinks, bicubic where it grows."""
+    import cv2
+
+    height, width = pixels.shape[:2]
+    # Areas antialias only while neither side grows.
+    shrunk = cv2.resize(
+        pixels, (min(size[0], width), min(size[1], height)), interpolation=cv2.INTER_AREA
+    )
+    return cv2.resize(shrunk, size, interpolation=cv2.INTER_CUBIC)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -1,15 +1,18 @@
 """Folders of photographs: one folder a class, as a split; and what arguments name as images."""
 
 import glob
+import hashlib
 import itertools
 import os
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from cait_jax.data.sources import Encoded
 from cait_jax.errors import UserError, nearest
@@ -19,6 +22,9 @@ SPLITS = ("train", "val", "validation", "test")
 _NAMES_COMPARED = 10_000
 _UNDIVIDED = ("all",)
 _SAME_SPLIT = {"val": "validation", "validation": "val"}
+# Between which fractions the paths of each side of an undivided folder lie.
+_DIVIDING = {"train": (0.1, 1.0), "val": (0.0, 0.1), "validation": (0.0, 0.1)}
+_PART = re.compile(r"(\w+)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,20 +66,26 @@ def load_folder(root: str | Path, split: str | None = None, *, channels: int = 3
     a `train` beside the split, the names of its classes, so that a label means the same in both.
     Hidden files and folders and `__MACOSX` count for nothing.
 
+    Where the folder is not divided, `"train"` and `"val"` divide it: an image is of `"val"` if its
+    `path_fraction` is below 0.1. So each image stays on its side when others come or go, and on every
+    machine. A part such as `"train[:50%]"` is taken by the same number, not by the order of the classes.
+
     Args:
       root: the folder, where `~` is the home directory. Links to folders are followed.
-      split: which split, if the folder is divided into splits, where `"val"` and `"validation"` mean
-        the same; `"all"` or None if it is not.
+      split: which split, where `"val"` and `"validation"` mean the same, or a part of one in whole
+        percents. Of a folder that is not divided, `"train"`, `"val"`, or `"all"`, which None means too.
       channels: 3 for colour, 1 for luminance.
 
     Returns:
       The images ordered by class and path, to be turned upright by their EXIF orientation.
 
     Raises:
-      UserError: the folder or the split does not exist, holds no classes, or a class no image.
+      UserError: the folder or the split does not exist, holds no classes, or a class no image; or no
+        image falls in the part.
     """
     folder = _existing_folder(root)
-    part, class_names = _part(folder, split)
+    name, percents = _parsed(split)
+    part, class_names = _part(folder, name)
     images = {name: _images_below(part / name) for name in _class_folders(part)}
     if empty := [name for name, files in images.items() if not files]:
         raise UserError(
@@ -85,11 +97,40 @@ def load_folder(root: str | Path, split: str | None = None, *, channels: int = 3
         np.array([class_names.index(name) for name in images], np.int32),
         [len(of_class) for of_class in images.values()],
     )
+    side = name if part == folder else None
+    if side in _DIVIDING or percents != (0, 100):
+        chosen = _chosen(files, side, percents)
+        if not chosen.any():
+            raise UserError(
+                f"none of the {len(files)} images of {part} falls in {split!r}: ask for a greater part, "
+                "or divide the folder into folders train and val"
+            )
+        files = tuple(itertools.compress(files, chosen))
+        labels = labels[chosen]
     return Encoded(FolderRecords(part, files, labels), class_names, channels, exif=True)
+
+
+def path_fraction(path: str) -> float:
+    """Where a path lies between 0 and 1, as if drawn uniformly, but always and everywhere the same.
+
+    It is the first 8 bytes of the path's SHA-256 as a big-endian fraction; the path is taken in
+    Unicode's composed form (NFC), since file systems differ in that.
+
+    Args:
+      path: relative to the folder of the classes, with forward slashes.
+
+    Returns:
+      A number in [0, 1).
+    """
+    composed = unicodedata.normalize("NFC", path).encode(errors="surrogateescape")
+    # 53 bits are what a float holds.
+    return (int.from_bytes(hashlib.sha256(composed).digest()[:8]) >> 11) / 2**53
 
 
 def folder_splits(root: str | Path) -> tuple[str, ...]:
     """Names the splits that a folder of images is divided into; `"all"` if it holds the classes itself.
+
+    `load_folder` divides the latter into `"train"` and `"val"` where it is asked to.
 
     Raises:
       UserError: the folder does not exist.
@@ -167,14 +208,44 @@ def _existing_folder(root: str | Path) -> Path:
     raise UserError(f"there is no folder {folder}{nearest_path(folder)}")
 
 
+def _parsed(split: str | None) -> tuple[str | None, tuple[int, int]]:
+    """The name of a split, and from and to which percent of it is meant."""
+    if split is None:
+        return None, (0, 100)
+    match = _PART.fullmatch(split)
+    if match is None:
+        raise UserError(
+            f"split {split!r} cannot be read: a folder's splits are named alone or with a part in whole "
+            "percents, such as 'train[:50%]'"
+        )
+    name, first, last = match.groups()
+    start, stop = int(first or 0), 100 if last is None else int(last)
+    if not start < stop <= 100:
+        raise UserError(
+            f"split {split!r} holds nothing: its percents must grow and end at 100 at most"
+        )
+    return name, (start, stop)
+
+
+def _chosen(
+    files: Sequence[str], side: str | None, percents: tuple[int, int]
+) -> Bool[np.ndarray, "n"]:
+    """Which files lie on a side of an undivided folder ("train", "val" or both), and there in a part."""
+    fractions = np.array([path_fraction(file) for file in files])
+    low, high = _DIVIDING.get(side or "", (0.0, 1.0))
+    inside = (fractions - low) / (high - low)
+    start, stop = percents[0] / 100, percents[1] / 100
+    return (inside >= start) & (inside < stop)
+
+
 def _part(folder: Path, split: str | None) -> tuple[Path, tuple[str, ...]]:
     """The folder that holds the class folders of `split`, and the names of the classes in order."""
     splits = folder_splits(folder)
     if splits == _UNDIVIDED:
-        if split is not None and split not in splits:
+        if split is not None and split not in (*_DIVIDING, *splits):
             raise UserError(
-                f"folder {folder} is not divided into splits such as {split!r}; ask for all of it "
-                f"by the split 'all', or put class folders into {folder / split}"
+                f"folder {folder} is not divided into splits such as {split!r}; ask for 'train', 'val' "
+                f"or 'all', or put class folders into {folder / split}"
             )
         return folder, _class_names(folder)
     known = ", ".join(splits)

@@ -8,6 +8,7 @@ the step alone.
 
 import functools
 import itertools
+import logging
 import os
 import signal
 import threading
@@ -19,13 +20,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from cait_jax.data.sources import Encoded, InMemory, Split
+from cait_jax.data.sources import Encoded, InMemory, Split, read_record
 from cait_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
+MAX_BROKEN = 0.01
+"""The greatest part of the images read that may be broken in training."""
+JUDGED_FROM = 100
+"""How many images are read before that part is judged; as many broken ones in a row are too many at once."""
+
 _MAX_THREADS = 16
 _SHUFFLING, _CROPPING = 0, 1
+_log = logging.getLogger(__name__)
 
 
 class Batches(Iterator[Batch]):
@@ -34,9 +41,15 @@ class Batches(Iterator[Batch]):
     Closing it ends them; so does exhausting it, an error, or leaving its `with` block.
     """
 
-    def __init__(self, batches: Any) -> None:
-        """Takes over `batches`, an iterator with a `close` method."""
+    def __init__(self, batches: Any, replaced: "_Replaced | None" = None) -> None:
+        """Takes over `batches`, an iterator with a `close` method, and what keeps account of it."""
         self._batches = batches
+        self._replaced = replaced
+
+    @property
+    def broken(self) -> int:
+        """How many times a broken image was read and replaced in the batches so far."""
+        return 0 if self._replaced is None else self._replaced.broken
 
     def __next__(self) -> Batch:
         """The next batch; no more come after `close`."""
@@ -44,6 +57,8 @@ class Batches(Iterator[Batch]):
             raise StopIteration
         try:
             batch = next(self._batches)
+            if self._replaced is not None:
+                self._replaced.account(batch)
         except BaseException:
             self.close()
             raise
@@ -88,6 +103,10 @@ def train_batches(
 ) -> Batches:
     """Yields this process's rows of the training batches from `start_step` on, without end.
 
+    An image that cannot be read or decoded is named once by a warning in the log, and the next in the
+    epoch's order stands in for it, with its own label, for whichever process or worker meets it.
+    `Batches.broken` counts them.
+
     Args:
       split: what to draw from. Images in memory come whole; encoded ones as random resized crops.
       seed: decides order and crops.
@@ -107,7 +126,8 @@ def train_batches(
     Raises:
       UserError: at the call, if the batch is larger than the split or does not divide by the
         processes, or the images in memory have another size.
-      BrokenImage: while iterating, if an image cannot be decoded.
+      BrokenImage: while iterating, if of the images that this process read, `JUDGED_FROM` at least,
+        more than `MAX_BROKEN` were broken.
     """
     _check(split, batch_size, image_size, process_count)
     count = len(split)
@@ -131,7 +151,9 @@ def train_batches(
         channels=split.channels,
         exif=split.exif,
     )
-    return _grain_batches(_TrainingExamples(split, seed, rows, crop), rows.local_size, workers)
+    examples = _TrainingExamples(split, seed, rows, crop)
+    batches = _grain_batches(examples, rows.local_size, workers)
+    return Batches(batches, _Replaced(examples))
 
 
 def eval_batches(
@@ -166,7 +188,7 @@ def eval_batches(
     Raises:
       UserError: at the call, if the batch does not divide by the processes or the images in memory
         have another size.
-      BrokenImage: while iterating, if an image cannot be decoded.
+      BrokenImage: while iterating, if an image cannot be read or decoded; it is named.
     """
     _check(split, batch_size, image_size, process_count)
     rows = _Rows(batch_size, process_index, process_count)
@@ -186,7 +208,7 @@ def eval_batches(
     )
     shape = (*image_size, split.channels)
     examples = _EvaluationExamples(split, rows, steps, crop, shape)
-    return _grain_batches(examples, rows.local_size, workers)
+    return Batches(_grain_batches(examples, rows.local_size, workers))
 
 
 def _check(split: Split, batch_size: int, image_size: tuple[int, int], process_count: int) -> None:
@@ -290,11 +312,77 @@ class _TrainingExamples:
         return 2**60 // self.rows.local_size * self.rows.local_size
 
     def __getitem__(self, index: int) -> Batch:
-        position = self.rows.position(int(index))
-        epoch, place = divmod(position, len(self.split))
-        chosen = int(permutation(self.seed, epoch, len(self.split))[place])
-        rng = np.random.Generator(_philox(self.seed, position, _CROPPING))
+        """The example and, as `skipped`, how many broken ones before it should have been in its place."""
+        from cait_jax.data.decode import BrokenImage
+
+        skipped, last = 0, None
+        for skipped, chosen in enumerate(self.candidates(int(index))):
+            try:
+                return {**self.example(int(index), chosen), "skipped": np.array(skipped, np.int32)}
+            except BrokenImage as error:
+                last = error
+        raise BrokenImage(
+            f"{skipped + 1} images in a row are broken, of which the last says: {last}; "
+            "repair or replace the data set"
+        ) from last
+
+    def candidates(self, index: int) -> Iterator[int]:
+        """The example that is this process's `index`-th, and those that stand in for it, in their order."""
+        count = len(self.split)
+        epoch, place = divmod(self.rows.position(index), count)
+        order = permutation(self.seed, epoch, count)
+        return (int(order[(place + i) % count]) for i in range(min(count, JUDGED_FROM)))
+
+    def example(self, index: int, chosen: int) -> Batch:
+        """Example `chosen` of the split, cropped as this process's `index`-th is."""
+        rng = np.random.Generator(_philox(self.seed, self.rows.position(index), _CROPPING))
         return _example(self.split, chosen, lambda data: self.crop(data, rng))
+
+
+class _Replaced:
+    """Keeps account of the broken images of training, in the process that receives the batches.
+
+    Workers only say with each example how many broken ones it stands in for. Which those were follows from
+    the order, and what is wrong with one shows when it is read again.
+    """
+
+    def __init__(self, examples: _TrainingExamples) -> None:
+        self._examples = examples
+        self._step = 0
+        self._named: set[int] = set()
+        self._last = ""
+        self.read = 0
+        self.broken = 0
+
+    def account(self, batch: Batch) -> None:
+        """Takes `skipped` out of the next batch, names what is new, and stops if it is too much."""
+        from cait_jax.data.decode import BrokenImage
+
+        skipped = np.asarray(batch.pop("skipped"))
+        for row in np.flatnonzero(skipped):
+            index = self._step * skipped.size + int(row)
+            for chosen in itertools.islice(self._examples.candidates(index), int(skipped[row])):
+                if chosen not in self._named:
+                    self._named.add(chosen)
+                    self._last = self._reason(index, chosen)
+                    _log.warning("%s; another stands in for it", self._last)
+        self._step += 1
+        self.broken += int(skipped.sum())
+        self.read += skipped.size + int(skipped.sum())
+        if self.read >= JUDGED_FROM and self.broken > MAX_BROKEN * self.read:
+            raise BrokenImage(
+                f"{self.broken} of {self.read} images read are broken, more than {MAX_BROKEN:.0%}, and "
+                f"are named in the log (the last: {self._last}); repair or replace the data set"
+            )
+
+    def _reason(self, index: int, chosen: int) -> str:
+        from cait_jax.data.decode import BrokenImage
+
+        try:
+            self._examples.example(index, chosen)
+        except BrokenImage as error:
+            return str(error)
+        return f"image {chosen} could not be read a moment ago and now can"
 
 
 @dataclass(frozen=True)
@@ -329,7 +417,7 @@ def _example(
 ) -> Batch:
     from cait_jax.data.decode import BrokenImage
 
-    record = split.records[index]
+    record = read_record(split, index)
     try:
         image = crop(record["image"])
     except BrokenImage as error:
@@ -346,7 +434,8 @@ def _example(
 
 def _grain_batches(
     examples: _TrainingExamples | _EvaluationExamples, batch_size: int, workers: int
-) -> Batches:
+) -> Any:
+    """An iterator over stacked examples that has a `close` method."""
     import grain
     from absl import flags
 
@@ -356,25 +445,26 @@ def _grain_batches(
         ahead = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=max(threads, 2 * batch_size)
         )
-        return Batches(iter(dataset.to_iter_dataset(ahead).batch(batch_size)))
+        return iter(dataset.to_iter_dataset(ahead).batch(batch_size))
 
     if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts its workers
         flags.FLAGS.mark_as_parsed()
     # A worker makes whole batches, so that their number does not decide what a batch holds.
     one_by_one = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     batches = dataset.batch(batch_size).to_iter_dataset(one_by_one)
-    return Batches(
-        iter(
-            batches.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_start_worker
-            )
+    return iter(
+        batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_start_worker
         )
     )
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Leaves the end of a worker to its parent, and ends it when the parent has died."""
+    """Leaves the end of a worker to its parent, ends it when the parent has died, and keeps it to a core."""
+    import cv2
+
     del index, count
+    cv2.setNumThreads(1)
     # A signal to the process group must leave the parent the data of the steps until it saves.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,6 @@
 """One split of a data set: decoded images in memory, or encoded images by index."""
 
 import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,7 +104,8 @@ def load_split(
     ReaL labels, which may be none, as `labels`.
 
     Args:
-      name: `"digits"` (scikit-learn's, 8 by 8), or a TFDS name such as `"imagenet2012"` or
+      name: `"digits"` (scikit-learn's, 8 by 8), `"synthetic"` or `"synthetic/jpeg"` (for measuring speed, as
+        in `load_synthetic`), or a TFDS name such as `"imagenet2012"` or
         `"imagenet_resized/64x64"`, or a folder of images as in `load_folder`. What starts with `/`,
         `.` or `~` is a folder.
       split: a TFDS split or a part of one, such as `"train[90%:]"`; for digits `"train"` or
@@ -124,7 +124,11 @@ def load_split(
     """
     if name == "digits":
         return _load_digits(split, image_size)
-    if _is_folder(name):
+    if _is_synthetic(name):
+        from cait_jax.data.synthetic import load_synthetic
+
+        return load_synthetic(name, split, image_size, IN_MEMORY_BYTES)
+    if is_folder(name):
         from cait_jax.data.folder import load_folder
 
         return load_folder(name, split)
@@ -143,14 +147,45 @@ def split_names(name: str, *, data_dir: str | None = None) -> tuple[str, ...]:
     """
     if name == "digits":
         return _DIGITS_SPLITS
-    if _is_folder(name):
+    if _is_synthetic(name):
+        from cait_jax.data.synthetic import SPLITS
+
+        return SPLITS
+    if is_folder(name):
         from cait_jax.data.folder import folder_splits
 
         return folder_splits(name)
-    return tuple(_prepared_builder(name, data_dir).info.splits)
+    from cait_jax.data.prepared import prepared_builder
+
+    return tuple(prepared_builder(name, data_dir).info.splits)
 
 
-def _is_folder(name: str) -> bool:
+def read_record(split: Encoded, index: int) -> Mapping[str, Any]:
+    """Reads record `index` of a split.
+
+    Raises:
+      BrokenImage: it cannot be read, or is empty; it is named.
+    """
+    from cait_jax.data.decode import BrokenImage
+
+    try:
+        record = split.records[index]
+    except MemoryError:
+        raise
+    except UserError as error:  # which names what it is about
+        raise BrokenImage(str(error)) from error
+    except Exception as error:  # array_record and the feature decoders raise any type
+        raise BrokenImage(f"image {index} cannot be read: {first_line(error)}") from error
+    if not isinstance(record["image"], bytes):  # as in a file that was cut short
+        raise BrokenImage(f"image {index} cannot be read: its record is empty")
+    return record
+
+
+def _is_synthetic(name: str) -> bool:
+    return name.split("/")[0] == "synthetic"
+
+
+def is_folder(name: str) -> bool:
     """Whether `name` is a path to a folder of images, and not a TFDS name, whose folder may lie here."""
     if name.startswith((os.sep, ".", "~")):
         return True
@@ -199,7 +234,9 @@ def _load_digits(split: str, image_size: tuple[int, int]) -> InMemory:
 def _load_tfds(name: str, split: str, image_size: tuple[int, int], data_dir: str | None) -> Split:
     import tensorflow_datasets as tfds
 
-    builder = _prepared_builder(name, data_dir)
+    from cait_jax.data.prepared import damaged, prepared_builder
+
+    builder = prepared_builder(name, data_dir)
     features = dict(builder.info.features.items())
     multi_label = set(_LABELS_OF_REAL.values()) <= features.keys()
     image = features.get("image")
@@ -220,7 +257,7 @@ def _load_tfds(name: str, split: str, image_size: tuple[int, int], data_dir: str
         if first["image"] is None or first["label"] is None:  # as in a file that was cut short
             raise ValueError("its first record is empty")
     except Exception as error:  # array_record and the feature decoders raise any type
-        raise _damaged(name, builder.data_path, error) from error
+        raise damaged(name, builder.data_path, error) from error
     if first["label"] < 0:
         raise UserError(f"split {split!r} of data set {name} has no labels; choose another split")
 
@@ -233,7 +270,7 @@ def _load_tfds(name: str, split: str, image_size: tuple[int, int], data_dir: str
     try:
         images, labels = _decode_all(records, image_size, channels, f"decoding {name} {split}")
     except Exception as error:
-        raise _damaged(name, builder.data_path, error) from error
+        raise damaged(name, builder.data_path, error) from error
     return InMemory(images, labels, class_names)
 
 
@@ -257,65 +294,6 @@ class _Renamed:
         return {**record, **{name: record[theirs] for name, theirs in self.names.items()}}
 
 
-def _prepared_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
-    """A builder that reads `name` from its folder, which is known to hold array_record files."""
-    import tensorflow_datasets as tfds
-
-    if data_dir is not None:
-        data_dir = str(tfds.core.Path(data_dir).expanduser())
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError as error:
-        # Without TensorFlow the community's data sets cannot be listed.
-        names = ["digits", *tfds.list_builders(with_community_datasets=False)]
-        near = nearest(name, names, count=6)
-        hint = near if near.startswith("nearest") else "tfds.list_builders() names the known ones"
-        raise UserError(f"unknown data set {name!r}; {hint}") from error
-    except Exception as error:  # a wrong version or config, an unreadable folder
-        raise UserError(
-            f"data set {name!r} cannot be opened: {_first_line(error.__cause__ or error)}; check "
-            "its name, configuration and version, and if its folder is damaged, copy or prepare it "
-            "again"
-        ) from error
-
-    # Asking builder.is_prepared() would print warnings of its own.
-    if not all(
-        (builder.data_path / file).exists() for file in ("dataset_info.json", "features.json")
-    ):
-        raise UserError(
-            f"data set {name} is not prepared in {builder.data_path}; "
-            f"{_how_to_prepare(builder, name)}"
-        )
-    try:
-        prepared = tfds.builder_from_directory(builder.data_path)
-        formats = prepared.info.available_file_formats()
-    except Exception as error:
-        raise _damaged(name, builder.data_path, error) from error
-    if tfds.core.FileFormat.ARRAY_RECORD not in formats:
-        found = ", ".join(sorted(file_format.value for file_format in formats)) or "no known format"
-        raise UserError(
-            f"data set {name} in {builder.data_path} is prepared as {found}, which cannot be read "
-            f"by index; {_how_to_prepare(builder, name)}"
-        )
-    return prepared
-
-
-def _how_to_prepare(builder: "tfds.core.DatasetBuilder", name: str) -> str:
-    above = 1 if builder.builder_config is None else 2
-    data_dir = builder.data_path.parents[above]
-    archives = ""
-    if builder.name == "imagenet2012":
-        archives = "put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
-    elif builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-        archives = "put its archives"
-    if archives:
-        archives = f"{archives} into {data_dir / 'downloads' / 'manual'} and then "
-    command = shlex.join(
-        ["tfds", "build", name, "--file_format=array_record", f"--data_dir={data_dir}"]
-    )
-    return f"{archives}run: {command} (this needs TensorFlow: pip install tensorflow)"
-
-
 def _check_split(builder: "tfds.core.DatasetBuilder", name: str, split: str) -> None:
     splits = builder.info.splits
     known = ", ".join(f"{key} ({info.num_examples} examples)" for key, info in splits.items())
@@ -323,21 +301,15 @@ def _check_split(builder: "tfds.core.DatasetBuilder", name: str, split: str) -> 
         count = splits[split].num_examples
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"split {split!r} of data set {name} cannot be read: {_first_line(error)}; "
+            f"split {split!r} of data set {name} cannot be read: {first_line(error)}; "
             f"the splits are {known}, and a part is written like 'train[:90%]'"
         ) from error
     if not count:
         raise UserError(f"split {split!r} of data set {name} is empty; the splits are {known}")
 
 
-def _damaged(name: str, folder: object, error: Exception) -> UserError:
-    return UserError(
-        f"data set {name} in {folder} cannot be read and seems damaged ({_first_line(error)}); "
-        "copy or prepare it again"
-    )
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as part of a sentence."""
     message = str(error).strip() or type(error).__name__
     return message.splitlines()[0].rstrip(".:;")
 

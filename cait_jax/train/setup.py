@@ -1,7 +1,8 @@
 """A run's parts, made from its config: data, model, optimiser, compiled functions."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cait_jax.data.augment import Augmentation
+from cait_jax.data.mix import Mixing
 from cait_jax.data.pipeline import Batches, eval_batches, train_batches
 from cait_jax.data.sources import Split, load_split
 from cait_jax.errors import UserError
@@ -20,8 +22,11 @@ from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.sharding import check_batch_size, make_mesh, over_batch, replicated
 from cait_jax.train.config import check_values
+from cait_jax.train.losses import label_loss, teacher_loss
 from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from cait_jax.train.start import given_params
+from cait_jax.train.parts import by_part, layer_decay, trainable
+from cait_jax.train.phases import Phase, head_then_blocks, in_phases, phase_mask, phase_rates
+from cait_jax.train.start import given_params, given_teacher
 from cait_jax.train.state import TrainState, create_state
 from cait_jax.train.step import Recipe, TrainStep, make_train_step
 
@@ -148,17 +153,12 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
     )
 
     steps_per_epoch = len(train_split) / config.batch_size
-    total_steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
-    schedule = _schedule(config, total_steps, steps_per_epoch)
-    optimizer = make_optimizer(
-        schedule,
-        b1=config.optimizer.b1,
-        b2=config.optimizer.b2,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        clip_norm=config.optimizer.clip_norm,
-    )
-    recipe = _recipe(config)
+    phases = _phases(config, steps_per_epoch)
+    total_steps = config.steps or _length(config, phases, steps_per_epoch)
+    schedule = phase_rates(phases) if phases else _schedule(config, total_steps, steps_per_epoch)
+    optimizer = _optimizer(config, schedule, phases)
+    recipe = _recipe(config, model, phases)
+    teacher = given_teacher(config, model)
 
     def begin(params: Any) -> TrainState:
         return create_state(params, optimizer, ema=recipe.ema_decay > 0)
@@ -168,6 +168,15 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
         return begin(model.init(jax.random.key(config.seed), images)["params"])
 
     whole, rows = replicated(mesh), over_batch(mesh)
+    if recipe.trainable is not None:  # a part that the network does not have is told now
+        recipe.trainable(jax.eval_shape(init).params, 0)
+    step = jax.jit(
+        make_train_step(model, optimizer, schedule, recipe),
+        in_shardings=(whole, rows, whole),
+        out_shardings=(whole, whole),
+        donate_argnums=0,
+    )
+    teacher = jax.device_put(teacher, whole)
     return Setup(
         config=config,
         model=model,
@@ -175,12 +184,7 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
         eval_split=eval_split,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
-        train_step=jax.jit(
-            make_train_step(model, optimizer, schedule, recipe),
-            in_shardings=(whole, rows),
-            out_shardings=(whole, whole),
-            donate_argnums=0,
-        ),
+        train_step=lambda state, batch: step(state, batch, teacher),
         eval_step=jit_eval_step(
             make_eval_step(model, recipe.mean, recipe.std, loss_and_accuracy), mesh
         ),
@@ -198,6 +202,25 @@ def _check_trainable(name: str) -> None:
         )
 
 
+def _phases(config: ConfigDict, steps_per_epoch: float) -> tuple[Phase, ...]:
+    phases = config.phases
+    both = head_then_blocks(
+        steps_per_epoch,
+        head_epochs=phases.head_epochs,
+        head_learning_rate=phases.head_learning_rate,
+        blocks=phases.blocks,
+        blocks_epochs=phases.blocks_epochs,
+        blocks_learning_rate=phases.blocks_learning_rate,
+    )
+    return both if phases.head_epochs else ()
+
+
+def _length(config: ConfigDict, phases: Sequence[Phase], steps_per_epoch: float) -> int:
+    if phases:
+        return sum(phase.steps for phase in phases)
+    return max(1, round(config.epochs * steps_per_epoch))
+
+
 def _schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
     optimizer = config.optimizer
     reference = optimizer.reference_batch
@@ -210,9 +233,57 @@ def _schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> o
     )
 
 
-def _recipe(config: ConfigDict) -> Recipe:
-    augment = config.augment
+def _optimizer(
+    config: ConfigDict, schedule: optax.Schedule, phases: Sequence[Phase]
+) -> optax.GradientTransformation:
+    optimizer = config.optimizer
+    make = functools.partial(
+        make_optimizer,
+        name=optimizer.name,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        momentum=optimizer.momentum,
+        nesterov=optimizer.nesterov,
+        weight_decay=optimizer.weight_decay,
+        clip_norm=optimizer.clip_norm,
+    )
+    if phases:
+        return in_phases(make, phases)
+    part, decay = _part(optimizer.train), optimizer.layer_decay
+    if part == "all" and decay == 1.0:
+        return make(schedule)
+
+    def factors(params: Any) -> Any:
+        learns, rates = trainable(params, part), layer_decay(params, decay)
+        return jax.tree.map(lambda learns, rate: learns * rate, learns, rates)
+
+    return by_part(make(schedule), factors)
+
+
+def _part(name: str) -> str | int:
+    """What learns, as `cait_jax.train.parts.trainable` takes it, from a word of the command line."""
+    return int(name) if name.isdecimal() else name
+
+
+def _recipe(config: ConfigDict, model: Any, phases: Sequence[Phase]) -> Recipe:
+    augment, distill = config.augment, config.distill
+    policy = augment.rand_augment
+    part = _part(config.optimizer.train)
+    learns: Callable[[Any, Any], Any] | None = None
+    if phases:
+        learns = functools.partial(phase_mask, phases)
+    elif part != "all":
+
+        def learns(params: Any, step: Any) -> Any:
+            del step
+            return trainable(params, part)
+
     return Recipe(
+        label_loss=label_loss(config.loss.name, threshold=config.loss.threshold),
+        teacher_loss=teacher_loss(
+            distill.kind, weight=distill.weight, temperature=distill.temperature
+        ),
         seed=config.seed,
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
@@ -223,8 +294,20 @@ def _recipe(config: ConfigDict) -> Recipe:
             zoom=augment.zoom,
             shear=augment.shear,
             translate=augment.translate,
+            rand_augment=parse_policy(policy) if policy else None,
+            three_augment=augment.three_augment,
+            color_jitter=augment.color_jitter,
         ),
+        erase=augment.erase,
         label_smoothing=config.loss.label_smoothing,
+        mixing=Mixing(
+            mixup=augment.mixup,
+            cutmix=augment.cutmix,
+            probability=augment.mix_probability,
+            switch=augment.mix_switch,
+        ),
+        trainable=learns,
+        sharpness_radius=config.optimizer.sharpness_radius,
         accumulate=config.optimizer.accumulate,
         ema_decay=config.optimizer.ema_decay,
     )

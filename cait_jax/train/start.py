@@ -1,4 +1,4 @@
-"""Where a run starts.
+"""Where a run starts, and whom it learns from.
 
 The precedence: a checkpoint of the run itself, then `init.weights`, then `init.pretrained`, then initialisation
 from the seed.
@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError
 from cait_jax.models.cait import CaiT
+from cait_jax.train.distill import make_teacher
 
 
 def given_params(config: ConfigDict, model: CaiT) -> Any:
@@ -55,3 +56,35 @@ def given_params(config: ConfigDict, model: CaiT) -> Any:
     )
     assert loaded == model
     return variables["params"]
+
+
+def given_teacher(config: ConfigDict, model: CaiT) -> Any:
+    """The teacher that a config names, ready to see the student's images.
+
+    Args:
+      config: `distill.teacher` is a released name or a directory, `distill.weights` a file for a name.
+      model: the student.
+
+    Returns:
+      A teacher of `make_teacher` in bfloat16; None where `distill.kind` is `"none"`.
+
+    Raises:
+      UserError: its weights cannot be had, or it knows other classes.
+    """
+    name, weights = config.distill.teacher, config.distill.weights
+    if config.distill.kind == "none":
+        return None
+    from cait_jax.weights.names import preprocessing
+    from cait_jax.weights.pretrained import load_pretrained
+
+    teacher, variables = load_pretrained(name, weights=weights)
+    prepare = preprocessing(name)
+    return make_teacher(
+        teacher,
+        variables,
+        mean=prepare.mean,
+        std=prepare.std,
+        student_mean=config.data.mean,
+        student_std=config.data.std,
+        num_classes=model.num_classes,
+    )

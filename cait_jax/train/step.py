@@ -1,4 +1,4 @@
-"""One training step: a pure function of (state, batch)."""
+"""One training step: a pure function of (state, batch), and of a teacher where there is one."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,12 +11,20 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from cait_jax.data.augment import Augmentation, augment, normalise
-from cait_jax.train.losses import correct, cross_entropy
+from cait_jax.data.erase import random_erase
+from cait_jax.data.mix import Mixing, mix, soft_labels
+from cait_jax.train.average import moving_average
+from cait_jax.train.distill import both_heads
+from cait_jax.train.losses import correct
+from cait_jax.train.parts import apply_updates, stop_frozen
+from cait_jax.train.sam import sharpness_aware
 from cait_jax.train.state import TrainState
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+LabelLoss = Callable[[Any, Any], Any]
+TeacherLoss = Callable[[Any, Any, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,20 +32,33 @@ class Recipe:
     """What a step needs beside the state and the batch.
 
     Attributes:
+      label_loss: from logits and soft targets, both (batch, classes), to the loss of each example.
+      teacher_loss: from the label's loss, logits and the teacher's logits to the loss of each example; None
+        without a teacher.
       seed: of the run; each step's keys are folded from it and the step.
       mean: of each channel, on a scale from 0 to 1.
       std: likewise.
       augmentation: what is drawn for each image.
-      label_smoothing: see `cross_entropy`.
+      erase: probability that a box of an image is erased.
+      label_smoothing: the share of a label spread evenly over all classes.
+      mixing: how images are mixed with each other, and their labels with them.
+      trainable: from parameters and step to marks of what learns, see `cait_jax.train.parts`; None: all does.
+      sharpness_radius: rho of sharpness-aware minimisation; 0 for none.
       accumulate: micro batches a step, their gradients averaged.
       ema_decay: of the average of the parameters; 0 for none.
     """
 
+    label_loss: LabelLoss
+    teacher_loss: TeacherLoss | None = None
     seed: int = 0
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+    erase: float = 0.0
     label_smoothing: float = 0.0
+    mixing: Mixing = dataclasses.field(default_factory=Mixing)
+    trainable: Callable[[Any, Any], Any] | None = None
+    sharpness_radius: float = 0.0
     accumulate: int = 1
     ema_decay: float = 0.0
 
@@ -57,42 +78,69 @@ def make_train_step(
       recipe: everything else.
 
     Returns:
-      A function of a state and a batch (`image` uint8 (batch, height, width, channels), `label` int32
-      (batch,)), which gives the next state and the scalars `loss` (mean, nats), `accuracy` (0 to 1),
-      `learning_rate` (as applied in this step) and `grad_norm` (before clipping). Not yet jitted.
+      A function of a state, a batch (`image` uint8 (batch, height, width, channels), `label` int32
+      (batch,)) and a teacher (of `make_teacher`, or None), which gives the next state and the scalars `loss`
+      (mean, nats), `accuracy` (0 to 1, against the larger part of a mixed label), `learning_rate` (as
+      applied in this step) and `grad_norm` (before clipping). Not yet jitted.
     """
 
-    def loss_and_accuracy(params: Any, batch: Batch, keys: dict[str, Array]) -> Any:
+    def prepared(batch: Batch, keys: dict[str, Array]) -> Batch:
+        """What the model sees of a global batch: its images are mixed with each other."""
+        ids = jnp.arange(batch["label"].shape[0])
         images = batch["image"].astype(jnp.float32)
-        images = augment(keys["augment"], images, batch["id"], recipe.augmentation)
+        images = augment(keys["augment"], images, ids, recipe.augmentation)
         images = normalise(images, recipe.mean, recipe.std)
-        logits: Any = model.apply(
-            {"params": params},
-            images,
-            train=True,
-            example_ids=batch["id"],
-            rngs={"dropout": keys["dropout"], "drop_path": keys["drop_path"]},
-        )
-        losses = cross_entropy(logits, batch["label"], recipe.label_smoothing)
-        return losses.mean(), correct(logits, batch["label"]).mean()
+        images = random_erase(keys["erase"], images, ids, recipe.erase)
+        targets = soft_labels(batch["label"], model.num_classes, recipe.label_smoothing)
+        images, targets = mix(keys["mix"], images, targets, recipe.mixing)
+        return {"image": images, "target": targets, "id": ids}
 
-    gradient_of = jax.value_and_grad(loss_and_accuracy, has_aux=True)
+    def heads(params: Any, batch: Batch, keys: dict[str, Array]) -> tuple[Any, Any]:
+        """Logits for the label, and logits for the teacher: the same unless the network has two heads."""
+        options: dict[str, Any] = {
+            "train": True,
+            "example_ids": batch["id"],
+            "rngs": {"dropout": keys["dropout"], "drop_path": keys["drop_path"]},
+        }
+        if recipe.teacher_loss is not None and model.distilled:
+            return both_heads(model, {"params": params}, batch["image"], **options)
+        logits: Any = model.apply({"params": params}, batch["image"], **options)
+        return logits, logits
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, teacher: Any = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-        names = ("augment", "dropout", "drop_path")
+        names = ("augment", "dropout", "drop_path", "erase", "mix")
         keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-        batch = batch | {"id": jnp.arange(batch["label"].shape[0])}
+        learns = recipe.trainable and recipe.trainable(state.params, state.step)
 
-        def part(micro: Batch) -> Any:
-            return gradient_of(state.params, micro, keys)
+        def loss_and_accuracy(params: Any, micro: Batch) -> Any:
+            if learns is not None:
+                params = stop_frozen(params, learns)
+            for_label, for_teacher = heads(params, micro, keys)
+            losses = recipe.label_loss(for_label, micro["target"])
+            if recipe.teacher_loss is not None:
+                losses = recipe.teacher_loss(losses, for_teacher, teacher(micro["image"]))
+            label = jnp.argmax(micro["target"], axis=-1)
+            return losses.mean(), correct(for_label, label).mean()
 
-        (loss, accuracy), gradient = mean_over_micro_batches(part, batch, recipe.accumulate)
+        gradient_of = jax.value_and_grad(loss_and_accuracy, has_aux=True)
+        whole = prepared(batch, keys)
+
+        def over_batch(params: Any) -> Any:
+            return mean_over_micro_batches(
+                lambda micro: gradient_of(params, micro), whole, recipe.accumulate
+            )
+
+        (loss, accuracy), gradient = sharpness_aware(over_batch, recipe.sharpness_radius)(
+            state.params
+        )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = apply_updates(state.params, updates)
         ema = state.ema
         if recipe.ema_decay:
-            ema = optax.incremental_update(params, ema, step_size=1.0 - recipe.ema_decay)
+            ema = moving_average(ema, params, recipe.ema_decay)
         metrics = {
             "loss": loss,
             "accuracy": accuracy,

@@ -413,9 +413,10 @@ def test_random_crop_is_a_function_of_its_generator():
 
 def test_random_crop_of_the_whole_image_is_a_resize():
     pixels = decode_image(JPEG)
-    expected = Image.fromarray(pixels).resize((32, 24), Image.Resampling.BICUBIC)
-    crop = crop_with(0, JPEG, scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3))
-    np.testing.assert_array_equal(crop, np.asarray(expected))
+    expected = np.asarray(Image.fromarray(pixels).resize((32, 24), Image.Resampling.BICUBIC))
+    whole = {"scale": (1.0, 1.0), "ratio": (4 / 3, 4 / 3)}
+    np.testing.assert_array_equal(crop_with(0, encode(pixels), **whole), expected)
+    assert np.abs(crop_with(0, JPEG, **whole).astype(int) - expected).mean() < 1
 
 
 def test_boxes_lie_inside_and_follow_scale_and_ratio():
@@ -466,7 +467,61 @@ def test_shrinking_a_large_jpeg_while_decoding_hardly_shows(monkeypatch):
     data = numbered_jpeg(5, 700, 900)
     fast = [crop_with(seed, data, scale=(0.5, 1.0)) for seed in range(8)]
     monkeypatch.setattr("cait_jax.data.decode._jpeg_reduction", lambda *_: 1)
+    monkeypatch.setattr("cait_jax.data.decode._decode_jpeg", lambda *_: None)
     full = [crop_with(seed, data, scale=(0.5, 1.0)) for seed in range(8)]
     difference = np.abs(np.array(fast).astype(int) - np.array(full))
     assert 0 < difference.mean() < 0.5
     assert difference.max() <= 4
+
+
+def photographs():
+    recorded = np.load(FIXTURE)
+    return [recorded[key].tobytes() for key in recorded if key.endswith("/jpeg")]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("image_size", [(224, 224), (64, 96), (1000, 100)])
+def test_crops_by_opencv_are_those_of_pillow_but_for_a_grey_level(
+    channels, image_size, monkeypatch
+):
+    def crops():
+        options = {"image_size": image_size, "channels": channels}
+        return [
+            crop_with(seed, data, **options).astype(int)
+            for data in photographs()
+            for seed in range(3)
+        ]
+
+    fast = crops()
+    assert fast[0].shape == (*image_size, channels)
+    monkeypatch.setattr(decode, "_decode_jpeg", lambda *_: None)
+    differences = [np.abs(a - b).mean() for a, b in zip(fast, crops(), strict=True)]
+    assert 0 < np.mean(differences) < 1.5
+    assert max(differences) < 6
+
+
+def test_what_shrinks_in_a_crop_is_antialiased_whatever_the_other_side_does():
+    stripes = np.zeros((40, 400, 3), np.uint8)
+    stripes[:, ::2] = 255
+    data = encode(stripes, "JPEG", quality=100, subsampling=0)
+    whole = {"scale": (1.0, 1.0), "ratio": (10.0, 10.0)}
+    for height in (20, 40, 80):
+        crop = crop_with(0, data, image_size=(height, 100), **whole)
+        assert np.ptp(crop) <= 6
+        assert abs(crop.mean() - 127.5) < 2
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
+def test_jpegs_of_every_mode_are_cropped_right(mode):
+    pixels = np.full((50, 60, 3), 130, np.uint8) if mode == "L" else np.zeros((50, 60, 3), np.uint8)
+    if mode != "L":
+        pixels[:] = (220, 30, 40)
+    crop = crop_with(0, encode(pixels, "JPEG", mode=mode))
+    assert np.abs(crop.astype(int) - pixels[0, 0]).max() <= 4
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.9, 0.999])
+def test_a_jpeg_that_was_cut_short_is_broken_in_training_too(cut):
+    for data in photographs()[:2]:
+        with pytest.raises(BrokenImage, match="truncated"):
+            crop_with(0, data[: int(len(data) * cut)], scale=(0.1, 0.2))

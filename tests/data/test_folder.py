@@ -1,3 +1,4 @@
+import hashlib
 import os
 import pickle
 import subprocess
@@ -11,7 +12,7 @@ from tfds_files import encode, noise, write_cifar10
 
 from cait_jax.data import eval_batches, load_split, train_batches
 from cait_jax.data.decode import BrokenImage
-from cait_jax.data.folder import expand_images, folder_splits, load_folder
+from cait_jax.data.folder import expand_images, folder_splits, load_folder, path_fraction
 from cait_jax.data.sources import split_names
 from cait_jax.errors import UserError
 
@@ -88,6 +89,64 @@ def test_splits(tmp_path):
     assert "does not have: d; rename or remove them there" in message
 
 
+def undivided(root, count):
+    return fill(root, *(f"{number % 3}/{number}.jpg" for number in range(count)))
+
+
+def names_of(root, split):
+    return {name for name, _ in files_of(load_folder(root, split))}
+
+
+def test_an_undivided_folder_is_divided_by_its_paths(tmp_path):
+    root = undivided(tmp_path / "few", 300)
+    train, val = names_of(root, "train"), names_of(root, "val")
+    assert train | val == names_of(root, "all")
+    assert not train & val
+    assert 15 < len(val) < 45
+    assert load_folder(root, "val").class_names == load_folder(root, "train").class_names
+    assert names_of(root, "validation") == val
+
+    more = undivided(tmp_path / "more" / "elsewhere", 600)
+    assert names_of(more, "val") & names_of(root, "all") == val
+
+
+def test_where_a_path_falls_is_pinned():
+    """Data once held out must stay so in every version."""
+    digest = hashlib.sha256(b"cat/1.jpg").digest()
+    assert path_fraction("cat/1.jpg") == pytest.approx(int.from_bytes(digest[:8]) / 2**64)
+    assert path_fraction("caf\u00e9/1.jpg") == path_fraction("cafe\u0301/1.jpg")
+    assert 0 <= path_fraction("a/\udcff.jpg") < 1  # a name that is no UTF-8
+
+
+@pytest.mark.parametrize("split", ["all", "train", "val"])
+def test_percents_of_a_split_of_a_folder(tmp_path, split):
+    root = undivided(tmp_path, 400)
+    parts = [names_of(root, f"{split}[{part}]") for part in (":25%", "25%:60%", "60%:")]
+    assert set.union(*parts) == names_of(root, split)
+    assert sum(len(part) for part in parts) == len(names_of(root, split))
+    assert {name[0] for name in parts[0]} == {"0", "1", "2"}  # not the first classes
+    assert names_of(root, f"{split}[:100%]") == names_of(root, split)
+
+
+def test_percents_of_a_divided_folder(tmp_path):
+    fill(tmp_path, *(f"train/a/{number}.jpg" for number in range(50)), "val/a/1.jpg")
+    first, second = names_of(tmp_path, "train[:50%]"), names_of(tmp_path, "train[50%:]")
+    assert len(first | second) == len(first) + len(second) == 50
+    assert 10 < len(first) < 40
+
+
+def test_parts_of_a_folder_that_do_not_exist(tmp_path):
+    fill(tmp_path, "a/1.jpg")
+    split = "val" if path_fraction("a/1.jpg") >= 0.1 else "train"
+    assert f"none of the 1 images of {tmp_path} falls in {split!r}" in message_of(
+        load_folder, tmp_path, split
+    )
+    for part in ("train[:5]", "train+val", "train[", "train[:5%"):
+        assert "in whole percents, such as 'train[:50%]'" in message_of(load_folder, tmp_path, part)
+    for part in ("all[50%:50%]", "all[:0%]", "all[:101%]"):
+        assert "holds nothing" in message_of(load_folder, tmp_path, part)
+
+
 def test_a_class_may_have_the_name_of_a_split(tmp_path):
     fill(tmp_path, "bus/1.jpg", "train/2.jpg")
     assert folder_splits(tmp_path) == ("all",)
@@ -110,7 +169,7 @@ def test_folders_that_cannot_be_a_split(tmp_path):
     assert f"{tmp_path / 'flat' / 'train'} holds no class folders" in message("flat")
     assert "classes without an image" in message("full")
     assert ": b; fill or remove" in message("full")
-    assert "is not divided into splits such as 'val'" in message("photos", "val")
+    assert "is not divided into splits such as 'test'" in message("photos", "test")
 
 
 def test_a_file_that_went_away_is_named(tmp_path):
@@ -118,6 +177,15 @@ def test_a_file_that_went_away_is_named(tmp_path):
     (tmp_path / "a/1.jpg").unlink()
     message = message_of(split.records.__getitem__, 0)
     assert f"{tmp_path / 'a/1.jpg'} cannot be read any more: No such file" in message
+
+
+def test_in_training_another_stands_in_for_a_file_that_went_away(tmp_path, caplog):
+    split = load(fill(tmp_path, "a/1.png", "b/2.png"))
+    (tmp_path / "a/1.png").unlink()
+    with train_batches(split, seed=0, batch_size=2, image_size=(6, 8)) as batches:
+        assert next(batches)["label"].tolist() == [1, 1]
+        assert batches.broken == 1
+    assert f"{tmp_path / 'a/1.png'} cannot be read any more" in caplog.text
 
 
 def test_records_are_pickled_for_workers(tmp_path):

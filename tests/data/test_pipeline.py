@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import signal
 import subprocess
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tfds_files import numbered_jpeg
+from tfds_files import numbered_jpeg, write_imagenet2012
 
-from cait_jax.data import Encoded, InMemory, eval_batches, load_split, train_batches
+from cait_jax.data import Encoded, InMemory, eval_batches, load_split, pipeline, train_batches
 from cait_jax.data.decode import BrokenImage, center_crop
+from cait_jax.data.pipeline import permutation
 from cait_jax.errors import UserError
 
 COUNT = 23
@@ -239,13 +241,141 @@ def test_images_in_memory_of_another_size(in_memory):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_undecodable_image_is_named(encoded, workers):
+def test_evaluation_names_an_undecodable_image(encoded, workers):
     records = [*encoded.records[:3], {"image": b"?", "label": 0, "file_name": b"n01_3.JPEG"}]
     broken = Encoded(records, encoded.class_names, 3)
     with pytest.raises(BrokenImage, match=r"image 3 \(n01_3.JPEG\) cannot be decoded: not a"):
-        take(broken, 2, workers=workers)
-    with pytest.raises(BrokenImage, match="image 3"):
         list(eval_batches(broken, batch_size=2, image_size=SIZE, workers=workers))
+
+
+@dataclasses.dataclass
+class Damaged:
+    """The records of `encoded` `times` over, with some that are broken in one way or another."""
+
+    records: list
+    broken: dict
+    times: int = 20
+
+    def __len__(self):
+        return len(self.records) * self.times
+
+    def __getitem__(self, index):
+        record = self.records[index % len(self.records)]
+        match self.broken.get(index):
+            case None:
+                return record
+            case "read":
+                raise RuntimeError("chunk data hash mismatch\nsomewhere")
+            case "empty":
+                return {"image": None, "label": None}
+            case data:
+                return {**record, "image": data, "file_name": f"{index}.jpg"}
+
+
+def damaged(encoded, broken, times=20):
+    records = Damaged(list(encoded.records), broken, times)
+    return Encoded(records, encoded.class_names, 3)
+
+
+BROKEN = {int(permutation(0, 0, 460)[place]): kind for place, kind in
+          ((5, "read"), (6, b"?"), (40, "empty"), (459, b"\xff\xd8\xff"))}  # fmt: skip
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    monkeypatch.setattr(pipeline, "JUDGED_FROM", 10_000)
+
+
+@pytest.mark.usefixtures("patient")
+def test_in_training_the_next_in_order_stands_in_for_a_broken_image(encoded, caplog):
+    whole, holed = damaged(encoded, {}), damaged(encoded, BROKEN)
+    order = permutation(0, 0, 460)
+    with train_batches(holed, seed=0, batch_size=46, image_size=SIZE) as batches:
+        found = labels(itertools.islice(batches, 10))
+        assert batches.broken == 5  # the one at place 6 was met twice
+    expected = order.copy()
+    for place, other in ((5, 7), (6, 7), (40, 41), (459, 0)):
+        expected[place] = order[other]
+    np.testing.assert_array_equal(found, expected % COUNT)
+    fine = np.setdiff1d(np.arange(46), [5, 6, 40])
+    (batch,), (undamaged,) = (take(split, 1, batch_size=46) for split in (holed, whole))
+    assert batch.keys() == {"image", "label"}
+    np.testing.assert_array_equal(batch["image"][fine], undamaged["image"][fine])
+
+    messages = [record.getMessage() for record in caplog.records][:4]
+    by_reading, by_decoding, empty, cut = (int(order[place]) for place in (5, 6, 40, 459))
+    assert messages == [
+        f"image {by_reading} cannot be read: chunk data hash mismatch; another stands in for it",
+        f"image {by_decoding} ({by_decoding}.jpg) cannot be decoded: not a JPEG, PNG or WebP image, nor a "
+        "GIF, BMP or TIFF; another stands in for it",
+        f"image {empty} cannot be read: its record is empty; another stands in for it",
+        messages[3],
+    ]
+    assert messages[3].startswith(f"image {cut} ({cut}.jpg) cannot be decoded: ")
+
+
+@pytest.mark.usefixtures("patient")
+def test_workers_and_processes_replace_alike_and_tell_the_parent(encoded, caplog):
+    holed = damaged(encoded, BROKEN)
+    expected = take(holed, 4, batch_size=46)
+    parts = [
+        take(holed, 4, batch_size=46, process_index=index, process_count=2) for index in range(2)
+    ]
+    assert_same(joined(parts), expected)
+    caplog.clear()
+    with train_batches(holed, seed=0, batch_size=46, image_size=SIZE, workers=2) as batches:
+        assert_same(list(itertools.islice(batches, 4)), expected)
+        assert batches.broken == 4
+    assert len(caplog.records) == 3
+    assert_same(take(holed, 3, batch_size=46, start_step=1), expected[1:])
+
+
+def test_a_broken_image_is_named_once(encoded, caplog):
+    holed = damaged(encoded, {7: b"?"}, times=10)
+    with train_batches(holed, seed=0, batch_size=46, image_size=SIZE) as batches:
+        for _ in range(15):
+            next(batches)
+        assert batches.broken == 3
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_broken_images_stop_training(encoded, workers):
+    holed = damaged(encoded, dict.fromkeys(range(0, 460, 50), b"?"))
+    with train_batches(holed, seed=0, batch_size=23, image_size=SIZE, workers=workers) as batches:
+        with pytest.raises(
+            BrokenImage, match=r"\d+ of \d+ images read are broken, more than 1%"
+        ) as e:
+            list(itertools.islice(batches, 200))
+        assert "\n" not in str(e.value)
+        assert list(batches) == []
+
+
+def test_one_broken_image_among_the_first_stops_nothing(encoded, caplog):
+    holed = damaged(encoded, {int(permutation(0, 0, COUNT * 8)[0]): b"?"}, times=8)
+    assert len(take(holed, 9, batch_size=COUNT)) == 9
+    assert len(caplog.records) == 1
+
+
+def test_nothing_but_broken_images(encoded):
+    hopeless = damaged(encoded, dict.fromkeys(range(23), b"?"), times=1)
+    with pytest.raises(BrokenImage, match="23 images in a row are broken, of which the last"):
+        take(hopeless, 1)
+
+
+def test_a_corrupt_record_of_a_file_is_named(encoded, tmp_path, caplog):
+    examples = [(record["image"], record["label"]) for record in encoded.records * 5]
+    folder = write_imagenet2012(tmp_path, {"train": examples})
+    (shard,) = folder.glob("*.array_record*")
+    content = bytearray(shard.read_bytes())
+    middle = content.index(examples[11][0][-200:-100])
+    content[middle : middle + 50] = bytes(50)
+    shard.write_bytes(content)
+    split = load_split("imagenet2012", "train", image_size=SIZE, data_dir=str(tmp_path))
+    with pytest.raises(BrokenImage, match=r"image 11 cannot be read: .*mismatch"):
+        list(eval_batches(split, batch_size=4, image_size=SIZE))
+    assert len(take(split, 1, batch_size=115)) == 1
+    assert [r.getMessage()[:26] for r in caplog.records] == ["image 11 cannot be read: C"]
 
 
 def test_nothing_comes_after_close(split):

@@ -2,12 +2,15 @@
 
 import io
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+from cait_jax.data.tfrecord import masked_crc
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _FEATURES = "tensorflow_datasets.core.features."
@@ -135,16 +138,26 @@ def write(
     for split, examples in splits.items():
         for shard, indices in enumerate(np.array_split(range(len(examples)), shards)):
             path = folder / f"{name}-{split}.{file_format}-{shard:05d}-of-{shards:05d}"
-            if file_format != "array_record":
-                path.touch()
-                continue
-            writer = ArrayRecordWriter(str(path), "group_size:1")
+            records = []
             for index in indices:
                 image, *values = examples[index]
                 named = dict(zip((label, labels), values, strict=False))
-                writer.write(_example(image, named, f"{split}_{index}"))
+                records.append(_example(image, named, f"{split}_{index}"))
+            if file_format == "tfrecord":
+                path.write_bytes(b"".join(framed(record) for record in records))
+                continue
+            writer = ArrayRecordWriter(str(path), "group_size:1")
+            for record in records:
+                writer.write(record)
             writer.close()
     return folder
+
+
+def framed(record: bytes) -> bytes:
+    """A record as it stands in a TFRecord file."""
+    length = struct.pack("<Q", len(record))
+    sums = [struct.pack("<I", masked_crc(part)) for part in (length, record)]
+    return length + sums[0] + record + sums[1]
 
 
 def _example(image: bytes, labels: dict[str, int | list[int]], file_name: str) -> bytes:

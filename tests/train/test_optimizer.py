@@ -3,12 +3,18 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from trees import random_params
 
-from cait_jax import create_model
-from cait_jax.models.stacking import unstack_blocks
-from cait_jax.train.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from cait_jax import UserError, create_model
+from cait_jax.models.stacking import stack_blocks, unstack_blocks
+from cait_jax.train.optimizer import (
+    OPTIMIZERS,
+    decay_mask,
+    learning_rate_schedule,
+    make_optimizer,
+)
 
 
 def test_schedule_warms_up_linearly_and_ends_at_the_final_rate():
@@ -78,3 +84,84 @@ def test_clipping_bounds_the_gradients_norm():
     large, _ = optimizer.update({"kernel": jnp.full(4, 100.0)}, optimizer.init(params), params)
     unit, _ = optimizer.update({"kernel": jnp.full(4, 0.5)}, optimizer.init(params), params)
     np.testing.assert_allclose(large["kernel"], unit["kernel"], rtol=1e-6)
+
+
+def trained(optimizer, params, steps=3):
+    """Some steps down a gradient that depends on the parameters."""
+
+    @jax.jit
+    def step(params, state):
+        gradient = jax.tree.map(lambda leaf: jnp.cos(3 * leaf), params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_stacked_and_single_blocks_take_the_same_steps(params, name):
+    optimizer = make_optimizer(lambda _: 1e-2, name=name, clip_norm=1.0)
+    found = trained(optimizer, params)
+    single = stack_blocks(trained(optimizer, unstack_blocks(params)))
+    assert jax.tree.structure(found) == jax.tree.structure(single)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        other = single
+        for key in path:
+            other = other[key.key]
+        np.testing.assert_allclose(leaf, other, rtol=0, atol=2e-6, err_msg=str(path))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_only_kernels_decay(name):
+    params = {"layer": {"kernel": jnp.full((2, 2), 4.0), "bias": jnp.full(2, 4.0)}}
+    optimizer = make_optimizer(lambda _: 1e-2, name=name, weight_decay=0.5)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert np.all(updates["layer"]["kernel"] < 0)
+    np.testing.assert_array_equal(updates["layer"]["bias"], np.zeros(2))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_by_hand(nesterov):
+    p, momentum = np.array([1.0, -2.0]), 0.0
+    found = {"kernel": jnp.asarray(p)}
+    optimizer = make_optimizer(lambda _: 0.1, name="sgd", nesterov=nesterov, weight_decay=0.2)
+    state = optimizer.init(found)
+    for gradient in ([0.5, 1.0], [-1.0, 0.25]):
+        updates, state = optimizer.update({"kernel": jnp.asarray(gradient)}, state, found)
+        found = optax.apply_updates(found, updates)
+        decayed = np.array(gradient) + 0.2 * p
+        momentum = decayed + 0.9 * momentum
+        p = p - 0.1 * (decayed + 0.9 * momentum if nesterov else momentum)
+    np.testing.assert_allclose(found["kernel"], p, rtol=1e-6)
+
+
+def test_lamb_moves_by_the_norm_of_what_it_moves():
+    params = {
+        "blocks": {"kernel": jnp.array([[3.0, 4.0], [0.6, 0.8]])},
+        "head": jnp.array([6.0, 8.0]),
+    }
+    gradient = jax.tree.map(jnp.sign, params)
+    optimizer = make_optimizer(lambda _: 0.1, name="lamb", weight_decay=0.0)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    norms = np.linalg.norm(updates["blocks"]["kernel"], axis=1)
+    np.testing.assert_allclose(norms, [0.5, 0.1], rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(updates["head"]), 1.0, rtol=1e-5)
+
+
+def test_lion_by_hand():
+    params = {"kernel": jnp.array([1.0, -2.0])}
+    optimizer = make_optimizer(lambda _: 0.1, name="lion", b1=0.9, b2=0.5, weight_decay=0.2)
+    state = optimizer.init(params)
+    _, state = optimizer.update({"kernel": jnp.array([1.0, 1.0])}, state, params)
+    # The moment is 0.5: with 0.1 of the new gradient, 0.45 + 0.1 g.
+    updates, _ = optimizer.update({"kernel": jnp.array([-4.0, -5.0])}, state, params)
+    np.testing.assert_allclose(updates["kernel"], [-0.1 * (1 + 0.2), -0.1 * (-1 - 0.4)], rtol=1e-5)
+
+
+def test_an_unknown_optimizer_is_named_with_those_that_exist():
+    with pytest.raises(UserError, match="no optimizer 'adam'; nearest: adamw"):
+        make_optimizer(lambda _: 1.0, name="adam")

@@ -18,12 +18,14 @@ from cait_jax.sharding import (
     put_batch,
     replicated,
 )
+from cait_jax.train.losses import cross_entropy
 from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from cait_jax.train.state import create_state
 from cait_jax.train.step import Recipe, make_train_step, mean_over_micro_batches
 
 BATCH = 16
 RECIPE = Recipe(
+    label_loss=cross_entropy,
     seed=3,
     augmentation=Augmentation(
         flip=True, rotate=10.0, translate=0.1, zoom=0.1, shear=0.1, pad_crop=1
@@ -115,7 +117,7 @@ def test_the_learning_rate_reported_is_the_one_applied():
     model = create_model("cait_nano4_patch4_8", num_classes=10, depth=1, drop_path=0.0)
     schedule = learning_rate_schedule(peak=1e-1, total_steps=4, warmup_steps=2, warmup_from=1e-3)
     optimizer = optax.sgd(schedule)
-    step = jax.jit(make_train_step(model, optimizer, schedule, Recipe()))
+    step = jax.jit(make_train_step(model, optimizer, schedule, Recipe(cross_entropy)))
     state = create_state(random_params(model), optimizer, ema=False)
     for batch in batches(3):
         after, values = step(state, jax.tree.map(jnp.asarray, batch))
