@@ -54,6 +54,8 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "validation"  # split for evaluation
     config.data.mean = (0.485, 0.456, 0.406)  # of each channel, on a scale from 0 to 1
     config.data.std = (0.229, 0.224, 0.225)  # of each channel, likewise
+    config.data.repeats = 3  # how often an image comes in a row, augmented anew
+    config.data.balanced = False  # every class equally often, however many images it has
     config.data.workers = 0  # processes that decode images; 0: threads of this one
 
     config.augment = ConfigDict()

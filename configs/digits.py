@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "test"
     config.data.mean = (0.5,)
     config.data.std = (0.5,)
+    config.data.repeats = 1
 
     config.augment.flip = False
     config.augment.rand_augment = ""

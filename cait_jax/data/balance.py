@@ -1,5 +1,8 @@
 """An order of examples in which every class comes equally often."""
 
+import dataclasses
+import functools
+
 import numpy as np
 from jaxtyping import Int, Int64
 
@@ -8,6 +11,28 @@ from cait_jax.errors import UserError
 
 # Streams of classes start past those of any epoch.
 _FIRST_OF_CLASSES = 2**40
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Balanced:
+    """`balanced_order` of given labels and seed as a function of the epoch, for `train_batches`.
+
+    Attributes:
+      labels: int (n,), of the split's examples.
+      seed: the seed of the run.
+    """
+
+    labels: np.ndarray = dataclasses.field(repr=False)
+    seed: int
+
+    def __call__(self, epoch: int) -> Int64[np.ndarray, "n"]:
+        """The order of an epoch, kept until a later one is asked for."""
+        return _cached(self, epoch)
+
+
+@functools.lru_cache(maxsize=2)
+def _cached(balanced: Balanced, epoch: int) -> Int64[np.ndarray, "n"]:
+    return balanced_order(balanced.labels, balanced.seed, epoch)
 
 
 def balanced_order(labels: Int[np.ndarray, "n"], seed: int, epoch: int) -> Int64[np.ndarray, "n"]:

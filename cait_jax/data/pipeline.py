@@ -1,8 +1,8 @@
 """Batches as a function of split, seed and step.
 
 Position `p = step * batch_size + row` of training, counted over all processes, is example
-`permutation(seed, p // n)[p % n]` of a split of `n` examples, cropped by draws keyed with `seed`
-and `p`. So neither the number of processes nor that of workers changes a batch, and resuming needs
+`permutation(seed, p // n)[p % n // repeats]` of a split of `n` examples, cropped by draws keyed with
+`seed` and `p`. So neither the number of processes nor that of workers changes a batch, and resuming needs
 the step alone.
 """
 
@@ -24,6 +24,8 @@ from cait_jax.data.sources import Encoded, InMemory, Split, read_record
 from cait_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+# From an epoch, counted from 0, to the indices of all its examples.
+Order = Callable[[int], np.ndarray]
 
 MAX_BROKEN = 0.01
 """The greatest part of the images read that may be broken in training."""
@@ -100,6 +102,8 @@ def train_batches(
     workers: int = 0,
     crop_scale: tuple[float, float] = (0.08, 1.0),
     crop_ratio: tuple[float, float] = (0.75, 1.3333),
+    order: Order | None = None,
+    repeats: int = 1,
 ) -> Batches:
     """Yields this process's rows of the training batches from `start_step` on, without end.
 
@@ -118,6 +122,10 @@ def train_batches(
       workers: processes that decode; with 0 threads of this one do. Images in memory need none.
       crop_scale: the least and greatest part of the image's area in a crop.
       crop_ratio: the least and greatest width over height of a crop.
+      order: from an epoch to the order of its examples; `permutation` with this seed if not given.
+      repeats: how often each example comes in a row, cropped and augmented anew. An epoch stays as long as
+        the split, so it holds the first `1 / repeats` of its order (repeated augmentation, Hoffer et
+        al., arXiv 1901.09335).
 
     Returns:
       Batches with `image`, uint8 (batch_size / process_count, height, width, channels), and
@@ -137,9 +145,10 @@ def train_batches(
             f"choose a batch size of at most {count}"
         )
     rows = _Rows(batch_size, process_index, process_count, start_step)
+    chosen = _Chosen(order or functools.partial(permutation, seed, count=count), count, repeats)
 
     if isinstance(split, InMemory):
-        return Batches(_gathered(split, seed, rows))
+        return Batches(_gathered(split, chosen, rows))
 
     from cait_jax.data.decode import random_resized_crop
 
@@ -151,7 +160,7 @@ def train_batches(
         channels=split.channels,
         exif=split.exif,
     )
-    examples = _TrainingExamples(split, seed, rows, crop)
+    examples = _TrainingExamples(split, seed, rows, crop, chosen)
     batches = _grain_batches(examples, rows.local_size, workers)
     return Batches(batches, _Replaced(examples))
 
@@ -276,15 +285,34 @@ def permutation(seed: int, epoch: int, count: int) -> Int64[np.ndarray, "count"]
     return order
 
 
-def _gathered(split: InMemory, seed: int, rows: _Rows) -> Iterator[Batch]:
-    count = len(split)
-    for step in itertools.count():
-        epochs, places = np.divmod(rows.positions(step), count)
-        chosen = np.empty(rows.local_size, np.int64)
-        for epoch in range(epochs[0], epochs[-1] + 1):
+@dataclass(frozen=True)
+class _Chosen:
+    """Which example stands at a position of training."""
+
+    order: Order
+    count: int
+    repeats: int
+
+    def candidates(self, position: int) -> Iterator[int]:
+        """The example at `position`, and those that stand in for it, in their order."""
+        epoch, place = divmod(position, self.count)
+        order, first = self.order(epoch), place // self.repeats
+        return (int(order[(first + i) % self.count]) for i in range(min(self.count, JUDGED_FROM)))
+
+    def at(self, positions: Int64[np.ndarray, "b"]) -> Int64[np.ndarray, "b"]:
+        """The examples at rising positions."""
+        epochs, places = np.divmod(positions, self.count)
+        chosen = np.empty(len(positions), np.int64)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             here = epochs == epoch
-            chosen[here] = permutation(seed, epoch, count)[places[here]]
-        yield {"image": split.images[chosen], "label": split.labels[chosen]}
+            chosen[here] = self.order(epoch)[places[here] // self.repeats]
+        return chosen
+
+
+def _gathered(split: InMemory, chosen: _Chosen, rows: _Rows) -> Iterator[Batch]:
+    for step in itertools.count():
+        examples = chosen.at(rows.positions(step))
+        yield {"image": split.images[examples], "label": split.labels[examples]}
 
 
 def _gathered_in_order(split: InMemory, rows: _Rows, steps: int) -> Iterator[Batch]:
@@ -306,6 +334,7 @@ class _TrainingExamples:
     seed: int
     rows: _Rows
     crop: Callable[[bytes, np.random.Generator], UInt8[np.ndarray, "h w c"]]
+    chosen: _Chosen
 
     def __len__(self) -> int:
         # As good as endless, and small enough for Grain's arithmetic on lengths.
@@ -328,10 +357,7 @@ class _TrainingExamples:
 
     def candidates(self, index: int) -> Iterator[int]:
         """The example that is this process's `index`-th, and those that stand in for it, in their order."""
-        count = len(self.split)
-        epoch, place = divmod(self.rows.position(index), count)
-        order = permutation(self.seed, epoch, count)
-        return (int(order[(place + i) % count]) for i in range(min(count, JUDGED_FROM)))
+        return self.chosen.candidates(self.rows.position(index))
 
     def example(self, index: int, chosen: int) -> Batch:
         """Example `chosen` of the split, cropped as this process's `index`-th is."""

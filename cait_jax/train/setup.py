@@ -12,11 +12,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cait_jax.data.augment import Augmentation
+from cait_jax.data.balance import Balanced
 from cait_jax.data.mix import Mixing
 from cait_jax.data.pipeline import Batches, eval_batches, train_batches
 from cait_jax.data.sources import Split, load_split
 from cait_jax.errors import UserError
 from cait_jax.evaluation.evaluate import evaluate, jit_eval_step, make_eval_step
+from cait_jax.evaluation.labels import read_labels
 from cait_jax.evaluation.metrics import loss_and_accuracy, means, zero_sums
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
@@ -80,7 +82,13 @@ class Setup:
             workers=config.data.workers,
             crop_scale=tuple(config.augment.crop_area),
             crop_ratio=tuple(config.augment.crop_aspect),
+            order=Balanced(self._labels, config.seed) if config.data.balanced else None,
+            repeats=config.data.repeats,
         )
+
+    @functools.cached_property
+    def _labels(self) -> Any:
+        return read_labels(self.train_split)
 
     def start(self) -> TrainState:
         """The state before the first step: from the weights that the config names, or from the seed."""
