@@ -108,7 +108,7 @@ def check_values(config: ConfigDict) -> None:
     """Refuses values that no run could use.
 
     Args:
-      config: as `configs/common.py` describes it.
+      config: as `cait_jax/train/defaults.py` describes it.
 
     Raises:
       UserError: naming the key, its value and what it must be.

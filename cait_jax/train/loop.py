@@ -46,7 +46,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
     the same machine. `workdir` receives `metrics.jsonl` and `checkpoints/`.
 
     Args:
-      config: as `configs/common.py` describes it.
+      config: as `cait_jax/train/defaults.py` describes it.
       workdir: the run's directory, made if missing.
 
     Returns:

@@ -121,7 +121,7 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
     """Makes everything a run needs from its config, and refuses what cannot work.
 
     Args:
-      config: as `configs/common.py` describes it.
+      config: as `cait_jax/train/defaults.py` describes it.
       devices: devices to train on; all of them if not given.
 
     Returns:
