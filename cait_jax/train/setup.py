@@ -15,6 +15,7 @@ from cait_jax.data.augment import Augmentation
 from cait_jax.data.balance import Balanced
 from cait_jax.data.mix import Mixing
 from cait_jax.data.pipeline import Batches, eval_batches, train_batches
+from cait_jax.data.randaugment import parse_policy
 from cait_jax.data.sources import Split, load_split
 from cait_jax.errors import UserError
 from cait_jax.evaluation.evaluate import evaluate, jit_eval_step, make_eval_step

@@ -1,0 +1,208 @@
+"""What a config asks of the step: mixing, teachers, frozen parts, phases, each seen in the step's own results."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trees import random_params
+
+from cait_jax import UserError, create_model, save_pretrained
+from cait_jax.data.augment import Augmentation, normalise
+from cait_jax.data.mix import Mixing
+from cait_jax.data.randaugment import parse_policy
+from cait_jax.sharding import make_mesh, over_batch, put_batch, replicated
+from cait_jax.train.distill import make_teacher
+from cait_jax.train.losses import cross_entropy, hard_distillation
+from cait_jax.train.optimizer import make_optimizer
+from cait_jax.train.setup import set_up
+from cait_jax.train.state import create_state
+from cait_jax.train.step import Recipe, make_train_step
+from configs import digits
+
+CLASSES = 3
+MEAN, STD = (0.5,), (0.25,)
+
+
+def small(**overrides):
+    attributes = {"depth": 1, "width": 16, "num_heads": 2, "in_channels": 3, **overrides}
+    return create_model("cait_nano4_patch4_8", num_classes=CLASSES, **attributes)
+
+
+def batch_of(count=16, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8),
+        "label": rng.integers(0, CLASSES, count, dtype=np.int32),
+    }
+
+
+def one_step(model, recipe, devices=1, accumulate=1, teacher=None):
+    """Metrics of a step, and the parameters before and after."""
+    schedule = lambda step: 1e-2  # noqa: E731
+    optimizer = make_optimizer(schedule)
+    mesh = make_mesh(jax.devices()[:devices])
+    whole, rows = replicated(mesh), over_batch(mesh)
+    recipe = dataclasses.replace(recipe, accumulate=accumulate)
+    params = random_params(model)
+    step = jax.jit(
+        make_train_step(model, optimizer, schedule, recipe),
+        in_shardings=(whole, rows, whole),
+        out_shardings=whole,
+    )
+    state = jax.device_put(create_state(params, optimizer, ema=False), whole)
+    state, metrics = step(state, put_batch(batch_of(), rows), jax.device_put(teacher, whole))
+    return jax.device_get(metrics), params, jax.device_get(state.params)
+
+
+WHOLE = Recipe(
+    label_loss=cross_entropy,
+    mean=MEAN,
+    std=STD,
+    augmentation=Augmentation(flip=True, rand_augment=parse_policy("rand-m9-mstd0.5-inc1")),
+    erase=0.5,
+    label_smoothing=0.1,
+    mixing=Mixing(mixup=0.8, cutmix=1.0),
+)
+
+
+def test_the_whole_recipe_is_the_same_on_any_devices_and_in_micro_batches():
+    one, *_ = one_step(small(), WHOLE)
+    for devices, accumulate in ((8, 1), (2, 4)):
+        other, *_ = one_step(small(), WHOLE, devices, accumulate)
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["accuracy"] == one["accuracy"]
+    plain, *_ = one_step(small(), Recipe(cross_entropy, mean=MEAN, std=STD))
+    assert abs(plain["loss"] - one["loss"]) > 1e-3
+
+
+def teacher_and_its_choice():
+    """A teacher of another size and normalisation, in float32, and the classes it would choose."""
+    model = small(image_size=16, precision="highest")
+    variables = {"params": random_params(model, seed=5)}
+    teacher = make_teacher(
+        model, variables, mean=(0.4,), std=(0.3,), student_mean=MEAN, student_std=STD,
+        num_classes=CLASSES, dtype=jnp.float32,
+    )  # fmt: skip
+    images = jnp.asarray(batch_of()["image"])
+    seen = jax.image.resize(normalise(images, (0.4,), (0.3,)), (16, 16, 16, 3), "cubic")
+    return teacher, np.argmax(model.apply(variables, seen), axis=-1)
+
+
+@pytest.mark.parametrize("two_heads", [False, True])
+def test_a_student_learns_label_and_teacher_in_equal_parts(two_heads):
+    options = (
+        {"class_token": "input", "residual": "plain", "talking_heads": False, "distilled": True}
+        if two_heads
+        else {}
+    )
+    model = small(**options, precision="highest")
+    teacher, chosen = teacher_and_its_choice()
+    recipe = Recipe(cross_entropy, hard_distillation, mean=MEAN, std=STD)
+    metrics, params, _ = one_step(model, recipe, teacher=teacher)
+
+    batch = batch_of()
+    images = normalise(jnp.asarray(batch["image"]), MEAN, STD)
+    logits, state = model.apply({"params": params}, images, mutable=["intermediates"])
+    inside = state["intermediates"]
+    heads = (inside["logits_class"], inside["logits_distillation"]) if two_heads else [logits] * 2
+    of_label, of_teacher = (np.log(np.asarray(jax.nn.softmax(head), np.float64)) for head in heads)
+    rows = np.arange(len(chosen))
+    expected = -(of_label[rows, batch["label"]] + of_teacher[rows, chosen]).mean() / 2
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["accuracy"] == (of_label.argmax(-1) == batch["label"]).mean()
+
+
+def config_of(**overrides):
+    config = digits.get_config()
+    config.batch_size = 64
+    config.model.depth = config.model.class_depth = 1
+    config.model.width = 16
+    config.model.num_heads = 2
+    for key, value in overrides.items():
+        section, name = key.split("__")
+        config[section][name] = value
+    return config
+
+
+def steps_of(config, count):
+    """(parameters before each step and after the last, learning rates)."""
+    setup = set_up(config)
+    state, batches = setup.start(), setup.batches()
+    found, rates = [jax.device_get(state.params)], []
+    for _ in range(count):
+        state, metrics = setup.train_step(state, put_batch(next(batches), over_batch(setup.mesh)))
+        found.append(jax.device_get(state.params))
+        rates.append(float(metrics["learning_rate"]))
+    return found, rates
+
+
+def moved(before, after):
+    return {
+        name for name in before
+        if not jax.tree.all(jax.tree.map(np.array_equal, before[name], after[name]))
+    }  # fmt: skip
+
+
+def test_a_frozen_backbone_keeps_its_bits_and_slow_layers_move_less():
+    (before, after), _ = steps_of(config_of(optimizer__train="head"), 1)
+    assert moved(before, after) == {"head"}
+    (before, after), _ = steps_of(config_of(optimizer__layer_decay=0.1), 1)
+
+    def distance(name, leaf="kernel"):
+        a, b = before, after
+        for key in name:
+            a, b = a[key], b[key]
+        return np.abs(a[leaf] - b[leaf]).max()
+
+    # AdamW's first step is about the learning rate, whatever the gradient.
+    assert distance(("head",)) > 5 * distance(("blocks", "mlp", "fc1")) > 0
+
+
+def test_two_phases_free_the_last_blocks_after_the_head():
+    steps_per_epoch = 1437 / 64
+    config = config_of(
+        phases__head_epochs=2 / steps_per_epoch,
+        phases__blocks_epochs=2 / steps_per_epoch,
+        phases__blocks=1,
+    )
+    assert set_up(config).total_steps == 4
+    params, rates = steps_of(config, 3)
+    assert moved(params[0], params[1]) == moved(params[1], params[2]) == {"head"}
+    assert moved(params[2], params[3]) == {"head", "norm", "blocks_token_only_0"}
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-5])
+
+
+def test_a_config_names_its_teacher(tmp_path):
+    teacher = create_model("cait_nano4_patch4_8", depth=1, width=16, num_heads=2, num_classes=10)
+    settings = {
+        "image_size": [8, 8], "crop_ratio": 1.0, "mean": [0.5], "std": [0.5], "channels": 1
+    }  # fmt: skip
+    save_pretrained(
+        tmp_path / "t", teacher, {"params": random_params(teacher)}, preprocessing=settings
+    )
+    config = config_of(distill__kind="soft", distill__teacher=str(tmp_path / "t"))
+    (before, after), _ = steps_of(config, 1)
+    assert "blocks" in moved(before, after)
+    with pytest.raises(UserError, match="no weights were released for cait_s48"):
+        set_up(config_of(distill__kind="hard", distill__teacher="cait_s48"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"loss__name": "softmx"}, "no loss.name 'softmx'; nearest: softmax"),
+        ({"loss__threshold": 0.5}, "loss.threshold goes with loss.name 'binary'"),
+        ({"distill__kind": "harder"}, "no distill.kind 'harder'; nearest: hard"),
+        ({"optimizer__name": "adam"}, "no optimizer 'adam'; nearest: adamw"),
+        ({"optimizer__train": "7"}, "no part 7: choose"),
+        ({"augment__rand_augment": "rand-m9-x1-inc1"}, "x1"),
+        ({"augment__mixup": -1.0}, "alpha of mixup must be 0"),
+        ({"optimizer__layer_decay": 0.0}, "layer_decay is 0.0 and must be in"),
+        ({"data__repeats": 0}, "data.repeats is 0 and must be at least 1"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_compiled(overrides, sentence):
+    with pytest.raises(UserError, match=sentence):
+        set_up(config_of(**overrides))
