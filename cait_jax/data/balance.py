@@ -6,7 +6,7 @@ import functools
 import numpy as np
 from jaxtyping import Int, Int64
 
-from cait_jax.data.pipeline import permutation
+from cait_jax.data.order import permutation
 from cait_jax.errors import UserError
 
 # Streams of classes start past those of any epoch.

@@ -18,14 +18,13 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 
+from cait_jax.data.order import CROPPING, Chosen, Order, Rows, permutation, philox
 from cait_jax.data.sources import Encoded, InMemory, Split, read_record
 from cait_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-# From an epoch, counted from 0, to the indices of all its examples.
-Order = Callable[[int], np.ndarray]
 
 MAX_BROKEN = 0.01
 """The greatest part of the images read that may be broken in training."""
@@ -33,7 +32,6 @@ JUDGED_FROM = 100
 """How many images are read before that part is judged; as many broken ones in a row are too many at once."""
 
 _MAX_THREADS = 16
-_SHUFFLING, _CROPPING = 0, 1
 _log = logging.getLogger(__name__)
 
 
@@ -144,8 +142,8 @@ def train_batches(
             f"a batch of {batch_size} examples is larger than the split, which has {count}; "
             f"choose a batch size of at most {count}"
         )
-    rows = _Rows(batch_size, process_index, process_count, start_step)
-    chosen = _Chosen(order or functools.partial(permutation, seed, count=count), count, repeats)
+    rows = Rows(batch_size, process_index, process_count, start_step)
+    chosen = Chosen(order or functools.partial(permutation, seed, count=count), count, repeats)
 
     if isinstance(split, InMemory):
         return Batches(_gathered(split, chosen, rows))
@@ -200,7 +198,7 @@ def eval_batches(
       BrokenImage: while iterating, if an image cannot be read or decoded; it is named.
     """
     _check(split, batch_size, image_size, process_count)
-    rows = _Rows(batch_size, process_index, process_count)
+    rows = Rows(batch_size, process_index, process_count)
     steps = -(-len(split) // batch_size)
 
     if isinstance(split, InMemory):
@@ -234,88 +232,13 @@ def _check(split: Split, batch_size: int, image_size: tuple[int, int], process_c
         )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of the global batches that one process holds."""
-
-    batch_size: int
-    process_index: int
-    process_count: int
-    start_step: int = 0
-
-    @property
-    def local_size(self) -> int:
-        return self.batch_size // self.process_count
-
-    def position(self, index: int) -> int:
-        """Position, over all processes, of the example that is this process's `index`-th."""
-        step, row = divmod(index, self.local_size)
-        first = (self.start_step + step) * self.batch_size
-        return first + self.process_index * self.local_size + row
-
-    def positions(self, step: int) -> Int64[np.ndarray, "b"]:
-        """Positions of the rows of the batch `step` after `start_step`."""
-        first = self.position(step * self.local_size)
-        return np.arange(first, first + self.local_size, dtype=np.int64)
-
-
-def _philox(seed: int, number: int, purpose: int) -> np.random.Philox:
-    """The stream for a purpose: each seed and number has one that shares no draws with another."""
-    key = np.array([seed % 2**64, number], np.uint64)
-    return np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], np.uint64))
-
-
-@functools.lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, count: int) -> Int64[np.ndarray, "count"]:
-    """The order of the examples in an epoch.
-
-    It sorts raw words of Philox, the one stream that NumPy promises to keep in every version.
-
-    Args:
-      seed: the seed of the run.
-      epoch: the epoch, counted from 0.
-      count: the number of examples.
-
-    Returns:
-      The numbers from 0 to `count - 1`, int64, not to be written to.
-    """
-    words = _philox(seed, epoch, _SHUFFLING).random_raw(count)
-    order = np.argsort(words, kind="stable")
-    order.flags.writeable = False
-    return order
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """Which example stands at a position of training."""
-
-    order: Order
-    count: int
-    repeats: int
-
-    def candidates(self, position: int) -> Iterator[int]:
-        """The example at `position`, and those that stand in for it, in their order."""
-        epoch, place = divmod(position, self.count)
-        order, first = self.order(epoch), place // self.repeats
-        return (int(order[(first + i) % self.count]) for i in range(min(self.count, JUDGED_FROM)))
-
-    def at(self, positions: Int64[np.ndarray, "b"]) -> Int64[np.ndarray, "b"]:
-        """The examples at rising positions."""
-        epochs, places = np.divmod(positions, self.count)
-        chosen = np.empty(len(positions), np.int64)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            here = epochs == epoch
-            chosen[here] = self.order(epoch)[places[here] // self.repeats]
-        return chosen
-
-
-def _gathered(split: InMemory, chosen: _Chosen, rows: _Rows) -> Iterator[Batch]:
+def _gathered(split: InMemory, chosen: Chosen, rows: Rows) -> Iterator[Batch]:
     for step in itertools.count():
         examples = chosen.at(rows.positions(step))
         yield {"image": split.images[examples], "label": split.labels[examples]}
 
 
-def _gathered_in_order(split: InMemory, rows: _Rows, steps: int) -> Iterator[Batch]:
+def _gathered_in_order(split: InMemory, rows: Rows, steps: int) -> Iterator[Batch]:
     for step in range(steps):
         positions = rows.positions(step)
         mask = positions < len(split)
@@ -332,9 +255,9 @@ class _TrainingExamples:
 
     split: Encoded
     seed: int
-    rows: _Rows
+    rows: Rows
     crop: Callable[[bytes, np.random.Generator], UInt8[np.ndarray, "h w c"]]
-    chosen: _Chosen
+    chosen: Chosen
 
     def __len__(self) -> int:
         # As good as endless, and small enough for Grain's arithmetic on lengths.
@@ -357,11 +280,11 @@ class _TrainingExamples:
 
     def candidates(self, index: int) -> Iterator[int]:
         """The example that is this process's `index`-th, and those that stand in for it, in their order."""
-        return self.chosen.candidates(self.rows.position(index))
+        return itertools.islice(self.chosen.candidates(self.rows.position(index)), JUDGED_FROM)
 
     def example(self, index: int, chosen: int) -> Batch:
         """Example `chosen` of the split, cropped as this process's `index`-th is."""
-        rng = np.random.Generator(_philox(self.seed, self.rows.position(index), _CROPPING))
+        rng = np.random.Generator(philox(self.seed, self.rows.position(index), CROPPING))
         return _example(self.split, chosen, lambda data: self.crop(data, rng))
 
 
@@ -416,7 +339,7 @@ class _EvaluationExamples:
     """This process's examples of an evaluation with their padding, in order."""
 
     split: Encoded
-    rows: _Rows
+    rows: Rows
     steps: int
     crop: Callable[[bytes], UInt8[np.ndarray, "h w c"]]
     shape: tuple[int, int, int]

@@ -12,8 +12,9 @@ import pytest
 from tfds_files import numbered_jpeg, write_imagenet2012
 
 from cait_jax.data import Encoded, InMemory, eval_batches, load_split, pipeline, train_batches
+from cait_jax.data.balance import Balanced
 from cait_jax.data.decode import BrokenImage, center_crop
-from cait_jax.data.pipeline import permutation
+from cait_jax.data.order import permutation
 from cait_jax.errors import UserError
 
 COUNT = 23
@@ -78,6 +79,32 @@ def test_every_epoch_shows_each_example_once_in_a_new_order(split):
     for epoch in order:
         assert sorted(epoch) == list(range(COUNT))
     assert len({tuple(epoch) for epoch in order}) == 3
+
+
+def test_repeats_show_a_part_of_the_epoch_several_times_with_other_crops(encoded, in_memory):
+    steps = -(-2 * COUNT // 4)
+    for split in (encoded, in_memory):
+        order = labels(take(split, steps, repeats=3))[: 2 * COUNT].reshape(2, COUNT)
+        for epoch, found in enumerate(order):
+            expected = np.repeat(permutation(0, epoch, COUNT), 3)[:COUNT]
+            np.testing.assert_array_equal(found, expected)
+    parts = [take(encoded, 3, repeats=3, process_index=i, process_count=2) for i in range(2)]
+    assert_same(joined(parts), take(encoded, 3, repeats=3))
+    assert_same(take(encoded, 2, repeats=3, start_step=1), take(encoded, 3, repeats=3)[1:])
+    first = take(encoded, 1, repeats=3)[0]["image"]
+    assert not np.array_equal(first[0], first[1])
+
+
+def test_balanced_classes_come_equally_often_in_any_kind_of_split(encoded):
+    of_class = np.where(np.arange(COUNT) < 20, 0, 1).astype(np.int32)
+    records = [{**record, "label": int(of_class[i])} for i, record in enumerate(encoded.records)]
+    split = Encoded(records, ("many", "few"), 3)
+    order = Balanced(of_class, 0)
+    found = labels(take(split, 2 * COUNT // 2, batch_size=2, order=order))
+    assert abs(int((found == 1).sum()) - COUNT) <= 1
+    again = [take(split, 3, order=order, process_index=i, process_count=2) for i in range(2)]
+    assert_same(joined(again), take(split, 3, order=order))
+    assert_same(take(split, 3, order=order, workers=1), take(split, 3, order=order))
 
 
 def test_both_kinds_of_split_have_the_same_order(encoded, in_memory):
