@@ -1,8 +1,8 @@
-"""CaiT-M48 on ImageNet-1k at 224 pixels, from scratch.
+"""CaiT-M48 on ImageNet-1k at 224 pixels, from scratch: the paper's recipe, whole.
 
 Command: python train.py --config=configs/cait_m48.py --config.data.data_dir=DIR
 Hardware and time: none recorded; not yet run to its end here.
-Expected: the paper gives no result for it at 224 pixels without distillation.
+Expected: none recorded; the paper gives no result for it at 224 pixels without distillation.
 """
 
 from ml_collections import ConfigDict

@@ -1,5 +1,6 @@
 """Checks of a config: unknown keys, and differences from the config a run was started with."""
 
+import inspect
 import json
 import re
 import runpy
@@ -146,21 +147,25 @@ def check_resumable(saved: Mapping[str, Any], current: ConfigDict, workdir: str)
 
 
 def check_command_line(argv: Sequence[str]) -> None:
-    """Refuses a command line whose config file or overridden keys do not exist.
+    """Refuses a command line whose config file, its argument or overridden keys do not do.
 
     Args:
-      argv: such as `["train.py", "--config=configs/digits.py", "--config.seed=1"]`.
+      argv: such as `["train.py", "--config=configs/digits.py", "--config.seed=1"]`. What follows a colon, as in
+        `--config=configs/folder.py:photographs`, is the argument of the file's `get_config`.
 
     Raises:
-      UserError: naming the nearest file or keys that exist.
+      UserError: naming the nearest file or keys that exist; or what `get_config` says of its argument.
     """
     found = _CONFIG_FLAG.search("\n".join(argv))
     if found is None:
         return
-    path = Path(found["path"])
+    file, colon, argument = found["path"].partition(":")
+    path = Path(file)
     if not path.is_file():
         known = [str(file) for file in sorted(path.parent.glob("*.py")) if file.stem[0] != "_"]
         raise UserError(f"there is no config file {path}; {nearest(str(path), known)}")
     overrides = [match["key"] for arg in argv if (match := _OVERRIDE_FLAG.match(arg))]
-    if overrides:
-        check_overrides(runpy.run_path(str(path))["get_config"](), overrides)
+    get_config = runpy.run_path(str(path))["get_config"]
+    if colon and not inspect.signature(get_config).parameters:
+        raise UserError(f"{path} takes no argument: leave out {colon + argument!r}")
+    check_overrides(get_config(argument) if colon else get_config(), overrides)
