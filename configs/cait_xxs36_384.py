@@ -1,0 +1,15 @@
+r"""CaiT-XXS36 on ImageNet-1k, fine-tuned at 384 pixels after configs/cait_xxs36.py.
+
+Command: python train.py --config=configs/cait_xxs36_384.py --config.data.data_dir=DIR \
+  --config.init.weights=runs/cait_xxs36
+Hardware and time: none recorded; not yet run to its end here.
+Expected (Touvron et al., arXiv 2103.17239, without distillation, 384 pixels): 81.8 % top-1.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cait_xxs36, higher_resolution
+
+
+def get_config() -> ConfigDict:
+    return higher_resolution.at(cait_xxs36.get_config(), 384)

@@ -1,0 +1,33 @@
+"""Transfer of released weights to another data set, at 224 pixels, by the authors' numbers."""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def pretrained() -> ConfigDict:
+    """Starts from released weights with a new head; the ImageNet recipe goes on otherwise.
+
+    To start from a run instead: `--config.init.pretrained=False --config.init.weights=runs/cait_s24
+    --config.model.name=cait_s24`.
+    """
+    config = common.get_config()
+    config.model.name = "cait_s24_224"
+    config.init.pretrained = True
+    config.init.reset_head = True
+    config.batch_size = 768
+    config.optimizer.reference_batch = 0  # the learning rates are for this batch size
+    return config
+
+
+def with_sgd() -> ConfigDict:
+    """The authors' settings for small data sets (they name CIFAR-10 and Cars): SGD, long, without erasing."""
+    config = pretrained()
+    config.epochs = 1000.0
+    config.model.drop_path = 0.0
+    config.augment.erase = 0.0
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.ema_decay = 0.0  # so slow an average would still be near its start at the end
+    return config

@@ -1,0 +1,21 @@
+"""CaiT-S24, pre-trained on ImageNet-1k, on Oxford Flowers-102 (TFDS `oxford_flowers102`) at 224 pixels.
+
+Command: python train.py --config=configs/transfer_flowers.py --config.data.data_dir=DIR
+Hardware and time: none recorded; not yet run to its end here.
+Expected: none recorded for this model. Touvron et al., arXiv 2103.17239, have
+99.1 % for the larger CaiT-M36, distilled, at 224 pixels.
+The settings are the authors' for CIFAR-10 and Cars; they named none for this data set.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import transfer
+
+
+def get_config() -> ConfigDict:
+    config = transfer.with_sgd()
+    config.data.name = "oxford_flowers102"
+    config.data.train_split = "train+validation"  # 2,040 images
+    config.data.eval_split = "test"
+    config.eval.every_epochs = 100.0
+    return config
