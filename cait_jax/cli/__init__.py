@@ -40,5 +40,6 @@ class Commands(click.Group):
 def main() -> None:
     """Image transformers for JAX: what a model sees, how good it is, its weights in and out.
 
-    Training is `python train.py --config=configs/NAME.py`, in the repository.
+    `cait finetune` trains on a folder of pictures; every other training is `python
+    train.py --config=configs/NAME.py`, in the repository.
     """

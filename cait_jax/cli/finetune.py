@@ -1,0 +1,114 @@
+"""`cait finetune`: a model for the photographs in a folder."""
+
+import contextlib
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command(
+    "finetune",
+    short_help="Train a model on a folder of photographs, one folder a class.",
+    epilog="Example: cait finetune photos/ --model cait_xxs24_224",
+)
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--model", "-m", required=True, metavar="NAME|DIR",
+    help="Where to start: a name of `cait models`, a saved model's directory, or a training run's.",
+)  # fmt: skip
+@click.option(
+    "--weights", type=click.Path(path_type=Path), metavar="PATH",
+    help="Weights instead of the released ones: a .safetensors or .pth file, or a directory.",
+)  # fmt: skip
+@click.option(
+    "--workdir", type=click.Path(path_type=Path), metavar="DIR",
+    help="The run's directory; runs/FOLDER-MODEL if not given.",
+)  # fmt: skip
+@click.option(
+    "--what", type=click.Choice(["all", "head", "two-phase"]),
+    help="What learns: everything, the new head alone, or first the head and then the last blocks too; "
+    "by the number of images if not given.",
+)  # fmt: skip
+@click.option(
+    "--epochs", type=click.FloatRange(0, min_open=True), help="Passes over the training images."
+)
+@click.option("--batch-size", type=click.IntRange(1), help="Images a step.")
+@click.option("--image-size", type=click.IntRange(1), metavar="PIXELS", help="Another resolution.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of every random draw.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    directory: Path,
+    model: str,
+    weights: Path | None,
+    workdir: Path | None,
+    what: str | None,
+    epochs: float | None,
+    batch_size: int | None,
+    image_size: int | None,
+    seed: int,
+) -> None:
+    """Train a model on the photographs in the folder DIR, which has one folder of images a class.
+
+    DIR may hold folders train and val, each with the classes; if not, a tenth of the images is kept for
+    measuring. Few images train the new head and the last blocks, more train everything.
+
+    Ctrl-C saves and stops, with status 130; the same command goes on from there.
+    """
+    import jax
+    from absl import logging
+
+    from cait_jax.errors import UserError
+    from cait_jax.train import NonFiniteError, train
+    from cait_jax.train.folder_recipe import folder_config, look_through
+
+    logging.set_verbosity(logging.WARNING)  # Orbax says a lot at INFO
+    photographs = look_through(directory)
+    config = folder_config(
+        photographs,
+        model,
+        weights=weights,
+        what=what,
+        epochs=epochs,
+        batch_size=batch_size,
+        image_size=image_size,
+        seed=seed,
+        devices=jax.device_count(),
+    )
+    workdir = workdir or Path("runs") / f"{photographs.directory.name}-{Path(model).name}"
+    click.echo(_plan(photographs, config, model))
+    try:
+        run = train(config, workdir)
+    except UserError:
+        # Of a run that never began; a directory that holds anything stays.
+        with contextlib.suppress(OSError):
+            workdir.rmdir()
+        raise
+    except NonFiniteError as error:
+        raise click.ClickException(str(error)) from error
+    if not run.finished:
+        ctx.exit(130)
+    click.echo(
+        f"accuracy {run.metrics['eval/accuracy']:.1%} on the {photographs.eval_images:,} images of "
+        f"{photographs.eval_split}; try it: cait predict IMAGE --model {shlex.quote(str(workdir))}"
+    )
+
+
+def _plan(photographs: Any, config: Any, model: str) -> str:
+    """What is about to happen, for people."""
+    phases = config.phases
+    if phases.head_epochs:
+        learns = (
+            f"first the head alone ({phases.head_epochs:g} epochs), then the last {phases.blocks} blocks "
+            f"too ({phases.blocks_epochs:g} epochs)"
+        )
+    else:
+        part = "the head alone" if config.optimizer.train == "head" else "the whole network"
+        learns = f"{part} ({config.epochs:g} epochs)"
+    return (
+        f"{photographs.images:,} images of {len(photographs.class_names):,} classes to learn from, "
+        f"{photographs.eval_images:,} to measure on\n"
+        f"{model} learns {learns}, {config.batch_size} images a step"
+    )

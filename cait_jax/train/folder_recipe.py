@@ -1,0 +1,300 @@
+"""The recipe for one's own photographs: settings of a fine-tuning run, chosen by how many there are.
+
+| training images | what learns | augmentation | batch | epochs |
+|---|---|---|---|---|
+| under 1,000, or under 10 a class | the head, then the last 4 blocks too | crops, mirror | 32 | 5 + 15 |
+| up to 20,000 | all layers, the lower the slower (0.75) | RandAugment and erasing too | 64 | 30 |
+| more | all layers alike | mixup and CutMix too | 128 | 20 |
+
+Few images cannot move many parameters to a good place, so the fewer there are, the more stays as it was trained
+before. A run has at least 100 steps (in two phases 400), and more epochs for that where these are short.
+"""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from cait_jax.data.folder import folder_splits, load_folder
+from cait_jax.errors import UserError, nearest
+from cait_jax.evaluation.labels import read_labels
+from cait_jax.models.cait import CaiT
+from cait_jax.models.zoo import VARIANTS, create_model
+from cait_jax.train.defaults import get_config
+from cait_jax.weights.names import preprocessing
+from cait_jax.weights.pretrained import load_pretrained
+from cait_jax.weights.released import find_released
+
+PARTS = ("all", "head", "two-phase")
+"""What can learn: everything, the new head alone, or first the head and then the last blocks with it."""
+
+_FEW_IMAGES = 1_000
+_FEW_PER_CLASS = 10
+_MANY_IMAGES = 20_000
+_HEAD_SHARE = 0.25  # of a run in two phases
+_LEAST_STEPS = 100
+_STEPS_BETWEEN_EVALUATIONS = 50
+# What computes the same network in another way is the run's to choose, not the saved model's.
+_NUMERICS = ("name", "dtype", "param_dtype", "precision", "remat", "stacked")
+
+
+@dataclasses.dataclass(frozen=True)
+class Photographs:
+    """What a folder holds for a run.
+
+    Attributes:
+      directory: the folder, absolute.
+      eval_split: name of the split that accuracy is measured on; what is learnt from is `train`.
+      images: number of images to learn from.
+      eval_images: number of images to measure on.
+      class_names: the classes in the order of their labels.
+    """
+
+    directory: Path
+    eval_split: str
+    images: int
+    eval_images: int
+    class_names: tuple[str, ...]
+
+    @property
+    def size(self) -> str:
+        """`"few"`, `"middle"` or `"many"`, by the table of this module."""
+        if self.images < max(_FEW_IMAGES, _FEW_PER_CLASS * len(self.class_names)):
+            return "few"
+        return "middle" if self.images <= _MANY_IMAGES else "many"
+
+
+def look_through(directory: str | Path) -> Photographs:
+    """Counts the images of a folder and finds its splits. No image is opened.
+
+    Args:
+      directory: as `cait_jax.data.folder.load_folder` takes it. Where it is not divided, a tenth of the images, by
+        the hash of their paths, is kept for measuring.
+
+    Raises:
+      UserError: there is no such folder, it has fewer than two classes, a class has no image to learn from, or
+        there is nothing to measure on.
+    """
+    folder = Path(directory).expanduser().absolute()
+    splits = folder_splits(folder)
+    if splits == ("all",):
+        splits = ("train", "val")
+    if "train" not in splits:
+        raise UserError(
+            f"{folder} has {' and '.join(splits)} but no train to learn from: add a folder train with one "
+            "folder of images a class"
+        )
+    held_out = [name for name in ("val", "validation", "test") if name in splits]
+    if not held_out:
+        raise UserError(
+            f"{folder} has train but nothing to measure on: add a folder val, or give {folder / 'train'} "
+            "itself, of which a tenth is then kept for that"
+        )
+    training = load_folder(folder, "train")
+    names = training.class_names
+    if len(names) < 2:
+        raise UserError(
+            f"{folder} has one class, {names[0]}, so there is nothing to tell apart: add a folder of "
+            "images for each other class"
+        )
+    counts = np.bincount(read_labels(training), minlength=len(names))
+    if not counts.all():
+        unseen = ", ".join(names[index] for index in np.flatnonzero(counts == 0)[:4])
+        raise UserError(
+            f"{folder} keeps every image of some classes for measuring, so they cannot be learnt: {unseen}; "
+            "give them more images, or divide the folder into folders train and val"
+        )
+    measuring = load_folder(folder, held_out[0])
+    return Photographs(folder, held_out[0], len(training), len(measuring), names)
+
+
+def folder_config(
+    photographs: Photographs | str | Path,
+    model: str,
+    *,
+    weights: str | Path | None = None,
+    what: str | None = None,
+    epochs: float | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    devices: int = 1,
+) -> ConfigDict:
+    """The config of a run that fine-tunes a model on a folder of images.
+
+    Args:
+      photographs: the folder, or what `look_through` found in it.
+      model: a model's name, or the directory of a saved model or of a training run.
+      weights: instead of the model's own, as `cait_jax.load_pretrained` takes them.
+      what: one of `PARTS`; by the table of this module if not given.
+      epochs: passes over the training images, of both phases together; by the table if not given.
+      batch_size: images a step; by the table, but never more than there are, if not given.
+      image_size: side in pixels; that of the model's own preprocessing if not given.
+      seed: of the run.
+      devices: that share a batch evenly.
+
+    Returns:
+      A config for `cait_jax.train.train`, with the mean, deviation and crop of the model's own preprocessing and a
+      new head. No average of the parameters is kept: these runs are shorter than what it looks back on.
+
+    Raises:
+      UserError: the folder does not do (see `look_through`), the model or its weights do not exist or see no
+        colour, or a number does not fit the folder.
+    """
+    if not isinstance(photographs, Photographs):
+        photographs = look_through(photographs)
+    size = photographs.size
+    if what is None:
+        what = "two-phase" if size == "few" else "all"
+    if what not in PARTS:
+        raise UserError(f"there is no way to learn {what!r}; {nearest(what, PARTS)}")
+
+    config = get_config()
+    config.seed = seed
+    network = _begin_from(config, model, weights, image_size)
+    config.data.name = str(photographs.directory)
+    config.data.train_split = "train"
+    config.data.eval_split = photographs.eval_split
+    config.data.repeats = 1
+    config.data.workers = 0 if size == "few" else min(8, (os.cpu_count() or 1) // 2)
+
+    config.batch_size = _batch_size(photographs, batch_size, devices)
+    config.eval.batch_size = min(2 * config.batch_size, photographs.eval_images)
+    steps_per_epoch = photographs.images / config.batch_size
+    config.eval.every_epochs = float(
+        max(1, math.ceil(_STEPS_BETWEEN_EVALUATIONS / steps_per_epoch))
+    )
+    config.checkpoint.every_steps = 500
+    config.report.every_steps = 10 if size == "few" else 50
+    if epochs is None:
+        usual, least = {
+            "head": (20, _LEAST_STEPS),
+            "two-phase": (20, _LEAST_STEPS / _HEAD_SHARE),
+            "all": (20 if size == "many" else 30, _LEAST_STEPS),
+        }[what]
+        epochs = max(usual, math.ceil(least / steps_per_epoch))
+    config.epochs = float(epochs)
+
+    _augment(config, size)
+    _learn(config, what, size, network.depth + network.class_depth)
+    return config
+
+
+def _begin_from(
+    config: ConfigDict, model: str, weights: str | Path | None, image_size: int | None
+) -> Any:
+    """Sets model, weights and preprocessing, and gives the network."""
+    network: Any
+    named = model in VARIANTS
+    if named:
+        network = create_model(model)
+        config.model.name = model
+    else:
+        network, _ = load_pretrained(model)
+    if not isinstance(network, CaiT):
+        raise UserError(
+            f"{model} is here to predict and to teach, not to be trained: its batch norms keep running "
+            "averages; choose a transformer, such as cait_xxs24_224"
+        )
+    if named and weights is None:
+        find_released(model)
+        config.init.pretrained = True
+    else:
+        config.init.weights = str(model if weights is None else weights)
+    config.init.reset_head = True
+    if not named:
+        config.model.update(_as_settings(network, config.model))
+
+    settled = weights if weights is not None and Path(weights).is_dir() else model
+    prepare = preprocessing(str(settled), image_size=image_size)
+    if prepare.channels != 3 or (not named and network.in_channels != 3):
+        raise UserError(
+            f"{settled} takes images without colour, and folders are read in colour: choose a model of 3 "
+            "channels, such as cait_xxs24_224"
+        )
+    height, width = prepare.image_size
+    with config.ignore_type():  # one number where it is square
+        config.image_size = height if height == width else (height, width)
+    config.data.mean, config.data.std = prepare.mean, prepare.std
+    config.eval.crop_ratio = prepare.crop_ratio
+    return network
+
+
+def _as_settings(network: CaiT, keys: ConfigDict) -> dict[str, Any]:
+    """A network as keys of a config: the named model that is most like it, and what differs from that."""
+
+    def differences(name: str) -> dict[str, Any]:
+        named = create_model(name)
+        return {
+            key: getattr(network, key)
+            for key in keys
+            if key not in _NUMERICS and getattr(network, key) != getattr(named, key)
+        }
+
+    name, changed = min(
+        (
+            (name, differences(name))
+            for name, variant in VARIANTS.items()
+            if variant.network is type(network)
+        ),
+        key=lambda candidate: len(candidate[1]),
+    )
+    if "class_token" in changed:  # a block's number is a word among words
+        changed["class_token"] = str(changed["class_token"])
+    return {"name": name, **changed}
+
+
+def _batch_size(photographs: Photographs, wanted: int | None, devices: int) -> int:
+    images = photographs.images
+    if images < devices:
+        raise UserError(
+            f"{photographs.directory} has {images} images to learn from, fewer than the {devices} devices that "
+            "share them: add images, or use fewer devices"
+        )
+    usual = {"few": 32, "middle": 64, "many": 128}[photographs.size] if wanted is None else wanted
+    fitting = max(1, min(usual, images) // devices) * devices
+    if wanted not in (None, fitting):
+        raise UserError(
+            f"a batch of {wanted} does not do for {images} images and {devices} device{'s' * (devices > 1)}: it "
+            f"must be a multiple of the devices and at most the images, such as {fitting}"
+        )
+    return fitting
+
+
+def _augment(config: ConfigDict, size: str) -> None:
+    augment = config.augment
+    if size == "few":
+        augment.crop_area = (0.35, 1.0)
+        augment.rand_augment = ""
+        augment.erase = 0.0
+    if size != "many":
+        augment.mixup = augment.cutmix = 0.0
+
+
+def _learn(config: ConfigDict, what: str, size: str, blocks: int) -> None:
+    optimizer, phases = config.optimizer, config.phases
+    optimizer.ema_decay = 0.0
+    optimizer.clip_norm = 1.0
+    if what == "all":
+        # Rates for a batch of 512, far below those of training from scratch.
+        optimizer.learning_rate = 2e-4 if size == "many" else 1e-3
+        optimizer.layer_decay = 1.0 if size == "many" else 0.75
+        optimizer.warmup_epochs = config.epochs / 10
+        optimizer.final_learning_rate = 1e-6
+        return
+    optimizer.weight_decay = 0.01
+    if what == "head":
+        optimizer.train = "head"
+        optimizer.learning_rate = 1e-3
+        optimizer.reference_batch = 0
+        optimizer.warmup_epochs = 0.0
+        return
+    phases.head_epochs = _HEAD_SHARE * config.epochs
+    phases.head_learning_rate = 1e-3
+    phases.blocks = min(4, blocks)
+    phases.blocks_epochs = config.epochs - phases.head_epochs
+    phases.blocks_learning_rate = 1e-5
