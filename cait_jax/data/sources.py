@@ -186,13 +186,15 @@ def _is_synthetic(name: str) -> bool:
 
 
 def is_folder(name: str) -> bool:
-    """Whether `name` is a path to a folder of images, and not a TFDS name, whose folder may lie here."""
+    """Whether `name` is a path to a folder of images, and not a TFDS name, whatever lies here under it."""
     if name.startswith((os.sep, ".", "~")):
         return True
-    folder = Path(name)
-    return folder.is_dir() and not any(
-        any(folder.glob(versions)) for versions in ("*.*.*/features.json", "*/*.*.*/features.json")
-    )
+    if not Path(name).is_dir():
+        return False
+    import tensorflow_datasets as tfds
+
+    base, *_ = name.replace(":", "/").split("/")
+    return base not in tfds.list_builders(with_community_datasets=False)
 
 
 def _load_digits(split: str, image_size: tuple[int, int]) -> InMemory:

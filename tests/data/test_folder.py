@@ -222,6 +222,11 @@ def test_a_data_set_that_lies_here_is_no_folder_of_images(tmp_path, monkeypatch)
     split = load("cifar10", "test", data_dir=str(tmp_path))
     assert split.num_classes == 10
     assert split_names("cifar10", data_dir=str(tmp_path)) == ("test",)
+    # Nor is anything else under the name of a data set, such as a run of it; a path says what is meant.
+    fill(tmp_path, "elsewhere/cifar10/cat/1.jpg")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load("cifar10", "test", data_dir=str(tmp_path)).num_classes == 10
+    assert files_of(load("./cifar10")) == [("cat/1.jpg", 0)]
 
 
 def test_batches_of_a_folder_stand_upright(tmp_path):
