@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -41,10 +41,22 @@ class Batches(Iterator[Batch]):
     Closing it ends them; so does exhausting it, an error, or leaving its `with` block.
     """
 
-    def __init__(self, batches: Any, replaced: "_Replaced | None" = None) -> None:
-        """Takes over `batches`, an iterator with a `close` method, and what keeps account of it."""
+    def __init__(
+        self,
+        batches: Any,
+        replaced: "_Replaced | None" = None,
+        beside: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Takes over `batches`, an iterator with a `close` method.
+
+        Args:
+          batches: what to iterate over; in training with `index`, the place of each example in its split.
+          replaced: what keeps account of broken images.
+          beside: arrays with a row for each example of the split, which go into the batches.
+        """
         self._batches = batches
         self._replaced = replaced
+        self._beside = dict(beside or {})
 
     @property
     def broken(self) -> int:
@@ -59,14 +71,16 @@ class Batches(Iterator[Batch]):
             batch = next(self._batches)
             if self._replaced is not None:
                 self._replaced.account(batch)
+            index = batch.pop("index", None)
         except BaseException:
             self.close()
             raise
         # Workers' arrays lie in shared memory that lives no longer than Grain's own array class.
-        return {
+        whole = {
             name: array if type(array) is np.ndarray else np.array(array)
             for name, array in batch.items()
         }
+        return whole | {name: rows[np.asarray(index)] for name, rows in self._beside.items()}
 
     def close(self) -> None:
         """Ends the threads and processes; calling it again does nothing."""
@@ -102,6 +116,7 @@ def train_batches(
     crop_ratio: tuple[float, float] = (0.75, 1.3333),
     order: Order | None = None,
     repeats: int = 1,
+    beside: Mapping[str, np.ndarray] | None = None,
 ) -> Batches:
     """Yields this process's rows of the training batches from `start_step` on, without end.
 
@@ -124,10 +139,11 @@ def train_batches(
       repeats: how often each example comes in a row, cropped and augmented anew. An epoch stays as long as
         the split, so it holds the first `1 / repeats` of its order (repeated augmentation, Hoffer et
         al., arXiv 1901.09335).
+      beside: arrays with a row for each example of the split, such as a teacher's recorded logits.
 
     Returns:
-      Batches with `image`, uint8 (batch_size / process_count, height, width, channels), and
-      `label`, int32 (batch_size / process_count,).
+      Batches with `image`, uint8 (batch_size / process_count, height, width, channels), `label`, int32
+      (batch_size / process_count,), and the examples' rows of each array of `beside` under its name.
 
     Raises:
       UserError: at the call, if the batch is larger than the split or does not divide by the
@@ -146,7 +162,7 @@ def train_batches(
     chosen = Chosen(order or functools.partial(permutation, seed, count=count), count, repeats)
 
     if isinstance(split, InMemory):
-        return Batches(_gathered(split, chosen, rows))
+        return Batches(_gathered(split, chosen, rows), beside=beside)
 
     from cait_jax.data.decode import random_resized_crop
 
@@ -160,7 +176,7 @@ def train_batches(
     )
     examples = _TrainingExamples(split, seed, rows, crop, chosen)
     batches = _grain_batches(examples, rows.local_size, workers)
-    return Batches(batches, _Replaced(examples))
+    return Batches(batches, _Replaced(examples), beside)
 
 
 def eval_batches(
@@ -235,7 +251,11 @@ def _check(split: Split, batch_size: int, image_size: tuple[int, int], process_c
 def _gathered(split: InMemory, chosen: Chosen, rows: Rows) -> Iterator[Batch]:
     for step in itertools.count():
         examples = chosen.at(rows.positions(step))
-        yield {"image": split.images[examples], "label": split.labels[examples]}
+        yield {
+            "image": split.images[examples],
+            "label": split.labels[examples],
+            "index": examples,
+        }
 
 
 def _gathered_in_order(split: InMemory, rows: Rows, steps: int) -> Iterator[Batch]:
@@ -270,7 +290,11 @@ class _TrainingExamples:
         skipped, last = 0, None
         for skipped, chosen in enumerate(self.candidates(int(index))):
             try:
-                return {**self.example(int(index), chosen), "skipped": np.array(skipped, np.int32)}
+                return {
+                    **self.example(int(index), chosen),
+                    "index": np.array(chosen, np.int64),
+                    "skipped": np.array(skipped, np.int32),
+                }
             except BrokenImage as error:
                 last = error
         raise BrokenImage(

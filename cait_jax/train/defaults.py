@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
     config.distill.kind = "none"  # "hard" (the paper's) or "soft"
     config.distill.teacher = "regnety_160"  # a released name, a saved directory or a run's workdir
     config.distill.weights = placeholder(str)  # of a named teacher, a file instead of the release
+    config.distill.logits = placeholder(str)  # a file of recorded logits instead of a teacher
     config.distill.weight = 0.5  # the teacher's part of the loss
     config.distill.temperature = 3.0  # of "soft"
 

@@ -29,7 +29,7 @@ from cait_jax.train.losses import label_loss, teacher_loss
 from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from cait_jax.train.parts import by_part, layer_decay, trainable
 from cait_jax.train.phases import Phase, head_then_blocks, in_phases, phase_mask, phase_rates
-from cait_jax.train.start import given_params, given_teacher
+from cait_jax.train.start import given_logits, given_params, given_teacher
 from cait_jax.train.state import TrainState, create_state
 from cait_jax.train.step import Recipe, TrainStep, make_train_step
 
@@ -50,6 +50,7 @@ class Setup:
       init: a function without arguments that makes the state of a run from its seed, on the mesh.
       begin: a function of parameters that makes the state of a run that starts from them, on the mesh.
       mesh: the devices.
+      teacher_logits: what a teacher said of each training image, where that is recorded.
     """
 
     config: ConfigDict
@@ -63,6 +64,7 @@ class Setup:
     init: Callable[[], TrainState]
     begin: Callable[[Any], TrainState]
     mesh: Mesh
+    teacher_logits: Any = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -85,6 +87,7 @@ class Setup:
             crop_ratio=tuple(config.augment.crop_aspect),
             order=Balanced(self._labels, config.seed) if config.data.balanced else None,
             repeats=config.data.repeats,
+            beside=None if self.teacher_logits is None else {"teacher": self.teacher_logits},
         )
 
     @functools.cached_property
@@ -200,6 +203,7 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
         init=jax.jit(init, out_shardings=whole),
         begin=jax.jit(begin, out_shardings=whole),
         mesh=mesh,
+        teacher_logits=given_logits(config, len(train_split), model.num_classes),
     )
 
 

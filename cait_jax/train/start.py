@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError
 from cait_jax.models.cait import CaiT
-from cait_jax.train.distill import make_teacher
+from cait_jax.train.distill import make_teacher, read_logits
 
 
 def given_params(config: ConfigDict, model: CaiT) -> Any:
@@ -66,13 +66,14 @@ def given_teacher(config: ConfigDict, model: CaiT) -> Any:
       model: the student.
 
     Returns:
-      A teacher of `make_teacher` in bfloat16; None where `distill.kind` is `"none"`.
+      A teacher of `make_teacher` in bfloat16; None where `distill.kind` is `"none"`, or its logits are
+        recorded.
 
     Raises:
       UserError: its weights cannot be had, or it knows other classes.
     """
     name, weights = config.distill.teacher, config.distill.weights
-    if config.distill.kind == "none":
+    if config.distill.kind == "none" or config.distill.logits is not None:
         return None
     from cait_jax.weights.names import preprocessing
     from cait_jax.weights.pretrained import load_pretrained
@@ -88,3 +89,28 @@ def given_teacher(config: ConfigDict, model: CaiT) -> Any:
         student_std=config.data.std,
         num_classes=model.num_classes,
     )
+
+
+def given_logits(config: ConfigDict, examples: int, num_classes: int) -> Any:
+    """What a teacher said of each training image, where a config names a file of it.
+
+    Args:
+      config: `distill.logits`, see `cait_jax.train.distill.read_logits`.
+      examples: images of the training split.
+      num_classes: of the student.
+
+    Returns:
+      The logits (examples, num_classes), or None.
+
+    Raises:
+      UserError: the file does not fit, or nothing is to be learnt from it.
+    """
+    path = config.distill.logits
+    if path is None:
+        return None
+    if config.distill.kind == "none":
+        raise UserError(
+            "--config.distill.logits is given and nothing learns from it: set --config.distill.kind to "
+            "hard or soft"
+        )
+    return read_logits(path, examples, num_classes)

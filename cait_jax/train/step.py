@@ -79,7 +79,8 @@ def make_train_step(
 
     Returns:
       A function of a state, a batch (`image` uint8 (batch, height, width, channels), `label` int32
-      (batch,)) and a teacher (of `make_teacher`, or None), which gives the next state and the scalars `loss`
+      (batch,); a teacher's recorded logits as `teacher` (batch, classes)) and a teacher (of `make_teacher`,
+      or None), which gives the next state and the scalars `loss`
       (mean, nats), `accuracy` (0 to 1, against the larger part of a mixed label), `learning_rate` (as
       applied in this step) and `grad_norm` (before clipping). Not yet jitted.
     """
@@ -92,8 +93,13 @@ def make_train_step(
         images = normalise(images, recipe.mean, recipe.std)
         images = random_erase(keys["erase"], images, ids, recipe.erase)
         targets = soft_labels(batch["label"], model.num_classes, recipe.label_smoothing)
-        images, targets = mix(keys["mix"], images, targets, recipe.mixing)
-        return {"image": images, "target": targets, "id": ids}
+        mixed, targets = mix(keys["mix"], images, targets, recipe.mixing)
+        seen = {"image": mixed, "target": targets, "id": ids}
+        if "teacher" in batch:  # who saw the images one by one: what it would say of two is both
+            says = jax.nn.softmax(batch["teacher"].astype(jnp.float32))
+            _, says = mix(keys["mix"], images, says, recipe.mixing)
+            seen["teacher"] = jnp.log(jnp.maximum(says, jnp.finfo(says.dtype).tiny))
+        return seen
 
     def heads(params: Any, batch: Batch, keys: dict[str, Array]) -> tuple[Any, Any]:
         """Logits for the label, and logits for the teacher: the same unless the network has two heads."""
@@ -121,7 +127,8 @@ def make_train_step(
             for_label, for_teacher = heads(params, micro, keys)
             losses = recipe.label_loss(for_label, micro["target"])
             if recipe.teacher_loss is not None:
-                losses = recipe.teacher_loss(losses, for_teacher, teacher(micro["image"]))
+                says = micro["teacher"] if "teacher" in micro else teacher(micro["image"])
+                losses = recipe.teacher_loss(losses, for_teacher, says)
             label = jnp.argmax(micro["target"], axis=-1)
             return losses.mean(), correct(for_label, label).mean()
 

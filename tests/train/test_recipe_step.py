@@ -1,6 +1,7 @@
 """What a config asks of the step: mixing, teachers, frozen parts, phases, each seen in the step's own results."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from cait_jax.data.mix import Mixing
 from cait_jax.data.randaugment import parse_policy
 from cait_jax.sharding import make_mesh, over_batch, put_batch, replicated
 from cait_jax.train.distill import make_teacher
-from cait_jax.train.losses import cross_entropy, hard_distillation
+from cait_jax.train.losses import cross_entropy, hard_distillation, soft_distillation
 from cait_jax.train.optimizer import make_optimizer
 from cait_jax.train.setup import set_up
 from cait_jax.train.state import create_state
@@ -38,7 +39,7 @@ def batch_of(count=16, seed=0):
     }
 
 
-def one_step(model, recipe, devices=1, accumulate=1, teacher=None):
+def one_step(model, recipe, devices=1, accumulate=1, teacher=None, beside=None):
     """Metrics of a step, and the parameters before and after."""
     schedule = lambda step: 1e-2  # noqa: E731
     optimizer = make_optimizer(schedule)
@@ -52,7 +53,8 @@ def one_step(model, recipe, devices=1, accumulate=1, teacher=None):
         out_shardings=whole,
     )
     state = jax.device_put(create_state(params, optimizer, ema=False), whole)
-    state, metrics = step(state, put_batch(batch_of(), rows), jax.device_put(teacher, whole))
+    batch = put_batch(batch_of() | (beside or {}), rows)
+    state, metrics = step(state, batch, jax.device_put(teacher, whole))
     return jax.device_get(metrics), params, jax.device_get(state.params)
 
 
@@ -112,6 +114,28 @@ def test_a_student_learns_label_and_teacher_in_equal_parts(two_heads):
     expected = -(of_label[rows, batch["label"]] + of_teacher[rows, chosen]).mean() / 2
     assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["accuracy"] == (of_label.argmax(-1) == batch["label"]).mean()
+
+
+def test_recorded_logits_teach_as_their_teacher_would_and_mix_with_the_images():
+    model = small(precision="highest")
+    teacher, chosen = teacher_and_its_choice()
+    recipe = Recipe(cross_entropy, hard_distillation, mean=MEAN, std=STD)
+    present, *_ = one_step(model, recipe, teacher=teacher)
+    says = np.eye(CLASSES, dtype=np.float16)[chosen] * 9
+    recorded, *_ = one_step(model, recipe, beside={"teacher": says})
+    assert recorded["loss"] == pytest.approx(present["loss"], rel=1e-5)
+
+    # With the labels as the teacher's words, soft distillation at temperature 1 is the label's own loss,
+    # mixed as the images are.
+    says = np.eye(CLASSES, dtype=np.float32)[batch_of()["label"]] * 60
+    mixing = Mixing(mixup=0.8, cutmix=1.0)
+    soft = functools.partial(soft_distillation, temperature=1.0, weight=1.0)
+    taught = Recipe(cross_entropy, soft, mean=MEAN, std=STD, mixing=mixing)
+    alone = Recipe(cross_entropy, mean=MEAN, std=STD, mixing=mixing)
+    learnt, *_ = one_step(model, taught, beside={"teacher": says})
+    plain, *_ = one_step(model, alone)
+    assert learnt["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+    assert learnt["loss"] < plain["loss"]  # by the entropy of the mixed labels
 
 
 def config_of(**overrides):
@@ -187,6 +211,21 @@ def test_a_config_names_its_teacher(tmp_path):
     assert "blocks" in moved(before, after)
     with pytest.raises(UserError, match="no weights were released for cait_s48"):
         set_up(config_of(distill__kind="hard", distill__teacher="cait_s48"))
+
+
+def test_rows_of_recorded_logits_come_with_their_examples(tmp_path):
+    logits = np.random.default_rng(0).standard_normal((1437, 10)).astype(np.float32)
+    np.savez(tmp_path / "logits.npz", logits=logits)
+    config = config_of(distill__kind="soft", distill__logits=str(tmp_path / "logits.npz"))
+    setup = set_up(config)
+    with setup.batches() as batches:
+        batch = next(batches)
+    assert set(batch) == {"image", "label", "teacher"}
+    for image, row in zip(batch["image"], batch["teacher"], strict=True):
+        (index,) = np.flatnonzero((logits == row).all(axis=1))
+        np.testing.assert_array_equal(setup.train_split.images[index], image)
+    with pytest.raises(UserError, match="nothing learns from it: set"):
+        set_up(config_of(distill__logits=str(tmp_path / "logits.npz")))
 
 
 @pytest.mark.parametrize(
