@@ -1,5 +1,6 @@
 """`cait convert`: weights from one form to another."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from cait_jax.cli.loading import model_options
     "--to", "form", type=click.Choice(["cait", "timm"]), default="cait", show_default=True,
     help="Who is to read it: cait_jax.load_pretrained, or timm.create_model (PyTorch).",
 )  # fmt: skip
+@click.option(
+    "--average", multiple=True, metavar="NAME|DIR",
+    help="Average the parameters with those of this model too; may be given several times.",
+)  # fmt: skip
 @click.argument("target", type=click.Path(path_type=Path))
-def command(load: Any, model_name: str, form: str, target: Path) -> None:
+def command(load: Any, model_name: str, form: str, average: tuple[str, ...], target: Path) -> None:
     """Write a model to the directory TARGET: model.safetensors, config.json and, for timm, a model card.
 
     With --to timm, TARGET may also be a .safetensors file, which is then written alone.
@@ -28,7 +33,9 @@ def command(load: Any, model_name: str, form: str, target: Path) -> None:
     a training run. Parameters are written bit for bit, in the dtype they have.
     """
     from cait_jax.errors import UserError
+    from cait_jax.train.average import mean_params
     from cait_jax.weights.export import export_timm
+    from cait_jax.weights.pretrained import load_pretrained
     from cait_jax.weights.saved import save_pretrained
 
     alone = target.suffix == ".safetensors"
@@ -37,11 +44,15 @@ def command(load: Any, model_name: str, form: str, target: Path) -> None:
             f"{target.name} alone would not say which network it is of: name a directory, or add --to timm"
         )
     loaded = load()
+    variables = loaded.variables
+    if average:
+        others = (load_pretrained(other)[1] for other in average)
+        variables = mean_params(itertools.chain([variables], others))
     write = export_timm if form == "timm" else save_pretrained
     write(
         target,
         loaded.model,
-        loaded.variables,
+        variables,
         label_names=loaded.label_names,
         preprocessing=loaded.preprocessing.to_dict(),
     )

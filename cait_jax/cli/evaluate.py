@@ -39,6 +39,10 @@ _WORST = 5
     "--confusion", type=click.Path(path_type=Path, dir_okay=False), metavar="PNG",
     help="Draw the confusion matrix there.",
 )  # fmt: skip
+@click.option(
+    "--logits", type=click.Path(path_type=Path, dir_okay=False), metavar="NPZ",
+    help="Write the logits of every image there, in order, as `distill.logits` of a config reads them.",
+)  # fmt: skip
 @click.option("--json", is_flag=True, help="Print JSON.")
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
@@ -57,6 +61,7 @@ def command(
     probe: bool,
     train_split: str,
     confusion: Path | None,
+    logits: Path | None,
     json: bool,
     output: Path | None,
 ) -> None:
@@ -72,7 +77,7 @@ def command(
     from cait_jax.evaluation.benchmarks import find_benchmark
     from cait_jax.evaluation.score import score, with_channels
 
-    _check_writable(confusion, output)
+    _check_writable(confusion, logits, output)
     found = find_benchmark(data, split, data_dir=data_dir)
     if confusion is not None and found.rule == "real":
         raise click.UsageError(
@@ -106,10 +111,13 @@ def command(
         "preprocessing": prepare.to_dict(),
         **scores.as_dict(),
     }
+    reading = {"batch_size": batch_size, "workers": workers}
     if train is not None:
-        result |= _features_accuracy(
-            loaded, train, examples, knn=knn, probe=probe, batch_size=batch_size, workers=workers
-        )
+        result |= _features_accuracy(loaded, train, examples, knn=knn, probe=probe, **reading)
+    if logits is not None:
+        rows, _ = _outputs(loaded, examples, "logits", features_of=_logits_of, **reading)
+        with logits.open("wb") as file:  # NumPy would add a suffix to a name without one
+            np.savez(file, logits=rows)
     if confusion is not None:
         from cait_jax.data.imagenet import class_words
         from cait_jax.evaluation.confusion import save_confusion
@@ -144,41 +152,61 @@ def _features_accuracy(
     workers: int,
 ) -> dict[str, float]:
     """What the features alone tell about the classes."""
-    from cait_jax.data.pipeline import eval_batches
-    from cait_jax.evaluation.features import extract_features
+    from cait_jax.evaluation.features import head_features
     from cait_jax.evaluation.knn import knn_accuracy
     from cait_jax.evaluation.probe import probe_accuracy
-    from cait_jax.evaluation.progress import show_progress
-    from cait_jax.sharding import make_mesh
 
-    devices = make_mesh().size
-    prepare = loaded.preprocessing
-    features: list[Any] = []
-    for part, title in ((train, "features to learn from"), (test, "features to classify")):
-        with (
-            eval_batches(
-                part,
-                batch_size=-(-batch_size // devices) * devices,
-                image_size=prepare.image_size,
-                workers=workers,
-                crop_ratio=prepare.crop_ratio,
-            ) as batches,
-            show_progress(len(part), title) as update,
-        ):
-            features += extract_features(
-                loaded.model,
-                loaded.variables,
-                batches,
-                mean=prepare.mean,
-                std=prepare.std,
-                progress=update,
-            )
+    reading: dict[str, Any] = {
+        "features_of": head_features,
+        "batch_size": batch_size,
+        "workers": workers,
+    }
+    features = [
+        *_outputs(loaded, train, "features to learn from", **reading),
+        *_outputs(loaded, test, "features to classify", **reading),
+    ]
     result = {}
     if knn:
         result["knn"] = knn_accuracy(*features)
     if probe:
         result["probe"] = probe_accuracy(*features)
     return result
+
+
+def _logits_of(model: Any, variables: Any, images: Any) -> Any:
+    return model.apply(variables, images)
+
+
+def _outputs(
+    loaded: Loaded, split: Any, title: str, *, features_of: Any, batch_size: int, workers: int
+) -> tuple[Any, Any]:
+    """One row of numbers for each image of a split, and the labels."""
+    from cait_jax.data.pipeline import eval_batches
+    from cait_jax.evaluation.features import extract_features
+    from cait_jax.evaluation.progress import show_progress
+    from cait_jax.sharding import make_mesh
+
+    devices = make_mesh().size
+    prepare = loaded.preprocessing
+    with (
+        eval_batches(
+            split,
+            batch_size=-(-batch_size // devices) * devices,
+            image_size=prepare.image_size,
+            workers=workers,
+            crop_ratio=prepare.crop_ratio,
+        ) as batches,
+        show_progress(len(split), title) as update,
+    ):
+        return extract_features(
+            loaded.model,
+            loaded.variables,
+            batches,
+            mean=prepare.mean,
+            std=prepare.std,
+            features_of=features_of,
+            progress=update,
+        )
 
 
 def _report(result: dict[str, Any]) -> str:

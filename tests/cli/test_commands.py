@@ -17,8 +17,10 @@ from cait_jax import (
     list_models,
     load_pretrained,
     preprocessing,
+    save_pretrained,
 )
 from cait_jax.cli import COMMANDS, main
+from cait_jax.train.distill import read_logits
 
 
 def cait(*arguments, status=0):
@@ -161,6 +163,7 @@ def test_evaluate_scores_a_folder_exactly(saved, photographs, tmp_path):
     out, _ = cait(
         "evaluate", "-m", saved, "--data", good, "--json", "--batch-size", 3,
         "--confusion", tmp_path / "c.png", "-o", tmp_path / "scores.json",
+        "--logits", tmp_path / "logits.npz",
     )  # fmt: skip
     result = json.loads(out)
     assert result == json.loads((tmp_path / "scores.json").read_text())
@@ -176,6 +179,8 @@ def test_evaluate_scores_a_folder_exactly(saved, photographs, tmp_path):
     loss = -np.log(expected[np.arange(7), truth]).mean()
     assert result["loss"] == pytest.approx(loss, rel=1e-4)
     assert np.sum(result["confusion"]) == 7
+    recorded = read_logits(tmp_path / "logits.npz", examples=7, num_classes=3)
+    np.testing.assert_allclose(jax.nn.softmax(recorded), expected, atol=1e-5)
     text, _ = cait("evaluate", "-m", saved, "--data", good)
     assert f"{right.mean():.3%}" in text
     assert "tench" in text
@@ -235,6 +240,16 @@ def test_convert_writes_what_loads_to_the_same_bits(saved, tmp_path):
     assert "timm" in (tmp_path / "timm" / "README.md").read_text()
 
 
+def test_convert_averages_models(saved, network, tmp_path):
+    model, variables = network
+    other = jax.tree.map(lambda leaf: 3 * leaf, variables)
+    save_pretrained(tmp_path / "other", model, other)
+    cait("convert", "-m", saved, "--average", tmp_path / "other", tmp_path / "mean")
+    _, mean = load_pretrained(tmp_path / "mean")
+    for a, b in zip(jax.tree.leaves(mean), jax.tree.leaves(variables), strict=True):
+        np.testing.assert_allclose(a, 2 * b, rtol=1e-6)
+
+
 def test_weights_without_a_network_need_its_name(saved, tmp_path):
     _, err = cait("convert", "-m", saved / "model.safetensors", tmp_path / "x", status=1)
     assert "load it as load_pretrained(NAME, weights=" in err
@@ -251,8 +266,6 @@ def test_named_models_have_preprocessing_and_small_ones_say_why_not():
 
 def test_create_model_pretrained_gives_model_and_variables(network, tmp_path):
     model, variables = network
-    from cait_jax import save_pretrained
-
     save_pretrained(tmp_path / "s", model, variables)
     again, loaded = create_model(
         "cait_nano4_patch4_8", pretrained=True, weights=tmp_path / "s", depth=1, in_channels=3,
