@@ -44,6 +44,11 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
     }
 
 
+def shared_size(batch_size: int, mesh: Mesh) -> int:
+    """The next size of a batch, from `batch_size` up, that the devices share evenly."""
+    return -(-batch_size // mesh.size) * mesh.size
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     """Refuses a batch that the devices cannot share evenly.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cait_jax.cli.output import as_json, table
+from cait_jax.cli.output import as_json, check_writable, table
 
 _FEW_CLASSES = 20
 
@@ -123,10 +123,8 @@ def show_command(
     from cait_jax.data.imagenet import class_words
     from cait_jax.data.show import open_split, summarize, write_sheet
     from cait_jax.data.sources import split_names
-    from cait_jax.errors import UserError
 
-    if sheet is not None and not sheet.absolute().parent.is_dir():
-        raise UserError(f"there is no directory {sheet.parent} to write {sheet.name} in: make it")
+    check_writable(sheet)
     names = split_names(data, data_dir=data_dir) if split is None else (split,)
     summaries, words, broken = [], [], []
     for name in tqdm(names, desc=data, unit="split", disable=None, leave=False):

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from cait_jax.cli.loading import Loaded, dtype_option, model_options
-from cait_jax.cli.output import as_json, table
+from cait_jax.cli.output import as_json, check_writable, table
 
 _FEW_CLASSES = 20
 _WORST = 5
@@ -77,7 +77,7 @@ def command(
     from cait_jax.evaluation.benchmarks import find_benchmark
     from cait_jax.evaluation.score import score, with_channels
 
-    _check_writable(confusion, logits, output)
+    check_writable(confusion, logits, output)
     found = find_benchmark(data, split, data_dir=data_dir)
     if confusion is not None and found.rule == "real":
         raise click.UsageError(
@@ -133,14 +133,6 @@ def command(
         click.echo(_report(result))
 
 
-def _check_writable(*paths: Path | None) -> None:
-    from cait_jax.errors import UserError
-
-    for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"there is no directory {path.parent} to write {path.name} in: make it")
-
-
 def _features_accuracy(
     loaded: Loaded,
     train: Any,
@@ -184,14 +176,13 @@ def _outputs(
     from cait_jax.data.pipeline import eval_batches
     from cait_jax.evaluation.features import extract_features
     from cait_jax.evaluation.progress import show_progress
-    from cait_jax.sharding import make_mesh
+    from cait_jax.sharding import make_mesh, shared_size
 
-    devices = make_mesh().size
     prepare = loaded.preprocessing
     with (
         eval_batches(
             split,
-            batch_size=-(-batch_size // devices) * devices,
+            batch_size=shared_size(batch_size, make_mesh()),
             image_size=prepare.image_size,
             workers=workers,
             crop_ratio=prepare.crop_ratio,

@@ -7,6 +7,7 @@ import click
 
 from cait_jax.cli.images import answers_of, exit_over_broken, image_options
 from cait_jax.cli.loading import dtype_option, model_options
+from cait_jax.cli.output import check_writable
 
 
 @click.command(
@@ -51,8 +52,7 @@ def command(
 
     if output.suffix != ".npz":
         raise UserError(f"{output} does not end in .npz, which is what is written: add it")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"there is no directory {output.parent} to write {output.name} in: make it")
+    check_writable(output)
     loaded = load(**numerics)
     function = layer_features(loaded.model, layer, tokens=tokens)
     found, features, broken = [], [], 0

@@ -4,9 +4,12 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+from cait_jax.errors import UserError
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, markdown: bool = False) -> str:
@@ -61,3 +64,14 @@ def _is_number(cells: Iterable[Any]) -> bool:
         for cell in cells
         if cell != ""
     )
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Refuses files to write, None aside, in directories that do not exist.
+
+    Raises:
+      UserError: naming the directory.
+    """
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"there is no directory {path.parent} to write {path.name} in: make it")

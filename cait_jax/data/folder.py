@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from cait_jax.data.sources import Encoded
-from cait_jax.errors import UserError, nearest
+from cait_jax.errors import UserError, nearest, some
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SPLITS = ("train", "val", "validation", "test")
@@ -90,7 +90,7 @@ def load_folder(root: str | Path, split: str | None = None, *, channels: int = 3
     if empty := [name for name, files in images.items() if not files]:
         raise UserError(
             f"{part} has classes without an image that ends in {', '.join(IMAGE_SUFFIXES)}: "
-            f"{_some(empty)}; fill or remove what is empty"
+            f"{some(empty)}; fill or remove what is empty"
         )
     files = tuple(f"{name}/{file}" for name in images for file in images[name])
     labels = np.repeat(
@@ -260,7 +260,7 @@ def _part(folder: Path, split: str | None) -> tuple[Path, tuple[str, ...]]:
     trained = _class_names(folder / "train")
     if strange := sorted(set(names) - set(trained)):
         raise UserError(
-            f"{folder / name} has classes that {folder / 'train'} does not have: {_some(strange)}; "
+            f"{folder / name} has classes that {folder / 'train'} does not have: {some(strange)}; "
             "rename or remove them there, or add them to train"
         )
     return folder / name, trained
@@ -306,8 +306,3 @@ def _is_image(name: str) -> bool:
 
 def _ignored(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
-
-
-def _some(names: Sequence[str], count: int = 4) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

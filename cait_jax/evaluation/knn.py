@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from cait_jax.errors import UserError
-from cait_jax.sharding import make_mesh, over_batch, replicated
+from cait_jax.sharding import make_mesh, over_batch, replicated, shared_size
 
 _BANK_CHUNK = 16384
 
@@ -90,7 +90,7 @@ def knn_predict(
         raise UserError("there are no test examples to classify; choose another split")
 
     mesh = make_mesh(jax.local_devices() if devices is None else devices)
-    size = -(-batch_size // mesh.size) * mesh.size
+    size = shared_size(batch_size, mesh)
     # Neighbours come chunk by chunk, so a chunk must hold k.
     chunk = max(k, min(_BANK_CHUNK, len(train_features)))
     chunks = -(-len(train_features) // chunk)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int32
 
 from cait_jax.data.imagenet import class_words
 from cait_jax.data.sources import InMemory, Split
-from cait_jax.errors import UserError, nearest
+from cait_jax.errors import UserError, nearest, some
 from cait_jax.evaluation.metrics import Batch, Measure, any_of_labels, classification
 
 RULES = ("all", "restricted", "real")
@@ -80,13 +80,14 @@ def match_classes(
         hint = f" ({near})" if near.startswith("nearest") or len(theirs) <= 20 else ""
         raise UserError(
             f"{len(missing)} of the data set's {len(ours)} classes are none of the model's "
-            f"{num_classes}: {_some(missing)}{hint}; rename them or evaluate another model"
+            f"{num_classes}: {some([repr(name) for name in missing])}{hint}; rename them or evaluate another model"
         )
     unclear = [name for name, indices in pairs if len(indices) > 1]
     if unclear:
         raise UserError(
             f"{len(unclear)} of the data set's {len(ours)} classes could be more than one of the "
-            f"model's {num_classes}: {_some(unclear)}; give names that tell the classes apart"
+            f"model's {num_classes}: {some([repr(name) for name in unclear])}; give names that tell the "
+            "classes apart"
         )
     return np.array([indices.pop() for _, indices in pairs], np.int32)
 
@@ -224,8 +225,3 @@ def _in_parts(names: Sequence[str]) -> list[list[str]]:
 
 def _only_count(names: Sequence[str]) -> bool:
     return all(name == str(i) for i, name in enumerate(names))
-
-
-def _some(names: Sequence[str], count: int = 4) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(repr(name) for name in names[:count]) + more

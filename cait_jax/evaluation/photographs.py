@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from cait_jax.data.augment import normalise
 from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import UserError
-from cait_jax.sharding import make_mesh, over_batch, put_batch, replicated
+from cait_jax.sharding import make_mesh, over_batch, put_batch, replicated, shared_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def run_over_photographs(
     """
     mesh = make_mesh() if mesh is None else mesh
     whole, rows = replicated(mesh), over_batch(mesh)
-    batch_size = -(-min(batch_size, len(paths)) // mesh.size) * mesh.size
+    batch_size = shared_size(min(batch_size, len(paths)), mesh)
 
     def step(variables: Any, images: Any) -> Any:
         return function(variables, normalise(images, preprocessing.mean, preprocessing.std))

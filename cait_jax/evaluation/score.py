@@ -17,7 +17,7 @@ from cait_jax.evaluation.evaluate import evaluate, jit_eval_step, make_eval_step
 from cait_jax.evaluation.labels import choose_classes, choose_rule, measure_of
 from cait_jax.evaluation.metrics import finish, zero_sums
 from cait_jax.evaluation.progress import show_progress
-from cait_jax.sharding import make_mesh, over_batch, replicated
+from cait_jax.sharding import make_mesh, over_batch, replicated, shared_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def score(
     with (
         eval_batches(
             split,
-            batch_size=-(-batch_size // mesh.size) * mesh.size,
+            batch_size=shared_size(batch_size, mesh),
             image_size=preprocessing.image_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),

@@ -23,7 +23,7 @@ from cait_jax.evaluation.labels import read_labels
 from cait_jax.evaluation.metrics import loss_and_accuracy, means, zero_sums
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
-from cait_jax.sharding import check_batch_size, make_mesh, over_batch, replicated
+from cait_jax.sharding import check_batch_size, make_mesh, over_batch, replicated, shared_size
 from cait_jax.train.config import check_values
 from cait_jax.train.losses import label_loss, teacher_loss
 from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -104,7 +104,7 @@ class Setup:
         config = self.config
         with eval_batches(
             self.eval_split,
-            batch_size=-(-config.eval.batch_size // self.mesh.size) * self.mesh.size,
+            batch_size=shared_size(config.eval.batch_size, self.mesh),
             image_size=self.image_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),

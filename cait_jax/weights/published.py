@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cait_jax.errors import UserError
+from cait_jax.errors import UserError, some
 from cait_jax.models.zoo import Network
 
 _NUMBERED = re.compile(r"(blocks|blocks_token_only)_(\d+)")
@@ -64,7 +64,7 @@ def from_published(weights: Mapping[str, Any], model: Network) -> dict[str, Any]
 
     variables = jax.tree_util.tree_map_with_path(fill, template)
     faults = [
-        f"{len(names)} {what} ({_some(names)})"
+        f"{len(names)} {what} ({some(names)})"
         for what, names in (
             ("missing", missing),
             ("left over", sorted(unused)),
@@ -145,8 +145,3 @@ def _to_torch_layout(keys: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     if keys[-1] != "kernel":
         return array
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-
-
-def _some(names: list[str], count: int = 4) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
