@@ -1,4 +1,4 @@
-"""Parameters far from their start values, made without compiling an initialisation."""
+"""Trees of arrays: parameters far from their start values, and the comparison of bits."""
 
 import jax
 import jax.numpy as jnp
@@ -16,3 +16,12 @@ def random_params(model, seed=0):
         return jnp.asarray(near_one + 0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, template)
+
+
+def assert_same_bits(found, expected):
+    """Asserts that two trees have the same structure, dtypes, shapes and bits."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert a.tobytes() == b.tobytes()

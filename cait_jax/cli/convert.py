@@ -21,10 +21,19 @@ from cait_jax.cli.loading import model_options
 )  # fmt: skip
 @click.option(
     "--average", multiple=True, metavar="NAME|DIR",
-    help="Average the parameters with those of this model too; may be given several times.",
+    help="Average the parameters with those of this model too, such as an earlier checkpoint of the run "
+    "(RUN/checkpoints/STEP); may be given several times.",
 )  # fmt: skip
 @click.argument("target", type=click.Path(path_type=Path))
-def command(load: Any, model_name: str, form: str, average: tuple[str, ...], target: Path) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context,
+    load: Any,
+    model_name: str,
+    form: str,
+    average: tuple[str, ...],
+    target: Path,
+) -> None:
     """Write a model to the directory TARGET: model.safetensors, config.json and, for timm, a model card.
 
     With --to timm, TARGET may also be a .safetensors file, which is then written alone.
@@ -46,7 +55,8 @@ def command(load: Any, model_name: str, form: str, average: tuple[str, ...], tar
     loaded = load()
     variables = loaded.variables
     if average:
-        others = (load_pretrained(other)[1] for other in average)
+        alike = {key: ctx.params[key] for key in ("image_size", "antialias", "ema")}
+        others = (load_pretrained(other, **alike)[1] for other in average)
         variables = mean_params(itertools.chain([variables], others))
     write = export_timm if form == "timm" else save_pretrained
     write(

@@ -59,7 +59,7 @@ def load_pretrained(
 
     Args:
       name_or_path: a name of a model; or a directory that `save_pretrained` or `export_timm` wrote, or that
-        of a training run.
+        of a training run (its newest checkpoint) or of one of its checkpoints (`RUN/checkpoints/STEP`).
       weights: where the weights are instead: a `.safetensors`, `.pth`, `.pt` or `.bin` file under the
         published names, or such a directory.
       image_size: side in pixels, or (height, width); positions are resized to it.

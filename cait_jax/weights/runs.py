@@ -1,4 +1,7 @@
-"""A training run's directory as a source of weights. It is only read, also while the run goes on."""
+"""A training run as a source of weights. It is only read, also while the run goes on.
+
+`RUN` is its newest good checkpoint, `RUN/checkpoints/STEP` the one of that step and no other.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +17,15 @@ _CHECKPOINTS = "checkpoints"
 
 
 def is_run(path: Path) -> bool:
-    """Whether `path` is the directory of a training run."""
-    return (path / _CHECKPOINTS).is_dir()
+    """Whether `path` is the directory of a training run, or of one of its checkpoints."""
+    return path.is_dir() and (_is_step(path) or (path / _CHECKPOINTS).is_dir())
 
 
-def read_run(workdir: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarray]]:
-    """Reads the parameters of a run's newest good checkpoint; the optimiser's state is not loaded.
+def read_run(path: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarray]]:
+    """Reads the parameters of a run; the optimiser's state is not loaded.
 
     Args:
-      workdir: the run's directory.
+      path: the directory of the run or of a checkpoint.
       ema: the average of the parameters instead of the parameters themselves.
 
     Returns:
@@ -31,23 +34,25 @@ def read_run(workdir: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.nda
     Raises:
       UserError: there is no checkpoint, none that is good, or no average in it.
     """
-    params, meta = _restore(workdir, "ema" if ema else "params")
+    params, meta = _restore(path, "ema" if ema else "params")
     model = _model(meta, params)
     return model, checked_weights(model, {"params": params})
 
 
-def run_settings(workdir: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+def run_settings(path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The names of a run's classes, and the preprocessing of its images.
+
+    Args:
+      path: the directory of the run or of a checkpoint.
 
     Raises:
       UserError: there is no checkpoint, or none that is good.
     """
-    from cait_jax.checkpoint.store import Checkpoints
-
-    meta = Checkpoints(workdir / _CHECKPOINTS).meta()
+    checkpoints, step = _located(path)
+    meta = checkpoints.meta(step)
     params: Mapping[str, Any] = {}
     if "class_names" not in meta or "channels" not in meta:
-        params, meta = _restore(workdir, "params")
+        params, meta = _restore(path, "params")
     config = meta["config"]
     preprocessing = {
         "image_size": list(_image_size(config)),
@@ -59,18 +64,30 @@ def run_settings(workdir: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
     return _class_names(meta, params), preprocessing
 
 
-def _restore(workdir: Path, part: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _is_step(path: Path) -> bool:
+    path = path.absolute()
+    return path.name.isdecimal() and path.parent.name == _CHECKPOINTS
+
+
+def _located(path: Path) -> tuple[Any, int | None]:
+    """The checkpoints of a run, and which of them is meant; None: the newest good one."""
     from cait_jax.checkpoint.store import Checkpoints
 
-    checkpoints = Checkpoints(workdir / _CHECKPOINTS)
-    if part == "ema" and not checkpoints.meta()["config"]["optimizer"]["ema_decay"]:
+    if _is_step(path):
+        return Checkpoints(path.absolute().parent), int(path.name)
+    return Checkpoints(path / _CHECKPOINTS), None
+
+
+def _restore(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    checkpoints, step = _located(path)
+    if part == "ema" and not checkpoints.meta(step)["config"]["optimizer"]["ema_decay"]:
         raise UserError(
-            f"the run in {workdir} kept no average of its parameters (optimizer.ema_decay is 0): load "
+            f"the run in {path} kept no average of its parameters (optimizer.ema_decay is 0): load "
             "it without ema"
         )
-    restored = checkpoints.restore_part(part)
+    restored = checkpoints.restore_part(part, step=step)
     if restored is None:
-        raise UserError(f"the run in {workdir} has saved no checkpoint yet: wait for its first")
+        raise UserError(f"the run in {path} has saved no checkpoint yet: wait for its first")
     _, params, meta = restored
     return params, meta
 

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import struct
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from trees import assert_same_bits
 
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.errors import UserError
@@ -50,13 +51,6 @@ def abstract(state, sharding=None):
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), state
     )
-
-
-def assert_same_bits(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def save_steps(directory, *steps, **options):

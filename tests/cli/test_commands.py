@@ -250,6 +250,20 @@ def test_convert_averages_models(saved, network, tmp_path):
         np.testing.assert_allclose(a, 2 * b, rtol=1e-6)
 
 
+def test_convert_averages_what_the_options_ask_for_of_each(saved, network, tmp_path):
+    """At another resolution all are resized; of what has no moving average, that is said."""
+    model, variables = network
+    other = jax.tree.map(lambda leaf: 3 * leaf, variables)
+    save_pretrained(tmp_path / "other", model, other)
+    both = ("-m", saved, "--average", tmp_path / "other")
+    cait("convert", *both, "--image-size", "16", tmp_path / "mean")
+    mean = load_pretrained(tmp_path / "mean")[1]["params"]["pos_embed"]
+    resized = load_pretrained(saved, image_size=16)[1]["params"]["pos_embed"]
+    np.testing.assert_allclose(mean, 2 * resized, rtol=1e-5, atol=1e-7)
+    _, err = cait("convert", *both, "--ema", tmp_path / "x", status=1)
+    assert "ema goes with the directory of a training run" in err
+
+
 def test_weights_without_a_network_need_its_name(saved, tmp_path):
     _, err = cait("convert", "-m", saved / "model.safetensors", tmp_path / "x", status=1)
     assert "load it as load_pretrained(NAME, weights=" in err

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from run_files import untimed
 
 from cait_jax import load_pretrained
 from cait_jax.cli import main
 from cait_jax.sharding import put_batch
 from cait_jax.train import loop
-from cait_jax.train.report import TIMING_KEYS, read_metrics
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 
@@ -45,13 +45,6 @@ def colours(tmp_path_factory):
     write_colours(root / "train", 16)
     write_colours(root / "val", 6)
     return root
-
-
-def untimed(workdir):
-    return [
-        {key: value for key, value in row.items() if key not in TIMING_KEYS}
-        for row in read_metrics(workdir / "metrics.jsonl")
-    ]
 
 
 def test_a_folder_is_learnt_stopped_resumed_and_used(colours, saved, tmp_path, monkeypatch):

@@ -9,23 +9,14 @@ import jax
 import numpy as np
 import pytest
 import tfds_files
+from run_files import untimed
+from trees import assert_same_bits
 
 from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.train import NonFiniteError, loop, train
-from cait_jax.train.report import TIMING_KEYS, Report, read_metrics
+from cait_jax.train.report import Report, read_metrics
 from configs import cait_xs24, cifar10
-
-
-def untimed(workdir):
-    return [
-        {key: value for key, value in row.items() if key not in TIMING_KEYS}
-        for row in read_metrics(workdir / "metrics.jsonl")
-    ]
-
-
-def assert_same_bits(state, other):
-    jax.tree.map(np.testing.assert_array_equal, state, other)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from run_files import untimed
 
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.train.report import TIMING_KEYS, read_metrics
+from cait_jax.train.report import read_metrics
 from cait_jax.train.setup import abstract_state, set_up
 from configs import digits
 
@@ -62,13 +63,6 @@ def last_state(workdir):
     template = abstract_state(set_up(config, jax.devices()[:1]))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         return checkpoints.restore(template)
-
-
-def untimed(workdir):
-    return [
-        {key: value for key, value in row.items() if key not in TIMING_KEYS}
-        for row in read_metrics(workdir / "metrics.jsonl")
-    ]
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path, environment):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from safetensors import safe_open
-from trees import random_params
+from trees import assert_same_bits, random_params
 
 from cait_jax import UserError, create_model
 from cait_jax.weights.export import export_timm, timm_constructor
@@ -107,9 +107,7 @@ def test_what_only_training_and_speed_know_of_is_no_hindrance():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_exported_directory_loads_here_with_the_same_bits(
-    tmp_path, model, assert_same_bits, dtype
-):
+def test_an_exported_directory_loads_here_with_the_same_bits(tmp_path, model, dtype):
     model = model.clone(param_dtype=jnp.dtype(dtype))
     variables = {"params": random_params(model)}
     export_timm(
@@ -135,7 +133,7 @@ def test_an_exported_directory_loads_here_with_the_same_bits(
     assert config["label_names"] == ["a", "b", "c"]
 
 
-def test_a_file_alone(tmp_path, model, variables, assert_same_bits):
+def test_a_file_alone(tmp_path, model, variables):
     export_timm(tmp_path / "w.safetensors", model, variables)
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
     _, found = load_pretrained(

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from trees import assert_same_bits
 
 from cait_jax import UserError
 from cait_jax.weights import pretrained
@@ -27,7 +28,7 @@ def file(tmp_path, variables):
     return path
 
 
-def test_a_file_for_a_named_architecture(file, model, variables, assert_same_bits):
+def test_a_file_for_a_named_architecture(file, model, variables):
     for source in (file, str(file)):
         loaded, found = load_pretrained(NAME, weights=source, num_classes=3, **SHAPE)
         assert loaded == model

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from trees import random_params
+from trees import assert_same_bits, random_params
 
 from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
+from cait_jax.train.average import mean_params
 from cait_jax.train.config import as_json
 from cait_jax.train.state import create_state
 from cait_jax.weights.pretrained import load_pretrained, load_settings
@@ -38,15 +39,41 @@ def contents(directory):
 NAMED = {"class_names": ["a", "b", "c"], "channels": 1}
 
 
-def test_the_newest_parameters_of_a_run_are_read_and_nothing_is_changed(
-    tmp_path, model, assert_same_bits
-):
+def test_the_newest_parameters_of_a_run_are_read_and_nothing_is_changed(tmp_path, model):
     save_run(tmp_path, model, steps=(1, 2))
     before = contents(tmp_path)
     loaded, variables = load_pretrained(tmp_path)
     assert loaded == model
     assert_same_bits(variables, {"params": random_params(model, seed=2)})
     assert contents(tmp_path) == before
+
+
+def test_one_checkpoint_of_a_run_is_read_by_its_step(tmp_path, model):
+    save_run(tmp_path, model, steps=(1, 2), **NAMED)
+    checkpoints = tmp_path / "checkpoints"
+    for step in (1, 2):
+        loaded, variables = load_pretrained(checkpoints / str(step))
+        assert loaded == model
+        assert_same_bits(variables, {"params": random_params(model, seed=step)})
+        assert load_settings(checkpoints / str(step)).label_names == ("a", "b", "c")
+    with pytest.raises(UserError, match=r"checkpoints/3 does not exist"):
+        load_pretrained(checkpoints / "3")
+    (checkpoints / "1" / "manifest.json").unlink()  # no other in its place
+    with pytest.raises(UserError, match="step 1"):
+        load_pretrained(checkpoints / "1")
+
+
+def test_a_runs_last_checkpoints_have_a_mean(tmp_path, model):
+    save_run(tmp_path, model, steps=(1, 2), ema=True)
+    steps = [tmp_path / "checkpoints" / step for step in ("1", "2")]
+    for ema, seed in ((False, 0), (True, 100)):
+        mean = mean_params(load_pretrained(step, ema=ema)[1]["params"] for step in steps)
+        expected = jax.tree.map(
+            lambda a, b: (np.float64(a) + b) / 2,
+            random_params(model, seed=seed + 1),
+            random_params(model, seed=seed + 2),
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), mean, expected)
 
 
 def test_a_run_gives_weights_to_a_model_of_another_size(tmp_path, model):
@@ -65,7 +92,7 @@ def test_a_run_gives_weights_to_a_model_of_another_size(tmp_path, model):
     assert variables["params"]["pos_embed"].shape == (1, 16, model.width)
 
 
-def test_the_average_is_taken_where_it_is_asked_for(tmp_path, model, assert_same_bits):
+def test_the_average_is_taken_where_it_is_asked_for(tmp_path, model):
     save_run(tmp_path / "with", model, ema=True)
     _, variables = load_pretrained(tmp_path / "with", ema=True)
     assert_same_bits(variables, {"params": random_params(model, seed=101)})

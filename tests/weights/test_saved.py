@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trees import random_params
+from trees import assert_same_bits, random_params
 
 from cait_jax import UserError, create_model
 from cait_jax.weights.description import build, describe
@@ -24,7 +24,7 @@ PREPROCESSING = {
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_load_save_load_gives_the_same_bits(tmp_path, model, assert_same_bits, dtype):
+def test_load_save_load_gives_the_same_bits(tmp_path, model, dtype):
     model = model.clone(
         dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), drop_path=0.125, precision="highest"
     )
@@ -51,7 +51,7 @@ def test_the_loaded_model_gives_the_same_outputs(tmp_path, model, variables):
     assert np.ptp(expected) > 0.1
 
 
-def test_blocks_may_be_stacked_otherwise(tmp_path, model, variables, assert_same_bits):
+def test_blocks_may_be_stacked_otherwise(tmp_path, model, variables):
     save_pretrained(tmp_path, model, variables)
     unrolled, found = load_pretrained(tmp_path, stacked=False)
     assert "blocks_1" in found["params"]
@@ -67,7 +67,7 @@ def test_blocks_may_be_stacked_otherwise(tmp_path, model, variables, assert_same
         ("regnety_160", {"w0": 24, "wa": 24.0, "wm": 2.0, "depth": 9, "group_width": 8}),
     ],
 )
-def test_other_families_come_back_bit_for_bit(tmp_path, assert_same_bits, name, attributes):
+def test_other_families_come_back_bit_for_bit(tmp_path, name, attributes):
     model = create_model(name, num_classes=3, param_dtype="bfloat16", **attributes)
     rng = np.random.default_rng(0)
     variables = jax.tree.map(

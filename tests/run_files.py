@@ -1,0 +1,11 @@
+"""What a run wrote, for comparing two runs of one config."""
+
+from cait_jax.train.report import TIMING_KEYS, read_metrics
+
+
+def untimed(workdir):
+    """The rows of a run's metrics.jsonl without what depends on the clock."""
+    return [
+        {key: value for key, value in row.items() if key not in TIMING_KEYS}
+        for row in read_metrics(workdir / "metrics.jsonl")
+    ]
