@@ -39,6 +39,7 @@ from cait_jax.checkpoint.seal import (
     seal,
 )
 from cait_jax.errors import UserError
+from cait_jax.trees import by_name
 
 _log = logging.getLogger(__name__)
 
@@ -531,21 +532,10 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _differences(stored: PyTree, targets: PyTree) -> list[str]:
     """How the leaves stored differ from those asked for, one clause each."""
-    here, there = _by_name(targets), _by_name(stored)
+    here, there = by_name(targets), by_name(stored)
     clauses = [f"{name} is not in the checkpoint" for name in here if name not in there]
     clauses += [f"the checkpoint's {name} has no place in it" for name in there if name not in here]
     for name in here:
         if name in there and here[name] != there[name]:
             clauses.append(f"{name} is {there[name]} in the checkpoint and should be {here[name]}")
     return clauses
-
-
-def _by_name(tree: PyTree) -> dict[str, str]:
-    """`"params/head/kernel"` to `"float32 (192, 10)"` for each leaf."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(
-            path, simple=True, separator="/"
-        ): f"{np.dtype(leaf.dtype)} {tuple(leaf.shape)}"
-        for path, leaf in leaves
-    }

@@ -150,7 +150,7 @@ def create_model(
       dtype: dtype of the computation, such as `jnp.bfloat16` or `"bfloat16"`.
       param_dtype: dtype of the parameters.
       precision: precision of matrix products, such as `"highest"`.
-      **overrides: any other attribute of the network, such as `depth=12`.
+      **overrides: any other attribute of the network, such as `depth=12`; None means the name's own.
 
     Returns:
       A Flax Linen module: `variables = model.init(key, images)`, `logits = model.apply(variables, images)`.
@@ -161,12 +161,12 @@ def create_model(
     if name not in VARIANTS:
         raise UserError(f"there is no model {name!r}; {nearest(name, VARIANTS)}")
     variant = VARIANTS[name]
-    given = {"in_channels": in_channels, "drop_path": drop_path}
-    overrides |= {key: value for key, value in given.items() if value is not None}
     fields = {field.name for field in dataclasses.fields(variant.network)} - {"parent", "name"}
     for key in overrides:
         if key not in fields:
             raise UserError(f"{name} has no attribute {key!r}; {nearest(key, fields)}")
+    overrides |= {"in_channels": in_channels, "drop_path": drop_path}
+    overrides = {key: value for key, value in overrides.items() if value is not None}
 
     size = variant.attributes["image_size"] if image_size is None else image_size
     attributes = {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cait_jax.errors import UserError
+from cait_jax.trees import by_name
 
 
 def moving_average(average: Any, params: Any, decay: float) -> Any:
@@ -51,7 +52,7 @@ def mean_params(trees: Iterable[Any]) -> Any:
     count = 0
     for count, tree in enumerate(trees, start=1):
         if sums is None:
-            like = jax.tree.map(_kind, tree)
+            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
             sums = jax.tree.map(lambda leaf: np.zeros(leaf.shape), like)
         else:
             _check_alike(tree, like, count)
@@ -61,15 +62,8 @@ def mean_params(trees: Iterable[Any]) -> Any:
     return jax.tree.map(lambda total, kind: (total / count).astype(kind.dtype), sums, like)
 
 
-def _kind(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
 def _check_alike(tree: Any, like: Any, number: int) -> None:
-    found, wanted = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (tree, like))
-    )
+    found, wanted = by_name(tree), by_name(like)
     for path in sorted(found.keys() ^ wanted.keys()):
         where = "it alone has" if path in found else "it lacks"
         raise UserError(
@@ -77,9 +71,8 @@ def _check_alike(tree: Any, like: Any, number: int) -> None:
             "one model, all stacked or all unrolled"
         )
     for path, leaf in found.items():
-        if _kind(leaf) != wanted[path]:
-            first = wanted[path]
+        if leaf != wanted[path]:
             raise UserError(
-                f"tree {number} cannot be averaged with the first, for {path} is {leaf.dtype} "
-                f"{leaf.shape} and was {first.dtype} {first.shape}: give parameters of one model"
+                f"tree {number} cannot be averaged with the first, for {path} is {leaf} and was "
+                f"{wanted[path]}: give parameters of one model"
             )

@@ -161,7 +161,7 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
         image_size=size,
         num_classes=train_split.num_classes,
         in_channels=train_split.channels,
-        **{key: value for key, value in config.model.items() if value is not None},
+        **config.model,
     )
 
     steps_per_epoch = len(train_split) / config.batch_size

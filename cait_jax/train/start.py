@@ -50,9 +50,7 @@ def given_params(config: ConfigDict, model: CaiT) -> Any:
         reset_head=init.reset_head,
         ema=init.ema,
         seed=config.seed,
-        **{
-            key: value for key, value in config.model.items() if value is not None and key != "name"
-        },
+        **{key: value for key, value in config.model.items() if key != "name"},
     )
     assert loaded == model
     return variables["params"]

@@ -14,6 +14,7 @@ from cait_jax.models.cait import CaiT
 from cait_jax.models.regnet import RegNetY
 from cait_jax.models.vit import VisionTransformer
 from cait_jax.models.zoo import float_dtype
+from cait_jax.trees import by_name
 from cait_jax.weights.published import to_published, variables_template
 
 # The networks that can be saved, under the names their files say.
@@ -127,7 +128,7 @@ def checked_weights(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nd
     """
     expected = variables_template(model)
     given = {name: variables[name] for name in expected if name in variables}
-    found, wanted = _by_name(given), _by_name(expected)
+    found, wanted = by_name(given), by_name(expected)
     for name in sorted({*found, *wanted}):
         if found.get(name) != wanted.get(name):
             raise UserError(
@@ -136,16 +137,6 @@ def checked_weights(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nd
                 "param_dtype=...)"
             )
     return to_published(given)
-
-
-def _by_name(tree: Any) -> dict[str, str]:
-    """`"params/head/kernel"` to `"float32 (192, 10)"` for each leaf."""
-    return {
-        jax.tree_util.keystr(
-            path, simple=True, separator="/"
-        ): f"{jnp.dtype(leaf.dtype)} {leaf.shape}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
 
 
 def _refuse_unknown(family: str, attributes: Mapping[str, Any], known: set[str]) -> None:

@@ -73,7 +73,7 @@ def load_pretrained(
       ema: of a training run, the average of the parameters.
       seed: what a new head is drawn from.
       weights_image_size: (height, width) that a file's weights were made for, where it is not square.
-      **overrides: any other attribute of the model, such as `drop_path=0.1`.
+      **overrides: any other attribute of the model, such as `drop_path=0.1`; None leaves it as it is.
 
     Returns:
       The model, and its variables: `logits = model.apply(variables, images)`.
@@ -81,14 +81,14 @@ def load_pretrained(
     Raises:
       UserError: in one sentence, for anything missing, broken, or not fitting.
     """
-    given = {
+    attributes = overrides | {
         "image_size": image_size,
         "patch_size": patch_size,
         "num_classes": num_classes,
         "dtype": dtype,
         "param_dtype": param_dtype,
     }
-    attributes = {key: value for key, value in given.items() if value is not None} | overrides
+    attributes = {key: value for key, value in attributes.items() if value is not None}
 
     if _is_name(name_or_path):
         name = str(name_or_path)

@@ -98,7 +98,7 @@ def _model(meta: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
         image_size=_image_size(config),
         num_classes=len(_class_names(meta, params)),
         in_channels=_channels(meta, params),
-        **{key: value for key, value in config["model"].items() if value is not None},
+        **config["model"],
     )
 
 
