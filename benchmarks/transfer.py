@@ -34,7 +34,7 @@ from configs import cifar10_small
 
 WAYS = ("from scratch", "head", "two-phase", "all")
 # Passes over the images, by their number a class: few images need many.
-EPOCHS = {50: 40.0, 200: 20.0, 1000: 8.0}
+EPOCHS = {50: 30.0, 200: 15.0, 1000: 6.0}
 _TIMED_STEPS = 100
 
 
