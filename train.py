@@ -3,23 +3,28 @@
 import sys
 from pathlib import Path
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cait_jax.errors import UserError
 from cait_jax.train import NonFiniteError, train
 from cait_jax.train.config import check_command_line
+from cait_jax.train.processes import ends_for_all, join_processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, such as configs/digits.py.")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's directory; runs/<config's name> by default."
 )
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed",
-    False,
-    "One of several processes; addresses as jax.distributed.initialize finds them.",
+    "distributed", False, "One of several processes, as Slurm, Open MPI or a TPU pod started it."
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "One of several processes: HOST:PORT of process 0, where nobody else knows.",
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: how many there are.")
+PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: which this is, from 0.")
 flags.mark_flag_as_required("config")
 
 
@@ -28,14 +33,20 @@ def main(argv: list[str]) -> int | None:
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax says a lot at INFO
-    if DISTRIBUTED.value:
-        jax.distributed.initialize()
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = WORKDIR.value or Path("runs") / Path(path).stem
-    try:
-        run = train(CONFIG.value, workdir)
-    except (UserError, NonFiniteError) as error:
-        sys.exit(f"train.py: {error}")
+    addresses = {
+        "address": COORDINATOR.value,
+        "count": PROCESSES.value,
+        "index": PROCESS.value,
+    }
+    with ends_for_all():
+        try:
+            if DISTRIBUTED.value or any(value is not None for value in addresses.values()):
+                join_processes(**addresses)
+            run = train(CONFIG.value, workdir)
+        except (UserError, NonFiniteError) as error:
+            sys.exit(f"train.py: {error}")
     return 0 if run.finished else 130
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cait_jax.data.augment import normalise
 from cait_jax.evaluation.metrics import Batch, Measure, Sums
-from cait_jax.sharding import over_batch, put_batch, replicated
+from cait_jax.sharding import batch_divided, over_batch, put_batch, replicated
 
 EvalStep = Callable[[Any, Batch, Sums], Sums]
 
@@ -39,9 +39,11 @@ def make_eval_step(
 
 
 def jit_eval_step(eval_step: EvalStep, mesh: Mesh) -> EvalStep:
-    """Jits an evaluation step: the batch divided over the devices, variables and sums on each of them."""
+    """Jits an evaluation step: the batch divided over the devices, sums on each, variables as they lie."""
     whole, rows = replicated(mesh), over_batch(mesh)
-    return jax.jit(eval_step, in_shardings=(whole, rows, whole), out_shardings=whole)
+    return jax.jit(
+        batch_divided(eval_step, mesh), in_shardings=(None, rows, whole), out_shardings=whole
+    )
 
 
 def evaluate(

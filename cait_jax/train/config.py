@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from cait_jax.errors import UserError, nearest
 
 # What may change between the start of a run and its resumption: it changes no number of the run.
-FREE_KEYS = ("report", "data.data_dir", "data.workers")
+FREE_KEYS = ("report", "mesh", "data.data_dir", "data.workers")
 
 # What values make sense, as a sentence says it.
 _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {

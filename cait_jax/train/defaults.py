@@ -117,6 +117,11 @@ def get_config() -> ConfigDict:
     config.phases.blocks_epochs = 15.0  # length of the second
     config.phases.blocks_learning_rate = 1e-5  # constant in the second
 
+    config.mesh = ConfigDict()  # how the devices are used; their number is the product
+    config.mesh.data = -1  # devices with other images and the same parameters; -1: what is left
+    config.mesh.fsdp = 1  # devices with other images, each holding a part of the parameters
+    config.mesh.tensor = 1  # devices that share images and divide the layers; within a process
+
     config.eval = ConfigDict()
     config.eval.batch_size = 1024  # images at a time; the result does not depend on it
     config.eval.every_epochs = 1.0  # epochs between evaluations; the last step is always evaluated

@@ -131,7 +131,8 @@ def _run(
                 pending = (step, step_metrics)
                 evaluating = step % eval_every == 0 or step == total
                 saving = evaluating or step % save_every == 0
-                if not saving and not stop.requested:
+                stopping = stop.reached(step)
+                if not saving and not stopping:
                     continue
 
                 finish(*pending)
@@ -153,7 +154,7 @@ def _run(
                     metrics if evaluating else None,
                 )
                 last_saved = step
-                if stop.requested and step < total:
+                if stopping and step < total:
                     report.message(
                         f"stopped after step {step} of {total}: the same command goes on from there"
                     )

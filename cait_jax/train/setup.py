@@ -23,7 +23,15 @@ from cait_jax.evaluation.labels import read_labels
 from cait_jax.evaluation.metrics import loss_and_accuracy, means, zero_sums
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
-from cait_jax.sharding import check_batch_size, make_mesh, over_batch, replicated, shared_size
+from cait_jax.sharding import (
+    batch_divided,
+    check_batch_size,
+    make_mesh,
+    over_batch,
+    placed,
+    replicated,
+    shared_size,
+)
 from cait_jax.train.config import check_values
 from cait_jax.train.losses import label_loss, teacher_loss
 from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -46,6 +54,7 @@ class Setup:
       total_steps: steps of the whole run.
       steps_per_epoch: training examples over batch size, not rounded.
       train_step: the step, jitted, its state donated.
+      lower: of the step, from shapes with shardings: what `.compile()` turns into a program.
       eval_step: see `make_eval_step`, jitted.
       init: a function without arguments that makes the state of a run from its seed, on the mesh.
       begin: a function of parameters that makes the state of a run that starts from them, on the mesh.
@@ -60,6 +69,7 @@ class Setup:
     total_steps: int
     steps_per_epoch: float
     train_step: TrainStep
+    lower: Callable[[Any, Any], jax.stages.Lowered]
     eval_step: Callable[..., Any]
     init: Callable[[], TrainState]
     begin: Callable[[Any], TrainState]
@@ -136,7 +146,7 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
     """
     check_values(config)
     _check_trainable(config.model.name)
-    mesh = make_mesh(devices)
+    mesh = make_mesh(devices, **config.mesh)
     check_batch_size(config.batch_size, mesh, config.optimizer.accumulate)
     size = config.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
@@ -180,15 +190,17 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
         return begin(model.init(jax.random.key(config.seed), images)["params"])
 
     whole, rows = replicated(mesh), over_batch(mesh)
+    shapes = jax.eval_shape(init)
     if recipe.trainable is not None:  # a part that the network does not have is told now
-        recipe.trainable(jax.eval_shape(init).params, 0)
+        recipe.trainable(shapes.params, 0)
+    state_lies, teacher_lies = placed(shapes, mesh), placed(teacher, mesh)
     step = jax.jit(
-        make_train_step(model, optimizer, schedule, recipe),
-        in_shardings=(whole, rows, whole),
-        out_shardings=(whole, whole),
+        batch_divided(make_train_step(model, optimizer, schedule, recipe), mesh),
+        in_shardings=(state_lies, rows, teacher_lies),
+        out_shardings=(state_lies, whole),
         donate_argnums=0,
     )
-    teacher = jax.device_put(teacher, whole)
+    teacher = jax.device_put(teacher, teacher_lies)
     return Setup(
         config=config,
         model=model,
@@ -197,11 +209,12 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         train_step=lambda state, batch: step(state, batch, teacher),
+        lower=lambda state, batch: step.lower(state, batch, teacher),
         eval_step=jit_eval_step(
             make_eval_step(model, recipe.mean, recipe.std, loss_and_accuracy), mesh
         ),
-        init=jax.jit(init, out_shardings=whole),
-        begin=jax.jit(begin, out_shardings=whole),
+        init=jax.jit(init, out_shardings=state_lies),
+        begin=jax.jit(begin, out_shardings=state_lies),
         mesh=mesh,
         teacher_logits=given_logits(config, len(train_split), model.num_classes),
     )
@@ -328,8 +341,9 @@ def _recipe(config: ConfigDict, model: Any, phases: Sequence[Phase]) -> Recipe:
 
 def abstract_state(setup: Setup) -> Any:
     """Shapes, dtypes and shardings of the state."""
-    sharding = replicated(setup.mesh)
+    shapes = jax.eval_shape(setup.init)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(setup.init),
+        lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
+        shapes,
+        placed(shapes, setup.mesh),
     )

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -20,41 +19,23 @@ from cait_jax.train.report import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
-CHILD = textwrap.dedent("""
-    import sys
-    import jax
-
-    if __name__ == "__main__":
-        workdir, data_dir, workers, index, count, address = sys.argv[1:]
-        if int(count) > 1:
-            jax.distributed.initialize(
-                address, int(count), int(index), coordinator_bind_address=address,
-                heartbeat_timeout_seconds=20, shutdown_timeout_seconds=30,
-            )
-        assert jax.device_count() == 2
-
-        from cait_jax.train import train
-        from configs import common
-
-        config = common.get_config()
-        config.model.name = "cait_nano4_patch4_8"
-        config.model.depth, config.model.width, config.model.num_heads = 1, 16, 2
-        config.model.dropout = 0.1
-        config.image_size = 16
-        config.batch_size = 8
-        config.steps = %d
-        config.data.data_dir = data_dir
-        config.data.workers = int(workers)
-        config.augment.rand_augment = ""
-        config.augment.color_jitter = 0.4
-        config.optimizer.learning_rate = 1e-2
-        config.optimizer.ema_decay = 0.9
-        config.eval.batch_size = 4
-        config.eval.every_epochs = 1.0
-        config.checkpoint.every_steps = 2
-        config.report.every_steps = 1
-        train(config, workdir)
-""") % STEPS  # fmt: skip
+SETTINGS = {
+    "model.name": "cait_nano4_patch4_8",
+    "model.depth": 1,
+    "model.width": 16,
+    "model.num_heads": 2,
+    "model.dropout": 0.1,
+    "image_size": 16,
+    "batch_size": 8,
+    "steps": STEPS,
+    "augment.rand_augment": "",
+    "augment.color_jitter": 0.4,
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.ema_decay": 0.9,
+    "eval.batch_size": 4,
+    "checkpoint.every_steps": 2,
+    "report.every_steps": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +58,24 @@ def environment(tmp_path_factory):
     }
 
 
-def start(environment, workdir, data_dir, *, processes, workers=0):
-    """Starts a run on two devices in all."""
+def start(environment, workdir, data_dir, *, processes, last=(), **settings):
+    """Starts a run on two devices in all; the arguments `last` are the last process's alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    given = SETTINGS | {"data.data_dir": str(data_dir)} | settings
+    command = [sys.executable, "train.py", "--config=configs/cait_xs24.py", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in given.items()]
+    if processes > 1:
+        command += [f"--coordinator={address}", f"--processes={processes}"]
     flags = f"--xla_force_host_platform_device_count={2 // processes}"
-    command = [sys.executable, "-c", CHILD, str(workdir), str(data_dir), str(workers)]
     return [
         subprocess.Popen(
-            [*command, str(index), str(processes), address],
+            [
+                *command,
+                *([f"--process={index}"] if processes > 1 else []),
+                *(last if index == processes - 1 else ()),
+            ],
             cwd=ROOT,
             env=environment | {"XLA_FLAGS": flags},
             stdout=subprocess.DEVNULL,
@@ -97,36 +86,80 @@ def start(environment, workdir, data_dir, *, processes, workers=0):
     ]
 
 
-def finish(processes):
-    for process in processes:
-        _, said = process.communicate(timeout=240)
-        assert process.returncode == 0, said
+def wait_for(workdir, step, processes):
+    """Waits until a run has come so far, or has ended."""
+    while all(process.poll() is None for process in processes):
+        rows = read_metrics(workdir / "metrics.jsonl")
+        if rows and rows[-1]["step"] >= step:
+            break
+        time.sleep(0.001)
+
+
+def finish(processes, status=0):
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [status] * len(processes), said
+    return said
 
 
 def test_two_processes_read_and_learn_what_one_does_and_resume(tmp_path, environment, data_dir):
-    """Also with decoding in other processes, and after all of them were killed between two checkpoints."""
+    """Stopped by a SIGTERM to one of them, then killed; once with decoding in yet other processes."""
+    divided = {"mesh.data": 1, "mesh.fsdp": 2}
     one, two = tmp_path / "one", tmp_path / "two"
-    finish(start(environment, one, data_dir, processes=1))
+    finish(start(environment, one, data_dir, processes=1, **divided))
 
-    killed = start(environment, two, data_dir, processes=2, workers=1)
-    while all(process.poll() is None for process in killed):
-        rows = read_metrics(two / "metrics.jsonl")
-        if rows and rows[-1]["step"] >= 4:
-            break
-        time.sleep(0.001)
+    stopped = start(environment, two, data_dir, processes=2, **divided)
+    wait_for(two, 1, stopped)
+    stopped[1].send_signal(signal.SIGTERM)
+    said = finish(stopped, status=130)
+    assert "the same command goes on from there" in said[0]
+    assert "loss" not in said[1]  # process 0 speaks for all
+
+    killed = start(environment, two, data_dir, processes=2, **{"data.workers": 1}, **divided)
+    reached = Checkpoints(two / "checkpoints").latest_step()
+    wait_for(two, reached + 2, killed)
     for process in killed:
         process.send_signal(signal.SIGKILL)
         process.communicate()
     reached = Checkpoints(two / "checkpoints").latest_step()
-    assert reached is not None
     assert reached < STEPS
 
-    finish(start(environment, two, data_dir, processes=2))
+    finish(start(environment, two, data_dir, processes=2, **divided))
     assert untimed(two) == untimed(one)
-    assert [row["step"] for row in untimed(one) if "train/loss" in row] == list(range(1, STEPS + 1))
+    steps = [row["step"] for row in untimed(one) if "train/loss" in row]
+    assert steps == list(range(1, STEPS + 1))
     for part in ("params", "ema", "opt_state"):
         step, expected, _ = Checkpoints(one / "checkpoints").restore_part(part)
         step_of_two, found, _ = Checkpoints(two / "checkpoints").restore_part(part)
         assert step == step_of_two == STEPS
         assert_same_bits(found, expected)
     assert np.isfinite(untimed(one)[-1]["eval/loss"])
+
+
+def test_a_process_that_fails_takes_the_others_with_it(tmp_path, environment, data_dir):
+    """One finds no data and says so. The other, which would wait for it for ever, ends too."""
+    processes = start(
+        environment, tmp_path, data_dir, processes=2, last=["--config.data.data_dir=/nowhere"]
+    )
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert all(process.returncode for process in processes)
+    assert "imagenet2012" in said[1]
+    assert "Traceback" not in said[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--coordinator=127.0.0.1:1"], "belong together: give all three"),
+        (["--coordinator=here", "--processes=2", "--process=0"], "a host and a port"),
+        (["--coordinator=h:1", "--processes=2", "--process=2"], "counts from 0"),
+        (["--distributed"], "nothing here says who the other processes are"),
+    ],
+)
+def test_processes_that_cannot_be_found(environment, arguments, sentence):
+    result = subprocess.run(
+        [sys.executable, "train.py", "--config=configs/digits.py", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr

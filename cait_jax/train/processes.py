@@ -1,0 +1,86 @@
+"""One run in several processes: how they find each other, and how none waits for ever for one that is gone."""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
+import jax
+
+from cait_jax.errors import UserError
+
+
+def join_processes(
+    *,
+    address: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    heartbeat_seconds: int = 100,
+) -> None:
+    """Connects this process with the others of its run. To be called before JAX is used.
+
+    Without arguments they are found as JAX finds them: on TPU pods, in Slurm steps and under Open MPI.
+
+    Args:
+      address: host and port of process 0, such as `"10.0.0.1:8476"`.
+      count: the number of processes.
+      index: this one's, from 0.
+      heartbeat_seconds: after how long a silent process counts as gone, and the others end.
+
+    Raises:
+      UserError: only some of the three are given, they make no sense, or nobody says who the others are.
+    """
+    given = (address, count, index)
+    explicit = None not in given
+    if not explicit and given != (None, None, None):
+        raise UserError(
+            "--coordinator=HOST:PORT, --processes=N and --process=I belong together: give all three, or "
+            "--distributed alone where Slurm, Open MPI or a TPU pod knows them"
+        )
+    if explicit:
+        assert address is not None
+        assert count is not None
+        assert index is not None
+        if ":" not in address or not 0 <= index < count:
+            raise UserError(
+                f"--coordinator={address} --processes={count} --process={index} do not do: the first is a "
+                "host and a port, such as 10.0.0.1:8476, and the last counts from 0"
+            )
+    try:
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            # Of all interfaces JAX would take every one.
+            coordinator_bind_address=address if index == 0 else None,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+        )
+    except ValueError as error:
+        raise UserError(
+            "nothing here says who the other processes are (no Slurm step, no Open MPI, no TPU pod): give "
+            f"--coordinator=HOST:PORT, --processes=N and --process=I ({error})"
+        ) from error
+
+
+@contextlib.contextmanager
+def ends_for_all() -> Iterator[None]:
+    """Inside, an exception in one of several processes ends it at once, and so, soon after, the others.
+
+    Python's own way out waits for the others to say goodbye, and they wait for this one's next step.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(error, SystemExit) and not error.code:
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        elif not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        code = error.code if isinstance(error, SystemExit) else 1
+        os._exit(code if isinstance(code, int) else 1)

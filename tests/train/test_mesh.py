@@ -1,0 +1,206 @@
+"""Meshes of eight simulated devices: the same numbers on each, and what they send each other."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from cait_jax import UserError
+from cait_jax.sharding import make_mesh, over_batch, placed, put_batch
+from cait_jax.train.collectives import Collective, collectives, totals
+from cait_jax.train.setup import abstract_state, set_up
+from cait_jax.trees import by_name
+from configs import digits
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)]
+# Half of the eight combinations, in which every pair of choices occurs: network, stacked, micro batches.
+NETWORKS = [
+    ("cait_nano4_patch4_8", True, 1),
+    ("cait_nano4_patch4_8", False, 2),
+    ("vit_tiny", True, 2),
+    ("vit_tiny", False, 1),
+]
+# Stacked or not: kind to (how often, bytes that each device has from it) of a training step.
+GOLDEN = {
+    True: {"all-gather": (47, 495_360), "all-reduce": (20, 311_624)},
+    False: {"all-gather": (31, 298_752), "all-reduce": (32, 311_720)},
+}
+
+
+def small(name="cait_nano4_patch4_8", *, mesh=(-1, 1, 1), stacked=True, accumulate=1, depth=2):
+    config = digits.get_config()
+    config.batch_size = 32
+    config.steps = 20
+    config.model.name = name
+    config.model.depth, config.model.width, config.model.num_heads = depth, 32, 4
+    config.model.patch_size = 4
+    config.model.drop_path, config.model.dropout = 0.2, 0.1
+    config.model.stacked = stacked
+    config.model.precision = "highest"
+    config.optimizer.accumulate = accumulate
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.warmup_epochs = 0.0
+    config.optimizer.ema_decay = 0.9
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
+    return config
+
+
+def losses(config, devices, steps):
+    """The losses of the first steps, and the state after them."""
+    setup = set_up(config, devices)
+    state = setup.start()
+    found = []
+    with setup.batches() as batches:
+        for _ in range(steps):
+            state, metrics = setup.train_step(
+                state, put_batch(next(batches), over_batch(setup.mesh))
+            )
+            found.append(float(metrics["loss"]))
+    return found, state
+
+
+def in_float64(network, mesh, count):
+    name, stacked, accumulate = network
+    config = small(name, mesh=mesh, stacked=stacked, accumulate=accumulate)
+    config.model.dtype = config.model.param_dtype = "float64"
+    with jax.enable_x64(True):
+        found, state = losses(config, jax.devices()[:count], 3)
+        return found, jax.device_get(state.params)
+
+
+alone_in_float64 = functools.cache(lambda network: in_float64(network, (1, 1, 1), 1))
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda n: f"{n[0]}-{n[1]}-{n[2]}")
+def test_float64_agrees_to_its_rounding_on_every_mesh(network, mesh):
+    expected, expected_params = alone_in_float64(network)
+    found, params = in_float64(network, mesh, 8)
+    np.testing.assert_allclose(found, expected, rtol=1e-13, atol=0)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_float32_losses_agree_over_twenty_steps():
+    expected, _ = losses(small(), jax.devices()[:1], 20)
+    found, _ = losses(small(mesh=(2, 2, 2)), jax.devices(), 20)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_optimiser_and_average_lie_as_their_parameters():
+    setup = set_up(small(mesh=(2, 2, 2)))
+    state = abstract_state(setup)
+    lies = jax.tree.map(lambda leaf: leaf.sharding.spec, state)
+    stacked, unrolled = P(None, "fsdp", "tensor"), P("tensor", "fsdp")
+    assert lies.params["blocks"]["mlp"]["fc1"]["kernel"] == stacked
+    assert lies.ema["blocks"]["mlp"]["fc1"]["kernel"] == stacked
+    assert lies.params["blocks_token_only_0"]["attn"]["proj"]["kernel"] == unrolled
+    assert lies.params["blocks"]["attn"]["proj_l"]["kernel"] == P()
+    assert lies.params["norm"]["scale"] == P()
+    moments = [
+        leaf.sharding.spec
+        for leaf in jax.tree.leaves(state.opt_state)
+        if leaf.shape == state.params["blocks"]["mlp"]["fc1"]["kernel"].shape
+    ]
+    assert moments == [stacked, stacked]
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+    tree = {"head": {"kernel": np.zeros((32, 10)), "bias": np.zeros(10)}}
+    lies = placed(tree, make_mesh(fsdp=1, tensor=4))
+    assert lies["head"]["kernel"].spec == P("fsdp", None)
+    assert lies["head"]["bias"].spec == P(None)
+
+
+def compiled_step(config, devices=None):
+    setup = set_up(config, devices)
+    shapes = {"image": np.zeros((32, 8, 8, 1), np.uint8), "label": np.zeros(32, np.int32)}
+    batch = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=over_batch(setup.mesh))
+        for name, array in shapes.items()
+    }
+    state = abstract_state(setup)
+    return setup.lower(state, batch).compile().as_text(), state
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_under_fsdp_parameters_are_gathered_one_by_one(stacked):
+    """No gathered array holds more than one layer. A loop gathers anew going back; unrolled, XLA keeps them."""
+    text, state = compiled_step(small(mesh=(1, 8, 1), depth=4, stacked=stacked))
+    exchanged = collectives(text)
+    gathered = [each for each in exchanged if each.kind == "all-gather"]
+    largest_layer = 32 * 128 * 4
+    assert max(each.bytes for each in gathered) == largest_layer
+    whole = {shape.split(" ", 1)[1] for shape in by_name(state.params).values() if "(4, " in shape}
+    assert not whole & {array for each in gathered for array in each.arrays}
+    assert totals(exchanged) == GOLDEN[stacked]
+
+
+def test_one_device_sends_nothing():
+    text, _ = compiled_step(small(), jax.devices()[:1])
+    assert collectives(text) == []
+
+
+def test_data_parallel_devices_sum_gradients_and_nothing_more():
+    text, state = compiled_step(small(mesh=(8, 1, 1)))
+    found = totals(collectives(text))
+    gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+    assert set(found) == {"all-reduce"}
+    assert gradients <= found["all-reduce"][1] <= 1.1 * gradients
+
+
+PROGRAM = """
+HloModule m
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %ag = bf16[8,4]{1,0} all-gather(%x), dimensions={0}
+  ROOT %t = (s32[], f32[4]) tuple(%i, %y)
+}
+
+%cond (p: (s32[], f32[4])) -> pred[] {
+  ROOT %c = pred[] compare(%i, %n)
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%t), condition=%cond, body=%body, backend_config={TRIPS}
+  %ar-start = (f32[4]{0}, f32[2,3]{1,0}) all-reduce-start(%p, %q), to_apply=%sum
+  %ag-start = (f32[4]{0}, f32[8]{0}) all-gather-start(%p), dimensions={0}
+  ROOT %done = f32[4]{0} all-reduce-done(%ar-start)
+}
+"""
+
+
+def test_loops_multiply_and_asynchronous_pairs_count_once():
+    text = PROGRAM.replace("TRIPS", '"known_trip_count":{"n":"24"}')
+    assert collectives(text) == [
+        Collective("all-gather", ("bf16[8,4]",), 64, 24),
+        Collective("all-reduce", ("f32[2,3]", "f32[4]"), 40, 1),
+        Collective("all-gather", ("f32[8]",), 32, 1),
+    ]
+    assert totals(collectives(text)) == {"all-gather": (25, 24 * 64 + 32), "all-reduce": (1, 40)}
+    with pytest.raises(ValueError, match="body does all-gather in a loop of unknown length"):
+        collectives(PROGRAM.replace("TRIPS", "{}"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ({"data": 3}, "mesh.data=3, mesh.fsdp=1, mesh.tensor=1 does not fit 8 device"),
+        ({"fsdp": 3}, "leave --config.mesh.data=-1 to fill what is left"),
+        ({"fsdp": -1}, "one of them may be -1"),
+        ({"tensor": 0}, "every size must be 1 or more"),
+    ],
+)
+def test_sizes_that_make_no_mesh(sizes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_mesh(**sizes)
+
+
+def test_one_size_fills():
+    assert dict(make_mesh(data=2, fsdp=-1, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
