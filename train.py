@@ -35,15 +35,12 @@ def main(argv: list[str]) -> int | None:
         logging.set_verbosity(logging.WARNING)  # Orbax says a lot at INFO
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = WORKDIR.value or Path("runs") / Path(path).stem
-    addresses = {
-        "address": COORDINATOR.value,
-        "count": PROCESSES.value,
-        "index": PROCESS.value,
-    }
+    address, count, index = COORDINATOR.value, PROCESSES.value, PROCESS.value
+    several = DISTRIBUTED.value or (address, count, index) != (None, None, None)
     with ends_for_all():
         try:
-            if DISTRIBUTED.value or any(value is not None for value in addresses.values()):
-                join_processes(**addresses)
+            if several:
+                join_processes(address=address, count=count, index=index)
             run = train(CONFIG.value, workdir)
         except (UserError, NonFiniteError) as error:
             sys.exit(f"train.py: {error}")
