@@ -146,7 +146,9 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
     """
     check_values(config)
     _check_trainable(config.model.name)
-    mesh = make_mesh(devices, **config.mesh)
+    mesh = make_mesh(
+        devices, data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
+    )
     check_batch_size(config.batch_size, mesh, config.optimizer.accumulate)
     size = config.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
