@@ -173,20 +173,20 @@ def shared_size(batch_size: int, mesh: Mesh) -> int:
     return -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+def check_batch_size(batch_size: int, devices: int, accumulate: int = 1) -> None:
     """Refuses a batch that the devices cannot share evenly.
 
     Args:
       batch_size: images a step over all devices.
-      mesh: the devices.
+      devices: into how many parts a batch is divided, see `batch_parts`.
       accumulate: micro batches a step.
 
     Raises:
       UserError: naming the numbers.
     """
-    parts = batch_parts(mesh) * accumulate
+    parts = devices * accumulate
     if batch_size < 1 or batch_size % parts:
         raise UserError(
-            f"batch_size {batch_size} must be a multiple of {parts} ({batch_parts(mesh)} devices times "
+            f"batch_size {batch_size} must be a multiple of {parts} ({devices} devices times "
             f"{accumulate} micro batches): set --config.batch_size={max(1, batch_size // parts) * parts}"
         )

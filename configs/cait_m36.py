@@ -8,10 +8,8 @@ The paper reports the raw parameters (eval/accuracy), not their average (eval/em
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import imagenet
 
 
 def get_config() -> ConfigDict:
-    config = common.get_config()
-    config.model.name = "cait_m36"
-    return config
+    return imagenet.recipe("cait_m36")

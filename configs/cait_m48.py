@@ -7,10 +7,8 @@ Expected: none recorded; the paper gives no result for it at 224 pixels without 
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import imagenet
 
 
 def get_config() -> ConfigDict:
-    config = common.get_config()
-    config.model.name = "cait_m48"
-    return config
+    return imagenet.recipe("cait_m48")

@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config = cifar.from_scratch()
     config.model.name = "cait_xxs24"  # LayerScale starts at 1e-5, the paper's rule for depth 24
     config.model.patch_size = 4
+    config.model.dtype = "bfloat16"
     config.batch_size = 256
     config.epochs = 300.0
     config.augment.pad_crop = 4

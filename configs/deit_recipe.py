@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import imagenet
 
 
 def train(name: str) -> ConfigDict:
@@ -13,8 +13,7 @@ def train(name: str) -> ConfigDict:
     Args:
       name: such as `"deit_small"`; a distilled model has a second head, for the teacher.
     """
-    config = common.get_config()
-    config.model.name = name
+    config = imagenet.recipe(name)
     config.epochs = 300.0
     config.eval.crop_ratio = 0.875  # 224 of 256 pixels
     return config

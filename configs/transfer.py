@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import imagenet
 
 
 def pretrained() -> ConfigDict:
@@ -11,8 +11,7 @@ def pretrained() -> ConfigDict:
     To start from a run instead: `--config.init.pretrained=False --config.init.weights=runs/cait_s24
     --config.model.name=cait_s24`.
     """
-    config = common.get_config()
-    config.model.name = "cait_s24_224"
+    config = imagenet.recipe("cait_s24_224")
     config.init.pretrained = True
     config.init.reset_head = True
     config.batch_size = 768

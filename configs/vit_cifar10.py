@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     config = cifar.from_scratch()
     config.model.name = "vit_tiny"
     config.model.patch_size = 4
+    config.model.dtype = "bfloat16"
     config.model.dropout = 0.1
     config.batch_size = 128
     config.epochs = 200.0

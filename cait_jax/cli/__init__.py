@@ -7,7 +7,7 @@ import click
 from cait_jax.errors import UserError
 
 # Command to the module that holds it. Modules import what is heavy inside their command.
-COMMANDS = ("models", "predict", "evaluate", "features", "finetune", "convert", "data")
+COMMANDS = ("models", "predict", "evaluate", "features", "finetune", "convert", "data", "plan")
 
 
 class Commands(click.Group):

@@ -181,6 +181,11 @@ def read_record(split: Encoded, index: int) -> Mapping[str, Any]:
     return record
 
 
+def is_made_here(name: str) -> bool:
+    """Whether `name` stands for images that need no files: the digits, or synthetic ones."""
+    return name == "digits" or _is_synthetic(name)
+
+
 def _is_synthetic(name: str) -> bool:
     return name.split("/")[0] == "synthetic"
 

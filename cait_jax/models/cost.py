@@ -30,14 +30,47 @@ def macs(model: Network) -> int:
     """
     image = _one_image(model)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    return _count(jax.make_jaxpr(model.apply)(variables, image).jaxpr)
+    return macs_of(jax.make_jaxpr(model.apply)(variables, image).jaxpr)
+
+
+def residual_bytes(model: Network, batch_size: int) -> int:
+    """Bytes that a training step keeps of the forward pass for the backward pass, in plain JAX.
+
+    A compiler keeps less where it can compute something anew, and more where it copies.
+
+    Args:
+      model: a network that trains, with its `remat`.
+      batch_size: images at a time.
+    """
+    images = jax.ShapeDtypeStruct((batch_size, *model.image_size, model.in_channels), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), _one_image(model))["params"]
+
+    def backward(params: Any, images: Any) -> Any:
+        def forward(params: Any) -> Any:
+            return model.apply(
+                {"params": params},
+                images,
+                train=True,
+                example_ids=jnp.arange(batch_size),
+                rngs={"dropout": jax.random.key(0), "drop_path": jax.random.key(0)},
+            )
+
+        return jax.vjp(forward, params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(backward, params, images))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
 
 
 def _one_image(model: Network) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *model.image_size, model.in_channels), jnp.float32)
 
 
-def _count(jaxpr: Any) -> int:
+def macs_of(jaxpr: Any) -> int:
+    """Multiply-accumulates of a traced program, over all devices; a loop counts for every turn of a scan.
+
+    Args:
+      jaxpr: of `jax.make_jaxpr` or of a jitted function's `trace`.
+    """
     total = 0
     for equation in jaxpr.eqns:
         output = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
@@ -51,7 +84,7 @@ def _count(jaxpr: Any) -> int:
             total += output * math.prod(kernel) // kernel[out_axis]
         else:
             times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-            total += times * sum(_count(inner) for inner in _inner(equation.params))
+            total += times * sum(macs_of(inner) for inner in _inner(equation.params))
     return total
 
 

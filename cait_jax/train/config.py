@@ -157,15 +157,26 @@ def check_command_line(argv: Sequence[str]) -> None:
       UserError: naming the nearest file or keys that exist; or what `get_config` says of its argument.
     """
     found = _CONFIG_FLAG.search("\n".join(argv))
-    if found is None:
-        return
-    file, colon, argument = found["path"].partition(":")
-    path = Path(file)
+    if found is not None:
+        overrides = [match["key"] for arg in argv if (match := _OVERRIDE_FLAG.match(arg))]
+        check_overrides(load_config(found["path"]), overrides)
+
+
+def load_config(file: str) -> ConfigDict:
+    """What a config file's `get_config` gives.
+
+    Args:
+      file: its path; what follows a colon is the argument of `get_config`.
+
+    Raises:
+      UserError: there is no such file, or it takes no argument; or what `get_config` says of it.
+    """
+    name, colon, argument = file.partition(":")
+    path = Path(name)
     if not path.is_file():
         known = [str(file) for file in sorted(path.parent.glob("*.py")) if file.stem[0] != "_"]
         raise UserError(f"there is no config file {path}; {nearest(str(path), known)}")
-    overrides = [match["key"] for arg in argv if (match := _OVERRIDE_FLAG.match(arg))]
     get_config = runpy.run_path(str(path))["get_config"]
     if colon and not inspect.signature(get_config).parameters:
         raise UserError(f"{path} takes no argument: leave out {colon + argument!r}")
-    check_overrides(get_config(argument) if colon else get_config(), overrides)
+    return get_config(argument) if colon else get_config()

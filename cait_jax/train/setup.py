@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.sharding import (
     batch_divided,
+    batch_parts,
     check_batch_size,
     make_mesh,
     over_batch,
@@ -54,7 +55,8 @@ class Setup:
       total_steps: steps of the whole run.
       steps_per_epoch: training examples over batch size, not rounded.
       train_step: the step, jitted, its state donated.
-      lower: of the step, from shapes with shardings: what `.compile()` turns into a program.
+      trace: of the step, from shapes with shardings, such as `abstract_state` and `abstract_batch`: its jaxpr,
+        and what lowers and compiles it.
       eval_step: see `make_eval_step`, jitted.
       init: a function without arguments that makes the state of a run from its seed, on the mesh.
       begin: a function of parameters that makes the state of a run that starts from them, on the mesh.
@@ -69,7 +71,7 @@ class Setup:
     total_steps: int
     steps_per_epoch: float
     train_step: TrainStep
-    lower: Callable[[Any, Any], jax.stages.Lowered]
+    trace: Callable[[Any, Any], jax.stages.Traced]
     eval_step: Callable[..., Any]
     init: Callable[[], TrainState]
     begin: Callable[[Any], TrainState]
@@ -109,9 +111,26 @@ class Setup:
         params = given_params(self.config, self.model)
         return self.init() if params is None else self.begin(params)
 
-    def evaluate(self, params: Any) -> dict[str, float]:
-        """Evaluates parameters on the evaluation split: `loss` in nats and `accuracy` from 0 to 1."""
+    def evaluate(
+        self, weights: Mapping[str, Any], progress: Callable[[int], object] | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Evaluates sets of parameters on the evaluation split, reading each batch once for all of them.
+
+        Args:
+          weights: parameters by any name.
+          progress: called after each batch, when that is on its way to the devices, with the number of its images.
+
+        Returns:
+          Of each set `loss` in nats and `accuracy` from 0 to 1.
+        """
         config = self.config
+
+        def eval_step(weights: Any, batch: Any, sums: Any) -> Any:
+            return {
+                name: self.eval_step({"params": params}, batch, sums[name])
+                for name, params in weights.items()
+            }
+
         with eval_batches(
             self.eval_split,
             batch_size=shared_size(config.eval.batch_size, self.mesh),
@@ -121,14 +140,16 @@ class Setup:
             workers=config.data.workers,
             crop_ratio=config.eval.crop_ratio,
         ) as batches:
+            zeros = zero_sums(loss_and_accuracy, self.model.num_classes)
             sums = evaluate(
-                self.eval_step,
-                {"params": params},
+                eval_step,
+                weights,
                 batches,
                 over_batch(self.mesh),
-                zero_sums(loss_and_accuracy, self.model.num_classes),
+                dict.fromkeys(weights, zeros),
+                progress,
             )
-        return means(sums)
+        return {name: means(sums[name]) for name in weights}
 
 
 def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup:
@@ -145,19 +166,40 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
       UserError: for a setting, a data set or a size that does not fit.
     """
     check_values(config)
-    _check_trainable(config.model.name)
     mesh = make_mesh(
         devices, data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
     )
-    check_batch_size(config.batch_size, mesh, config.optimizer.accumulate)
-    size = config.image_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
-
+    check_batch_size(config.batch_size, batch_parts(mesh), config.optimizer.accumulate)
     data = config.data
     train_split, eval_split = (
-        load_split(data.name, split, image_size=size, data_dir=data.data_dir)
+        load_split(data.name, split, image_size=_image_size(config), data_dir=data.data_dir)
         for split in (data.train_split, data.eval_split)
     )
+    return assemble(config, mesh, train_split, eval_split, given_teacher)
+
+
+def assemble(
+    config: ConfigDict,
+    mesh: Mesh,
+    train_split: Split,
+    eval_split: Split,
+    teacher_of: Callable[[ConfigDict, CaiT], Any],
+) -> Setup:
+    """Makes everything a run needs of data that are loaded and devices that may not be there.
+
+    Args:
+      config: as for `set_up`.
+      mesh: of `make_mesh`.
+      train_split: the training examples.
+      eval_split: the examples for evaluation.
+      teacher_of: from config and student to the teacher, as `given_teacher`; its variables may be shapes alone,
+        if no step will be run.
+
+    Raises:
+      UserError: as for `set_up`.
+    """
+    _check_trainable(config.model.name)
+    data, size = config.data, _image_size(config)
     if config.batch_size > len(train_split):
         raise UserError(
             f"batch_size {config.batch_size} is larger than the {len(train_split)} examples of "
@@ -182,7 +224,7 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
     schedule = phase_rates(phases) if phases else _schedule(config, total_steps, steps_per_epoch)
     optimizer = _optimizer(config, schedule, phases)
     recipe = _recipe(config, model, phases)
-    teacher = given_teacher(config, model)
+    teacher = teacher_of(config, model)
 
     def begin(params: Any) -> TrainState:
         return create_state(params, optimizer, ema=recipe.ema_decay > 0)
@@ -202,7 +244,7 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
         out_shardings=(state_lies, whole),
         donate_argnums=0,
     )
-    teacher = jax.device_put(teacher, teacher_lies)
+    teacher = _put(teacher, teacher_lies)
     return Setup(
         config=config,
         model=model,
@@ -211,7 +253,7 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         train_step=lambda state, batch: step(state, batch, teacher),
-        lower=lambda state, batch: step.lower(state, batch, teacher),
+        trace=lambda state, batch: step.trace(state, batch, teacher),
         eval_step=jit_eval_step(
             make_eval_step(model, recipe.mean, recipe.std, loss_and_accuracy), mesh
         ),
@@ -220,6 +262,18 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
         mesh=mesh,
         teacher_logits=given_logits(config, len(train_split), model.num_classes),
     )
+
+
+def _image_size(config: ConfigDict) -> tuple[int, int]:
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _put(tree: Any, shardings: Any) -> Any:
+    """The tree on its devices; of shapes, where they would lie."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+        return with_shardings(tree, shardings)
+    return jax.device_put(tree, shardings)
 
 
 def _check_trainable(name: str) -> None:
@@ -344,8 +398,30 @@ def _recipe(config: ConfigDict, model: Any, phases: Sequence[Phase]) -> Recipe:
 def abstract_state(setup: Setup) -> Any:
     """Shapes, dtypes and shardings of the state."""
     shapes = jax.eval_shape(setup.init)
+    return with_shardings(shapes, placed(shapes, setup.mesh))
+
+
+def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch."""
+    count, model, lies = setup.config.batch_size, setup.model, over_batch(setup.mesh)
+    shapes = {
+        "image": jax.ShapeDtypeStruct((count, *model.image_size, model.in_channels), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((count,), jnp.int32),
+    }
+    if setup.config.distill.logits is not None:
+        shapes["teacher"] = jax.ShapeDtypeStruct((count, model.num_classes), jnp.float32)
+    return with_shardings(shapes, dict.fromkeys(shapes, lies))
+
+
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """Shapes that say how they lie.
+
+    Args:
+      tree: arrays or shapes.
+      shardings: the same tree of shardings.
+    """
     return jax.tree.map(
         lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
-        shapes,
-        placed(shapes, setup.mesh),
+        tree,
+        shardings,
     )

@@ -8,8 +8,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cait_jax import UserError
+from cait_jax.plan.collectives import collectives, totals
+from cait_jax.plan.program import read_program
 from cait_jax.sharding import make_mesh, over_batch, placed, put_batch
-from cait_jax.train.collectives import Collective, collectives, totals
 from cait_jax.train.setup import abstract_state, set_up
 from cait_jax.trees import by_name
 from configs import digits
@@ -122,14 +123,14 @@ def compiled_step(config, devices=None):
         for name, array in shapes.items()
     }
     state = abstract_state(setup)
-    return setup.lower(state, batch).compile().as_text(), state
+    return setup.trace(state, batch).lower().compile().as_text(), state
 
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_under_fsdp_parameters_are_gathered_one_by_one(stacked):
     """No gathered array holds more than one layer. A loop gathers anew going back; unrolled, XLA keeps them."""
     text, state = compiled_step(small(mesh=(1, 8, 1), depth=4, stacked=stacked))
-    exchanged = collectives(text)
+    exchanged = collectives(read_program(text))
     gathered = [each for each in exchanged if each.kind == "all-gather"]
     largest_layer = 32 * 128 * 4
     assert max(each.bytes for each in gathered) == largest_layer
@@ -140,52 +141,15 @@ def test_under_fsdp_parameters_are_gathered_one_by_one(stacked):
 
 def test_one_device_sends_nothing():
     text, _ = compiled_step(small(), jax.devices()[:1])
-    assert collectives(text) == []
+    assert collectives(read_program(text)) == []
 
 
 def test_data_parallel_devices_sum_gradients_and_nothing_more():
     text, state = compiled_step(small(mesh=(8, 1, 1)))
-    found = totals(collectives(text))
+    found = totals(collectives(read_program(text)))
     gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
     assert set(found) == {"all-reduce"}
     assert gradients <= found["all-reduce"][1] <= 1.1 * gradients
-
-
-PROGRAM = """
-HloModule m
-
-%sum (a: f32[], b: f32[]) -> f32[] {
-  ROOT %add = f32[] add(%a, %b)
-}
-
-%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
-  %ag = bf16[8,4]{1,0} all-gather(%x), dimensions={0}
-  ROOT %t = (s32[], f32[4]) tuple(%i, %y)
-}
-
-%cond (p: (s32[], f32[4])) -> pred[] {
-  ROOT %c = pred[] compare(%i, %n)
-}
-
-ENTRY %main (p: f32[4]) -> f32[4] {
-  %w = (s32[], f32[4]) while(%t), condition=%cond, body=%body, backend_config={TRIPS}
-  %ar-start = (f32[4]{0}, f32[2,3]{1,0}) all-reduce-start(%p, %q), to_apply=%sum
-  %ag-start = (f32[4]{0}, f32[8]{0}) all-gather-start(%p), dimensions={0}
-  ROOT %done = f32[4]{0} all-reduce-done(%ar-start)
-}
-"""
-
-
-def test_loops_multiply_and_asynchronous_pairs_count_once():
-    text = PROGRAM.replace("TRIPS", '"known_trip_count":{"n":"24"}')
-    assert collectives(text) == [
-        Collective("all-gather", ("bf16[8,4]",), 64, 24),
-        Collective("all-reduce", ("f32[2,3]", "f32[4]"), 40, 1),
-        Collective("all-gather", ("f32[8]",), 32, 1),
-    ]
-    assert totals(collectives(text)) == {"all-gather": (25, 24 * 64 + 32), "all-reduce": (1, 40)}
-    with pytest.raises(ValueError, match="body does all-gather in a loop of unknown length"):
-        collectives(PROGRAM.replace("TRIPS", "{}"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What a training run will need of a pod, found before the pod is rented."""

@@ -1,0 +1,152 @@
+"""A program compiled for TPUs that are not there, and what the compiler said of it, kept on disk."""
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cait_jax.errors import UserError
+from cait_jax.plan.chips import Topology
+
+_NEEDED = re.compile(r"\(?(\d+(?:\.\d+)?)([KMGT])\)?")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program and its memory.
+
+    Attributes:
+      text: the program; empty if the compiler refused it for want of memory.
+      arguments: bytes on each chip of state and batch; of the refused, of what their shardings say.
+      temporaries: bytes on each chip beside them at the fullest moment.
+      code: bytes on each chip of the program itself.
+      seconds: compiling took.
+    """
+
+    text: str
+    arguments: int
+    temporaries: int
+    code: int
+    seconds: float
+
+    @property
+    def memory(self) -> int:
+        """Bytes on each chip. Outputs lie where donated arguments lay."""
+        return self.arguments + self.temporaries + self.code
+
+    @property
+    def refused(self) -> bool:
+        """Whether the compiler gave up for want of memory."""
+        return not self.text
+
+
+def tpu_devices(topology: Topology) -> list[jax.Device]:
+    """The devices of a slice, to compile for and nothing more.
+
+    Raises:
+      UserError: libtpu is not installed, or knows no such slice.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself
+    from jax.experimental import topologies
+
+    if _version("libtpu") is None:
+        raise UserError(
+            f"compiling for {topology} needs TPU's compiler: "
+            'pip install "cait-jax[plan]", in an environment of its own'
+        )
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=str(topology))
+    except Exception as error:  # of any type
+        first = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"TPU's compiler knows no slice {topology}: {first}") from error
+    return list(found.devices)
+
+
+def compile_cached(
+    lowered: jax.stages.Lowered,
+    topology: Topology,
+    folder: Path,
+    arguments: int,
+    say: Callable[[str], Any],
+) -> Compiled:
+    """Compiles a program, or reads what compiling the same one gave before.
+
+    Args:
+      lowered: for the devices of `tpu_devices`.
+      topology: of these.
+      folder: where results are kept, by a sum of the program and of the versions that compile it.
+      arguments: bytes of state and batch on each chip, for when the compiler says nothing.
+      say: told, when something takes minutes, what.
+
+    Raises:
+      UserError: the compiler fails for another reason than memory.
+    """
+    versions = [_version(name) or "" for name in ("jax", "jaxlib", "libtpu")]
+    name = hashlib.sha256("\n".join([str(topology), *versions, lowered.as_text()]).encode())
+    path = folder / f"{name.hexdigest()[:32]}.json.gz"
+    if path.is_file():
+        with gzip.open(path, "rt") as file:
+            return Compiled(**json.load(file))
+    say(f"compiling for {topology}; this takes minutes")
+    start = time.monotonic()
+    compiled = _compile(lowered, topology, arguments)
+    compiled = dataclasses.replace(compiled, seconds=time.monotonic() - start)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    with gzip.open(partial, "wt", compresslevel=6) as file:
+        json.dump(dataclasses.asdict(compiled), file)
+    partial.rename(path)
+    return compiled
+
+
+def _compile(lowered: jax.stages.Lowered, topology: Topology, arguments: int) -> Compiled:
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" not in message:
+            first = message.strip().splitlines()[0]
+            raise UserError(f"TPU's compiler fails for {topology}: {first}") from error
+        return Compiled("", arguments, needed_bytes(message), 0, 0.0)
+    memory: Any = program.memory_analysis()
+    return Compiled(
+        text=program.as_text() or "",
+        arguments=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        seconds=0.0,
+    )
+
+
+def needed_bytes(message: str) -> int:
+    """The memory that a refusal names, in bytes.
+
+    Args:
+      message: such as `... HLO temporaries (22.19G) exceeds available HBM (15.75G) ...`.
+    """
+    found = _NEEDED.search(message)
+    return round(float(found[1]) * _UNITS[found[2]]) if found else 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cache_folder() -> Path:
+    """Where results are kept: `cait_jax/plan` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cait_jax" / "plan"

@@ -1,0 +1,256 @@
+"""What one training step of a config needs on chips that are not there."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from cait_jax.data.unread import unread_split
+from cait_jax.models.cait import CaiT
+from cait_jax.models.cost import macs, macs_of, residual_bytes
+from cait_jax.models.zoo import create_model
+from cait_jax.plan.chips import Topology
+from cait_jax.plan.collectives import Collective, collectives
+from cait_jax.plan.compiled import cache_folder, compile_cached, tpu_devices
+from cait_jax.plan.largest import Largest, largest_batch
+from cait_jax.plan.program import read_program
+from cait_jax.plan.roofline import Roofline, roofline
+from cait_jax.plan.traffic import memory_traffic
+from cait_jax.sharding import AXES, check_batch_size, make_mesh
+from cait_jax.train.config import check_values
+from cait_jax.train.distill import make_teacher
+from cait_jax.train.setup import Setup, abstract_batch, abstract_state, assemble
+from cait_jax.weights.names import preprocessing
+from cait_jax.weights.published import variables_template
+
+Say = Callable[[str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step needs.
+
+    Attributes:
+      topology: the chips.
+      batch_size: images a step, on all of them.
+      compiled: whether TPU's compiler made the program; otherwise everything but `operations` is an estimate.
+      state: bytes of parameters, optimiser state and averages on each chip.
+      memory: bytes that a step needs on each chip.
+      fits: whether the chip has them.
+      operations: of each chip in a step: two for a multiply-accumulate, head mixing and teacher among them.
+      useful: of these, what the network itself costs: three times its forward pass, nothing computed twice.
+      traffic: bytes between each chip and its memory in a step; None where the compiler refused.
+      exchanged: what the chips send each other; None likewise.
+      largest: the largest batch of a chip; None where it was not asked for.
+      seconds: compiling took.
+    """
+
+    topology: Topology
+    batch_size: int
+    compiled: bool
+    state: int
+    memory: int
+    fits: bool
+    operations: float
+    useful: float
+    traffic: int | None
+    exchanged: tuple[Collective, ...] | None
+    largest: Largest | None = None
+    seconds: float = 0.0
+
+    @property
+    def by_chip(self) -> float:
+        """Images on each chip."""
+        return self.batch_size / self.topology.chips
+
+    @property
+    def roofline(self) -> Roofline | None:
+        """What bounds the step; None where the compiler refused."""
+        if self.traffic is None or self.exchanged is None:
+            return None
+        return roofline(
+            self.topology,
+            operations=self.operations,
+            traffic=float(self.traffic),
+            exchanged=self.exchanged,
+        )
+
+    @property
+    def utilisation(self) -> float | None:
+        """Useful operations over what the chip could do in the step's least time."""
+        bounds = self.roofline
+        if bounds is None:
+            return None
+        return self.useful / (bounds.seconds * self.topology.chip.operations)
+
+
+def make_plan(
+    config: ConfigDict,
+    topology: Topology,
+    *,
+    largest: bool = False,
+    folder: Path | None = None,
+    say: Say = lambda message: None,
+) -> Plan:
+    """Plans the training step of a config.
+
+    For TPUs the step is compiled, as training would compile it. For GPUs it is traced and its work counted.
+
+    Args:
+      config: as for training; its data need not be on this machine, nor its teacher's weights.
+      topology: the chips.
+      largest: whether to look for the largest batch, by compiling two or three more sizes.
+      folder: where compiled results are kept; by default `cache_folder()`.
+      say: told, when something takes minutes, what.
+
+    Raises:
+      UserError: the config does not fit itself or the chips, or TPU's compiler is missing.
+    """
+    shares = _shares(config, topology)
+    check_batch_size(config.batch_size, shares, config.optimizer.accumulate)
+    folder = folder or cache_folder()
+    planned = _compile if topology.chip.family == "tpu" else _estimate
+    plan = planned(config, topology, folder, say)
+    if not largest:
+        return plan
+
+    def memory_of(by_chip: int) -> float:
+        other = config.copy_and_resolve_references()
+        other.batch_size = by_chip * topology.chips
+        say(f"{other.batch_size:,} images a step, {by_chip} a chip")
+        return float(planned(other, topology, folder, say).memory)
+
+    whole = shares * config.optimizer.accumulate
+    multiple = whole // math.gcd(whole, topology.chips)
+    start = max(multiple, config.batch_size // topology.chips // multiple * multiple)
+    capacity = topology.chip.memory
+    found = largest_batch(memory_of, capacity, start, multiple=multiple)
+    return dataclasses.replace(plan, largest=found)
+
+
+def _shares(config: ConfigDict, topology: Topology) -> int:
+    """Into how many parts a batch is divided."""
+    _, tensor = _sizes(config, topology)
+    return topology.chips // tensor
+
+
+def _setup(config: ConfigDict, devices: list[jax.Device]) -> Setup:
+    check_values(config)
+    mesh = make_mesh(
+        devices, data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
+    )
+    size = config.image_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    train_split, eval_split = (
+        unread_split(config.data.name, split, image_size=size)
+        for split in (config.data.train_split, config.data.eval_split)
+    )
+    return assemble(config, mesh, train_split, eval_split, _shape_of_teacher)
+
+
+def _shape_of_teacher(config: ConfigDict, model: CaiT) -> Any:
+    if config.distill.kind == "none" or config.distill.logits is not None:
+        return None
+    name = config.distill.teacher
+    teacher = create_model(name)
+    prepare = preprocessing(name)
+    return make_teacher(
+        teacher,
+        variables_template(teacher),
+        mean=prepare.mean,
+        std=prepare.std,
+        student_mean=config.data.mean,
+        student_std=config.data.std,
+        num_classes=model.num_classes,
+    )
+
+
+def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> Plan:
+    setup = _setup(config, tpu_devices(topology))
+    state, batch = abstract_state(setup), abstract_batch(setup)
+    traced = setup.trace(state, batch)
+    held = local_bytes(state)
+    found = compile_cached(traced.lower(), topology, folder, held + local_bytes(batch), say)
+    program = None if found.refused else read_program(found.text)
+    return Plan(
+        topology=topology,
+        batch_size=config.batch_size,
+        compiled=True,
+        state=held,
+        memory=found.memory,
+        fits=not found.refused and found.memory <= topology.chip.memory,
+        operations=2 * macs_of(traced.jaxpr.jaxpr) / topology.chips,
+        useful=_useful(setup, topology),
+        traffic=None if program is None else memory_traffic(program),
+        exchanged=None if program is None else tuple(collectives(program)),
+        seconds=found.seconds,
+    )
+
+
+def _useful(setup: Setup, topology: Topology) -> float:
+    return 3 * 2 * macs(setup.model) * setup.config.batch_size / topology.chips
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes on each device of arrays that say how they lie."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> Plan:
+    """Of chips whose compiler is not here: the work of one device with its share of the batch.
+
+    Memory is the state, the gradient and what plain JAX keeps for the backward pass; where blocks are computed
+    anew, one of them whole. Traffic is writing and reading what the backward pass needs once each, and state and
+    gradient twice. Exchanged are gradients, and under fsdp each parameter, as it is gathered in both directions.
+    """
+    del folder, say
+    fsdp, tensor = _sizes(config, topology)
+    local = config.copy_and_resolve_references()
+    local.batch_size = max(1, config.batch_size // (topology.chips // tensor))
+    local.mesh.data, local.mesh.fsdp, local.mesh.tensor = 1, 1, 1
+    setup = _setup(local, jax.devices()[:1])
+    state, batch = abstract_state(setup), abstract_batch(setup)
+    params = local_bytes(state.params) // tensor
+    held, gradient = local_bytes(state) // (fsdp * tensor), params // fsdp
+
+    micro = max(1, local.batch_size // config.optimizer.accumulate)
+    plain = setup.model.clone(remat="none")
+    needed = max(0, residual_bytes(plain, micro) // tensor - params)
+    kept = needed
+    if setup.model.remat != "none":
+        kept = max(0, residual_bytes(setup.model, micro) // tensor - params) + needed // plain.depth
+    memory = held + gradient + kept + local_bytes(batch)
+
+    data = topology.chips // (fsdp * tensor)
+    inner, outer = fsdp * tensor, topology.chips
+    exchanged = [
+        Collective("all-reduce", (), gradient, 1, data, outer),
+        Collective("all-gather", (), params, 2, fsdp, inner),
+        Collective("reduce-scatter", (), gradient, 1, fsdp, inner),
+    ]
+    return Plan(
+        topology=topology,
+        batch_size=config.batch_size,
+        compiled=False,
+        state=held,
+        memory=memory,
+        fits=memory <= topology.chip.memory,
+        operations=2 * macs_of(setup.trace(state, batch).jaxpr.jaxpr) / tensor,
+        useful=_useful(setup, dataclasses.replace(topology, shape=(1, 1))) / tensor,
+        traffic=2 * config.optimizer.accumulate * needed + 2 * (held + gradient),
+        exchanged=tuple(each for each in exchanged if each.group > 1),
+    )
+
+
+def _sizes(config: ConfigDict, topology: Topology) -> tuple[int, int]:
+    """Of the mesh's axes `fsdp` and `tensor`."""
+    sizes = {axis: config.mesh[axis] for axis in AXES}
+    filled = topology.chips // -math.prod(sizes.values())
+    return tuple(filled if sizes[axis] == -1 else sizes[axis] for axis in ("fsdp", "tensor"))

@@ -1,0 +1,224 @@
+"""A compiled program as its text gives it: computations, instructions, arrays, and how often each runs."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
+_ARRAY = re.compile(r"\b(pred|bf16|f16|f32|f64|[suf]\d+\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|condition|body|branch_computations|true_computation|false_computation)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_COMMENT = re.compile(r"/\*.*?\*/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array of a program, as it lies in memory.
+
+    Attributes:
+      dtype: in the compiler's words, such as `"bf16"`.
+      shape: of the array.
+      layout: in the compiler's words, such as `"1,0:T(8,128)S(1)"`; empty if the text does not say.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str = ""
+
+    def __str__(self) -> str:
+        """Without its layout: `f32[192,768]`."""
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+    @property
+    def bits(self) -> int:
+        """Of one number."""
+        digits = re.match(r"[a-z]+(\d+)", self.dtype)
+        return _BITS.get(self.dtype) or int(digits[1] if digits else 8)
+
+    @property
+    def bytes(self) -> int:
+        """Of its numbers."""
+        return math.prod(self.shape) * self.bits // 8
+
+    @functools.cached_property
+    def padded_bytes(self) -> int:
+        """Of the memory it takes: TPUs fill up the last two axes to whole tiles."""
+        order, _, rest = self.layout.partition(":")
+        tile = re.match(r"T\(([\d,]+)\)", rest)
+        if not tile or not order:
+            return self.bytes
+        sizes = [self.shape[int(axis)] for axis in reversed(order.split(","))]
+        tiles = [int(size) for size in tile[1].split(",")]
+        if len(tiles) > len(sizes):
+            sizes = [1] * (len(tiles) - len(sizes)) + sizes
+        split = len(sizes) - len(tiles)
+        sizes[split:] = [
+            -(-size // each) * each for size, each in zip(sizes[split:], tiles, strict=True)
+        ]
+        return math.prod(sizes) * self.bits // 8
+
+    @property
+    def on_chip(self) -> bool:
+        """Whether it lies in a memory beside the cores, and not in the device's main one."""
+        return bool(re.search(r"S\([1-9]\d*\)", self.layout))
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      name: unique in the program.
+      opcode: what it does, such as `"fusion"`.
+      arrays: its results; of a tuple, all of them.
+      operands: names of instructions of the same computation.
+      called: names of the computations it runs.
+      rest: the line after the operands, with its metadata.
+      root: whether it gives the computation's result.
+    """
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    called: tuple[str, ...]
+    rest: str
+    root: bool
+
+    @property
+    def source(self) -> str:
+        """The operation of the traced function it stems from, where the compiler noted that."""
+        match = re.search(r'op_name="([^"]*)"', self.rest)
+        return match[1] if match else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program.
+
+    Attributes:
+      computations: by name, their instructions by name, in the order in which they run.
+      entry: the name of the one that runs first.
+    """
+
+    computations: Mapping[str, Mapping[str, Instruction]]
+    entry: str
+
+    @functools.cached_property
+    def times(self) -> dict[str, int | None]:
+        """How often each computation runs; None where that depends on the data."""
+        times: dict[str, int | None] = {}
+
+        def visit(name: str, count: int | None) -> None:
+            before = times.get(name, 0)
+            times[name] = None if count is None or before is None else before + count
+            for instruction in self.computations[name].values():
+                inside = count
+                if instruction.opcode == "while":
+                    turns = self._turns(instruction)
+                    inside = None if turns is None or count is None else count * turns
+                for child in instruction.called:
+                    if child in self.computations:
+                        visit(child, inside)
+
+        visit(self.entry, 1)
+        return times
+
+    def running(self) -> Iterator[tuple[Instruction, Mapping[str, Instruction], int | None]]:
+        """Every instruction that takes part, with those beside it, and how often it runs."""
+        for name, count in self.times.items():
+            beside = self.computations[name]
+            for instruction in beside.values():
+                yield instruction, beside, count
+
+    def _turns(self, loop: Instruction) -> int | None:
+        """Of a loop that counts up from 0, as every `jax.lax.scan` does."""
+        if said := _TRIPS.search(loop.rest):
+            return int(said[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+        lines = self.computations.get(condition[1], {}) if condition else {}
+        root = next((line for line in lines.values() if line.root), None)
+        if root is None or root.opcode != "compare" or "direction=LT" not in root.rest:
+            return None
+        limit = lines.get(root.operands[1])
+        value = limit and limit.opcode == "constant" and re.match(r"(\d+)\)", limit.rest)
+        return int(value[1]) if value else None
+
+
+def read_program(text: str) -> Program:
+    """Reads a program.
+
+    Args:
+      text: of `jitted.lower(...).compile().as_text()`.
+    """
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, lines = "", dict[str, Instruction]()
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            lines = computations.setdefault(match[2], {})
+            entry = match[2] if match[1] else entry
+        elif line.startswith(" ") and (instruction := _instruction(line.strip())):
+            lines[instruction.name] = instruction
+    return Program(computations, entry)
+
+
+def arrays_in(text: str) -> tuple[Array, ...]:
+    """The arrays that a type, of a tuple or of one array, is made of."""
+    return tuple(
+        Array(
+            dtype,
+            tuple(int(size.lstrip("<=")) for size in shape.split(",") if size),
+            layout or "",
+        )
+        for dtype, shape, layout in _ARRAY.findall(text)
+    )
+
+
+def _instruction(line: str) -> Instruction | None:
+    root = line.startswith("ROOT ")
+    name, equals, rest = line.removeprefix("ROOT ").partition(" = ")
+    if not equals:
+        return None
+    rest = _COMMENT.sub("", rest)
+    end = _closing(rest) + 1 if rest.startswith("(") else rest.find(" ")
+    result, rest = rest[:end], rest[end:].lstrip()
+    opcode, _, rest = rest.partition("(")
+    end = _closing("(" + rest) - 1
+    inside, after = rest[:end], rest[end:]
+    if opcode in ("constant", "parameter"):  # what is inside is a value
+        return Instruction(name.lstrip("%"), opcode, arrays_in(result), (), (), rest, root)
+    called = tuple(
+        part.strip(" %{}") for each in _CALLED.findall(after) for part in each.split(",")
+    )
+    operands = tuple(part.split()[-1].lstrip("%") for part in _parts(inside) if part.strip())
+    return Instruction(name.lstrip("%"), opcode, arrays_in(result), operands, called, after, root)
+
+
+def _closing(text: str) -> int:
+    """Where the bracket that a text begins with is closed."""
+    depth = 0
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return match.start()
+    return len(text)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """What commas outside of all brackets part."""
+    depth, start = 0, 0
+    for match in re.finditer(r"[\[({\])},]", text):
+        if match[0] in "[({":
+            depth += 1
+        elif match[0] in "])}":
+            depth -= 1
+        elif not depth:
+            yield text[start : match.start()]
+            start = match.end()
+    yield text[start:]

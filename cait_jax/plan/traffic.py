@@ -1,0 +1,158 @@
+"""What a compiled step moves to and from the device's main memory, counted from its text.
+
+XLA's own count (`compiled.cost_analysis()["bytes accessed"]`) counts the body of a loop once, however often it
+runs, and so is of no use for stacked blocks.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+
+from cait_jax.plan.program import Array, Instruction, Program
+
+# Of these nothing moves, or what they begin is counted there.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
+    "after-all", "optimization-barrier", "partition-id", "replica-id", "iota",
+}  # fmt: skip
+_FREE_CALLS = ('"AllocateBuffer"', '"ConcatBitcast"')
+_CONTROL = {"while", "conditional", "call"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """What one instruction moves.
+
+    Attributes:
+      instruction: which.
+      bytes: read from and written to main memory each time, with the padding of tiles.
+      times: how often a step runs it; of a loop whose length depends on the data, once.
+    """
+
+    instruction: Instruction
+    bytes: int
+    times: int
+
+
+def transfers(program: Program) -> Iterator[Transfer]:
+    """Lists what each instruction of a program moves; those that move nothing are left out.
+
+    A fusion reads its operands and writes its results, once each. What is cut out of an array, or put into it in
+    place, counts with its own size.
+
+    Args:
+      program: of `read_program`.
+    """
+    for name in _on_top(program):
+        beside = program.computations[name]
+        times = program.times[name]
+        for instruction in beside.values():
+            if moved := _moved(program, instruction, beside):
+                yield Transfer(instruction, moved, 1 if times is None else times)
+
+
+def memory_traffic(program: Program) -> int:
+    """Bytes that a step reads from and writes to a device's main memory.
+
+    Args:
+      program: of `read_program`.
+    """
+    return sum(each.bytes * each.times for each in transfers(program))
+
+
+def _on_top(program: Program) -> list[str]:
+    """Computations whose instructions run one by one, not as part of another."""
+    found, waiting = [], [program.entry]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.append(name)
+        for instruction in program.computations[name].values():
+            if instruction.opcode in _CONTROL:
+                waiting.extend(instruction.called)
+    return found
+
+
+def _moved(program: Program, line: Instruction, beside: Mapping[str, Instruction]) -> int:
+    opcode = line.opcode
+    if opcode in _FREE or opcode.endswith(("-done", "-update")):
+        return 0
+    if opcode == "custom-call" and any(name in line.rest for name in _FREE_CALLS):
+        return 0
+    operands = [beside[name].arrays for name in line.operands if name in beside]
+    if opcode in ("copy-start", "slice-start"):
+        result = line.arrays[0] if opcode == "copy-start" else line.arrays[-2]
+        source = operands[0][0]
+        return _size([result]) + (0 if source.on_chip else result.padded_bytes)
+    if opcode == "fusion":
+        return _of_fusion(program, line, operands)
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        taken = [] if operands[0][0].on_chip else line.arrays
+        return sum(array.padded_bytes for array in taken) + _size(line.arrays)
+    if opcode == "dynamic-update-slice":
+        update = operands[1]
+        return _size(update) + (0 if line.arrays[0].on_chip else _whole(update))
+    results = line.arrays[len(line.arrays) // 2 :] if opcode.endswith("-start") else line.arrays
+    return sum(map(_size, operands)) + _size(results)
+
+
+def _of_fusion(program: Program, line: Instruction, operands: list[tuple[Array, ...]]) -> int:
+    lines = program.computations[line.called[0]]
+    read = 0
+    for parameter in (each for each in lines.values() if each.opcode == "parameter"):
+        arrays = operands[int(parameter.rest.split(")")[0])]
+        if _size(arrays):
+            read += min(_size(arrays), _read(program, parameter, lines))
+    return read + sum(map(_written, *_results(line, lines)))
+
+
+def _read(program: Program, line: Instruction, lines: Mapping[str, Instruction]) -> int:
+    """Bytes of what a fusion's line gives that those after it take."""
+    total = 0
+    for user in (each for each in lines.values() if line.name in each.operands):
+        position = user.operands.index(line.name)
+        if user.opcode in ("dynamic-slice", "slice", "gather") and not position:
+            total += _whole(user.arrays)
+        elif user.opcode == "bitcast":
+            total += _read(program, user, lines)
+        elif user.opcode == "dynamic-update-slice" and not position:
+            continue  # in place
+        elif user.opcode == "fusion":
+            inside = program.computations[user.called[0]]
+            parameter = next(
+                each
+                for each in inside.values()
+                if each.opcode == "parameter" and each.rest.startswith(f"{position})")
+            )
+            total += _read(program, parameter, inside)
+        else:
+            return _whole(line.arrays)
+    return total
+
+
+def _results(
+    line: Instruction, lines: Mapping[str, Instruction]
+) -> tuple[Iterable[Array], Iterable[tuple[Instruction, Mapping[str, Instruction]]]]:
+    root = next(each for each in lines.values() if each.root)
+    parts = [lines[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    return line.arrays, [(part, lines) for part in parts]
+
+
+def _written(result: Array, origin: tuple[Instruction, Mapping[str, Instruction]]) -> int:
+    if result.on_chip:
+        return 0
+    part, lines = origin
+    while part.opcode == "bitcast" and part.operands[0] in lines:
+        part = lines[part.operands[0]]
+    if part.opcode == "dynamic-update-slice":
+        return _whole(lines[part.operands[1]].arrays)
+    return result.padded_bytes
+
+
+def _size(arrays: Iterable[Array]) -> int:
+    """Of what lies in main memory."""
+    return sum(array.padded_bytes for array in arrays if not array.on_chip)
+
+
+def _whole(arrays: Iterable[Array]) -> int:
+    return sum(array.padded_bytes for array in arrays)

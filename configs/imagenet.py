@@ -1,0 +1,17 @@
+"""ImageNet-1k: what its recipes share beside the defaults, which are the paper's."""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def recipe(name: str) -> ConfigDict:
+    """The paper's recipe for a model, computed in bfloat16; parameters, optimiser and averages are float32.
+
+    Args:
+      name: of `cait_jax.list_models()`.
+    """
+    config = common.get_config()
+    config.model.name = name
+    config.model.dtype = "bfloat16"
+    return config

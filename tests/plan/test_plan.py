@@ -1,0 +1,181 @@
+"""`cait plan`: a config's step on chips that are not there. The compiler of this CPU stands for TPU's."""
+
+import importlib.metadata
+import json
+from dataclasses import replace
+
+import jax
+import pytest
+from click.testing import CliRunner
+
+from cait_jax import UserError
+from cait_jax.cli import main
+from cait_jax.cli.plan import read_config
+from cait_jax.data.unread import unread_split
+from cait_jax.models.cost import macs, parameter_count, residual_bytes
+from cait_jax.models.zoo import create_model
+from cait_jax.plan.chips import parse_topology
+from cait_jax.plan.plan import make_plan
+from configs import cait_xxs24, cait_xxs24_distilled, digits
+
+
+def small():
+    config = digits.get_config()
+    config.model.depth, config.model.width, config.model.num_heads = 2, 32, 4
+    config.model.class_depth = 1
+    config.batch_size = 64
+    config.augment.flip, config.augment.pad_crop, config.augment.rotate = False, 0, 0.0
+    return config
+
+
+@pytest.fixture
+def devices_of_this_cpu(monkeypatch):
+    monkeypatch.setattr(
+        "cait_jax.plan.plan.tpu_devices", lambda topology: jax.devices()[: topology.chips]
+    )
+
+
+def test_a_step_is_compiled_counted_and_kept(devices_of_this_cpu, tmp_path):
+    said = []
+    topology = parse_topology("v5e:2x4")
+    plan = make_plan(small(), topology, folder=tmp_path, say=said.append)
+    assert said == ["compiling for v5e:2x4; this takes minutes"]
+    assert plan.compiled
+    assert plan.fits
+    assert plan.by_chip == 8
+
+    model = create_model(
+        "cait_nano4_patch4_8", depth=2, class_depth=1, width=32, num_heads=4, num_classes=10, in_channels=1,
+        patch_size=small().model.patch_size,
+    )  # fmt: skip
+    assert plan.useful == 3 * 2 * macs(model) * 8
+    assert 0.9 < plan.operations / plan.useful < 1.0  # images have no gradient
+    (exchanged,) = {each.kind for each in plan.exchanged}
+    assert exchanged == "all-reduce"
+    sent = sum(each.bytes * each.times for each in plan.exchanged)
+    assert sent == pytest.approx(4 * parameter_count(model), rel=0.1)
+    assert plan.memory > plan.state
+    assert plan.traffic > plan.state
+    assert plan.utilisation == pytest.approx(
+        plan.useful / plan.roofline.seconds / topology.chip.operations
+    )
+
+    again = make_plan(small(), topology, folder=tmp_path, say=said.append)
+    assert again == plan
+    assert len(said) == 1
+    changed = small()
+    changed.model.depth = 3
+    make_plan(changed, topology, folder=tmp_path, say=said.append)
+    assert len(said) == 2
+
+
+def test_under_fsdp_a_chip_holds_its_part(devices_of_this_cpu, tmp_path):
+    whole = make_plan(small(), parse_topology("v5e:2x4"), folder=tmp_path)
+    config = small()
+    config.mesh.data, config.mesh.fsdp = 1, 8
+    plan = make_plan(config, parse_topology("v5e:2x4"), folder=tmp_path)
+    assert plan.state < whole.state / 4
+    assert plan.operations == whole.operations
+    assert "all-gather" in {each.kind for each in plan.exchanged}
+
+
+def test_the_largest_batch_was_seen_to_fit():
+    topology = parse_topology("h100:4")
+    room = 4.0 * make_plan(small(), topology).memory
+    topology = replace(topology, chip=replace(topology.chip, memory=room))
+    found = make_plan(small(), topology, largest=True).largest
+    config = small()
+    config.batch_size = found.batch * 4
+    assert make_plan(config, topology).memory == found.memory
+    assert 0.95 * room < found.memory <= room
+
+
+def test_a_teacher_costs_its_forward_pass():
+    plain, taught = (cait_xxs24_distilled.get_config() for _ in range(2))
+    plain.distill.kind = "none"
+    topology = parse_topology("h100:64x8")
+    without, with_teacher = (make_plan(config, topology) for config in (plain, taught))
+    forward = 2 * macs(create_model("regnety_160")) * 2  # two images on each of 512 GPUs
+    assert with_teacher.operations - without.operations == pytest.approx(forward, rel=0.01)
+    assert with_teacher.useful == without.useful
+
+
+def test_gpus_get_an_estimate_of_counted_work():
+    config = cait_xxs24.get_config()
+    config.batch_size = 64
+    plan = make_plan(config, parse_topology("h100:8"))
+    model = create_model("cait_xxs24", dtype="bfloat16")
+    assert not plan.compiled
+    kept = residual_bytes(model, 8) - 4 * 11_956_264
+    assert plan.memory == pytest.approx(plan.state + 4 * 11_956_264 + kept, rel=0.05)
+
+    config.mesh.data, config.mesh.fsdp = 1, 8
+    divided = make_plan(config, parse_topology("h100:8"))
+    assert divided.state == plan.state // 8
+    assert {each.kind for each in divided.exchanged} == {"all-gather", "reduce-scatter"}
+    config.model.remat = "block"
+    assert make_plan(config, parse_topology("h100:8")).memory < divided.memory / 4
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["plan", *arguments])
+
+
+def test_the_command_prints_facts_tables_and_json():
+    alone = run("--config=configs/digits.py", "--topology=h100:2", "--config.batch_size=32")
+    assert alone.exit_code == 0, alone.output
+    assert "32, 16 a chip" in alone.output
+    assert "(estimate)" in alone.output
+
+    several = run(
+        "--config=configs/digits.py", "--topology=h100:2", "--topology=a100:4", "--markdown"
+    )
+    assert several.exit_code == 0, several.output
+    assert several.output.count("| digits") == 2
+
+    record = json.loads(run("--config=configs/digits.py", "--topology=h100:2", "--json").output)[0]
+    assert record["estimate"]
+    assert record["batch_size"] == digits.get_config().batch_size
+    assert record["memory_bytes"] > record["state_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config=configs/digit.py", "--topology=h100:8"], "there is no config file configs/digit.py"),
+        (["--config=configs/digits.py", "--topology=h1000:8"], "names no known chip"),
+        (["--config=configs/digits.py", "--topology=h100:8", "--config.batchsize=8"], "batch_size"),
+        (["--config=configs/digits.py", "--topology=h100:8", "--batch=8"], "unknown argument --batch=8"),
+        (["--config=configs/digits.py", "--topology=h100:7"], "multiple of 7"),
+        (["--config=configs/digits.py", "--topology=v5e:2x2"], 'pip install "cait-jax'),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_sentence(arguments, sentence, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("cait_jax.plan.compiled.importlib.metadata.version", missing)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert sentence in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_config_is_read_as_train_reads_it():
+    config = read_config(
+        "configs/cait_xs24.py", ["--config.mesh.fsdp=8", "--config.model.remat=block"]
+    )
+    assert (config.mesh.fsdp, config.model.remat) == (8, "block")
+    assert config.model.name == "cait_xs24"
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "channels"),
+    [("imagenet2012", 1000, 3), ("cifar10", 10, 3), ("mnist", 10, 1)],
+)
+def test_data_need_not_be_there(name, classes, channels, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    split = unread_split(name, "train", image_size=(32, 32))
+    assert (split.num_classes, split.channels) == (classes, channels)
+    with pytest.raises(UserError, match="image 3 stands for one that is elsewhere"):
+        split.records[3]
