@@ -17,10 +17,9 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cait_jax.axes import AXES, BATCH_AXES
 from cait_jax.errors import UserError
 from cait_jax.trees import names_and_leaves
-
-AXES = ("data", "fsdp", "tensor")
 
 # How the last axes of an array lie, by its name's end; the first that fits counts, what fits none is on every
 # device. Axes before those (a stack of blocks) are whole.
@@ -81,7 +80,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The first axis is divided, in its order, over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
@@ -117,18 +116,19 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 def batch_divided(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """The function, with every module that it traces keeping its batch divided over `data` and `fsdp`.
 
-    Without this the compiler may as well divide the channels, as the parameters are, and gather the batch.
+    Without this the compiler may as well divide the channels, as the parameters are, and gather the batch. Inside,
+    the mesh is set, for kernels that each device runs on its own images.
 
     Args:
       function: applies Flax modules, whose outputs have the batch as their first axis.
       mesh: of `make_mesh`.
     """
-    if batch_parts(mesh) == 1:
+    if mesh.size == 1:
         return function
 
     def pin(array: Any) -> Any:
         free = (PartitionSpec.UNCONSTRAINED,) * (array.ndim - 1)
-        spec = PartitionSpec(("data", "fsdp"), *free)
+        spec = PartitionSpec(BATCH_AXES, *free)
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
     def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -139,7 +139,7 @@ def batch_divided(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any
 
     @functools.wraps(function)
     def divided(*args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(interceptor):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.intercept_methods(interceptor):
             return function(*args, **kwargs)
 
     return divided
@@ -165,7 +165,7 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
 
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts a batch is divided."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def shared_size(batch_size: int, mesh: Mesh) -> int:

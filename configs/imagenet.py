@@ -8,10 +8,13 @@ from configs import common
 def recipe(name: str) -> ConfigDict:
     """The paper's recipe for a model, computed in bfloat16; parameters, optimiser and averages are float32.
 
+    What is no matrix product is computed anew going back, which costs less than to keep and fetch it.
+
     Args:
       name: of `cait_jax.list_models()`.
     """
     config = common.get_config()
     config.model.name = name
     config.model.dtype = "bfloat16"
+    config.model.remat = "elementwise"
     return config

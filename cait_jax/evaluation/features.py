@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from cait_jax.data.augment import normalise
 from cait_jax.evaluation.metrics import Batch
 from cait_jax.models.zoo import forward_intermediates
-from cait_jax.sharding import make_mesh, over_batch, put_batch, replicated
+from cait_jax.sharding import batch_divided, make_mesh, over_batch, put_batch, replicated
 
 FeaturesOf = Callable[
     [Any, Mapping[str, Any], Float[Array, "batch height width channels"]], Float[Array, "batch d"]
@@ -62,7 +62,7 @@ def extract_features(
         features = features_of(model, variables, images).astype("float32")
         return {"features": features, "label": batch["label"], "mask": batch["mask"]}
 
-    step = jax.jit(step, in_shardings=(whole, rows), out_shardings=whole)
+    step = jax.jit(batch_divided(step, mesh), in_shardings=(whole, rows), out_shardings=whole)
     variables = jax.device_put(variables, whole)
     features, labels = [], []
 

@@ -14,7 +14,14 @@ from jax.sharding import Mesh
 from cait_jax.data.augment import normalise
 from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import UserError
-from cait_jax.sharding import make_mesh, over_batch, put_batch, replicated, shared_size
+from cait_jax.sharding import (
+    batch_divided,
+    make_mesh,
+    over_batch,
+    put_batch,
+    replicated,
+    shared_size,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,7 @@ def run_over_photographs(
     def step(variables: Any, images: Any) -> Any:
         return function(variables, normalise(images, preprocessing.mean, preprocessing.std))
 
-    step = jax.jit(step, in_shardings=(whole, rows), out_shardings=whole)
+    step = jax.jit(batch_divided(step, mesh), in_shardings=(whole, rows), out_shardings=whole)
     variables = jax.device_put(variables, whole)
     chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
 

@@ -1,32 +1,39 @@
 """The two kinds of attention: among all tokens, with talking heads or without, and class attention."""
 
-from typing import Any
-
-import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from cait_jax.models.layers import LINEAR_INIT, Dropout, ExampleIds, Numerics, Tokens, record
+from cait_jax.kernels.talking_heads import (
+    attention_logits,
+    mix_heads,
+    talking_heads_attention,
+    weighted_sum,
+)
+from cait_jax.models.layers import (
+    LINEAR_INIT,
+    PRODUCT,
+    Dropout,
+    ExampleIds,
+    Numerics,
+    Tokens,
+    record,
+)
 from cait_jax.models.residual import Residual
-
-Maps = Float[Array, "batch heads queries keys"]
 
 
 class HeadMixing(nn.Module):
-    """A linear map with bias over the head axis of attention maps (Shazeer et al., arXiv 2003.02436)."""
+    """Weights of a linear map with bias over the heads of attention maps (Shazeer et al., arXiv 2003.02436)."""
 
+    heads: int
     numerics: Numerics = Numerics()
 
     @nn.compact
-    def __call__(self, maps: Maps) -> Maps:
-        """Returns `out[:, g] = sum_h maps[:, h] * kernel[h, g] + bias[g]` in the dtype of `maps`."""
-        heads = maps.shape[1]
-        kernel = self.param("kernel", LINEAR_INIT, (heads, heads), self.numerics.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (heads,), self.numerics.param_dtype)
-        mixed = jnp.einsum(
-            "bhqk,hg->bgqk", maps, kernel.astype(maps.dtype), precision=self.numerics.precision
-        )
-        return mixed + bias.astype(maps.dtype)[None, :, None, None]
+    def weights(self) -> tuple[Float[Array, "heads heads"], Float[Array, "heads"]]:
+        """Returns kernel (from, to) and bias, for `mix_heads`."""
+        dtype = self.numerics.param_dtype
+        kernel = self.param("kernel", LINEAR_INIT, (self.heads, self.heads), dtype)
+        return kernel, self.param("bias", nn.initializers.zeros, (self.heads,), dtype)
 
 
 class SelfAttention(nn.Module):
@@ -41,6 +48,8 @@ class SelfAttention(nn.Module):
       attention_dropout: rate on the (mixed) softmax.
       projection_dropout: rate after the last projection.
       residual: how the branch's linear layers start.
+      implementation: of `cait_jax.kernels.talking_heads_attention`; the maps are computed one by one where they
+        are dropped, recorded or not mixed.
     """
 
     num_heads: int
@@ -48,6 +57,7 @@ class SelfAttention(nn.Module):
     attention_dropout: float = 0.0
     projection_dropout: float = 0.0
     residual: Residual = Residual()
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: Tokens, example_ids: ExampleIds = None) -> Tokens:
@@ -60,19 +70,33 @@ class SelfAttention(nn.Module):
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, head_dim)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
-        logits = _dot_products(q * head_dim**-0.5, k, numerics)
-        record(self, "logits", logits)
+        q = q * head_dim**-0.5
         if self.talking_heads:
-            logits = HeadMixing(numerics, name="proj_l")(logits)
-            record(self, "mixed_logits", logits)
-        maps = nn.softmax(logits, axis=-1)
-        record(self, "softmax", maps)
-        if self.talking_heads:
-            maps = HeadMixing(numerics, name="proj_w")(maps)
-            record(self, "mixed_softmax", maps)
+            pre = HeadMixing(self.num_heads, numerics, name="proj_l").weights()
+            post = HeadMixing(self.num_heads, numerics, name="proj_w").weights()
+        dropped = self.attention_dropout > 0.0 and example_ids is not None
+        recorded = self.is_initializing() or self.is_mutable_collection("intermediates")
+        if self.talking_heads and not dropped and not recorded:
+            out = talking_heads_attention(
+                q, k, v, *pre, *post,
+                implementation=self.implementation, precision=numerics.precision,
+            )  # fmt: skip
+            out = checkpoint_name(out, PRODUCT)
+        else:
+            maps = attention_logits(q, k, numerics.precision)
+            record(self, "logits", maps)
+            if self.talking_heads:
+                maps = mix_heads(maps, *pre, numerics.precision)
+                record(self, "mixed_logits", maps)
+            maps = nn.softmax(maps, axis=-1)
+            record(self, "softmax", maps)
+            if self.talking_heads:
+                maps = mix_heads(maps, *post, numerics.precision)
+                record(self, "mixed_softmax", maps)
+            maps = Dropout(self.attention_dropout, name="attn_drop")(maps, example_ids)
+            out = weighted_sum(maps, v, numerics.precision)
 
-        maps = Dropout(self.attention_dropout, name="attn_drop")(maps, example_ids)
-        out = self.residual.linear(_weighted_sum(maps, v, numerics), width, "proj")
+        out = self.residual.linear(out.reshape(batch, tokens, width), width, "proj")
         return Dropout(self.projection_dropout, name="proj_drop")(out, example_ids)
 
 
@@ -100,23 +124,8 @@ class ClassAttention(nn.Module):
         k = linear(u, width, "k").reshape(batch, tokens, self.num_heads, head_dim)
         v = linear(u, width, "v").reshape(batch, tokens, self.num_heads, head_dim)
 
-        softmax = nn.softmax(_dot_products(q * head_dim**-0.5, k, numerics), axis=-1)
+        logits = attention_logits(q * head_dim**-0.5, k, numerics.precision)
+        softmax = nn.softmax(logits, axis=-1)
         record(self, "softmax", softmax)
-        return linear(_weighted_sum(softmax, v, numerics), width, "proj")
-
-
-def _dot_products(q: Any, k: Any, numerics: Numerics) -> Array:
-    """(batch, queries, heads, dim) and (batch, keys, heads, dim) to wide (batch, heads, queries, keys)."""
-    return jnp.einsum(
-        "bqhc,bkhc->bhqk",
-        q,
-        k,
-        precision=numerics.precision,
-        preferred_element_type=numerics.wide,
-    )
-
-
-def _weighted_sum(weights: Any, v: Any, numerics: Numerics) -> Array:
-    """(batch, heads, queries, keys) and (batch, keys, heads, dim) to (batch, queries, heads * dim)."""
-    out = jnp.einsum("bhqk,bkhc->bqhc", weights.astype(v.dtype), v, precision=numerics.precision)
-    return out.reshape(*out.shape[:2], -1)
+        out = weighted_sum(softmax, v, numerics.precision)
+        return linear(out.reshape(batch, 1, width), width, "proj")

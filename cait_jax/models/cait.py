@@ -8,8 +8,10 @@ What the paper compares itself with is an option: `residual`, `talking_heads` an
 choices the network is ViT (`cait_jax.models.vit`).
 """
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -17,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from cait_jax.models.attention import ClassAttention, SelfAttention
 from cait_jax.models.layers import (
     LINEAR_INIT,
+    PRODUCT,
     Dropout,
     ExampleIds,
     Images,
@@ -137,7 +140,10 @@ class CaiT(nn.Module):
       dtype: of the computation; softmax and logits are at least float32.
       param_dtype: of the parameters.
       precision: of matrix products; `"highest"` for exact runs.
-      remat: what the backward pass recomputes: nothing, attention, or whole blocks.
+      remat: what the backward pass computes anew: `"none"`; `"elementwise"`: in a block everything but matrix
+        products and attention as a whole; `"attention"`; `"block"`: whole blocks.
+      attention: how self-attention is computed: an implementation of `cait_jax.kernels`; None: as is known to be
+        best on JAX's default backend. The function is the same.
       stacked: blocks in one `nn.scan`, their parameters stacked along a leading depth axis (compiles
         once for all), or each block on its own. A token that joins at block k changes the number of
         tokens on the way, and blocks are on their own then.
@@ -171,6 +177,7 @@ class CaiT(nn.Module):
     param_dtype: Any = jnp.float32
     precision: Any = None
     remat: str = "none"
+    attention: str | None = None
     stacked: bool = True
 
     def __post_init__(self) -> None:
@@ -263,6 +270,9 @@ class CaiT(nn.Module):
             attention = nn.remat(attention, prevent_cse=not self.stacked)
         elif self.remat == "block":
             block_class = nn.remat(block_class, prevent_cse=not self.stacked)
+        elif self.remat == "elementwise":
+            kept = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+            block_class = nn.remat(block_class, prevent_cse=not self.stacked, policy=kept)
 
         def block(name: str) -> nn.Module:
             return block_class(
@@ -272,7 +282,7 @@ class CaiT(nn.Module):
                 self.dropout,
                 self.attention_dropout,
                 self.talking_heads,
-                attention,
+                functools.partial(attention, implementation=self.attention),
                 residual,
                 name=name,
             )

@@ -82,8 +82,14 @@ def macs_of(jaxpr: Any) -> int:
             out_axis = equation.params["dimension_numbers"].rhs_spec[0]
             kernel = shapes[1]
             total += output * math.prod(kernel) // kernel[out_axis]
+        elif equation.primitive.name == "pallas_call":  # of a kernel, what it says itself
+            total += equation.params["cost_estimate"].flops // 2
         else:
-            times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+            times = 1
+            if equation.primitive.name == "scan":
+                times = equation.params["length"]
+            elif equation.primitive.name == "shard_map":  # what each device does
+                times = equation.params["mesh"].size
             total += times * sum(macs_of(inner) for inner in _inner(equation.params))
     return total
 

@@ -15,6 +15,8 @@ Tokens = Float[Array, "batch tokens d"]
 ExampleIds = Int[Array, "batch"] | None
 Share = float | Float[Array, ""]
 
+# Marks what a matrix product gave, for `remat="elementwise"`.
+PRODUCT = "product"
 LINEAR_INIT = nn.initializers.normal(stddev=0.02)
 
 
@@ -125,8 +127,9 @@ class StochasticDepth(nn.Module):
             return branch
         rate = self.rate * share
         keep = keep_mask(self.make_rng("drop_path"), example_ids, rate, (1, 1))
-        kept = branch / jnp.asarray(1.0 - rate, branch.dtype)
-        return jnp.where(keep, kept, jnp.zeros_like(branch))
+        # One factor an image: a mask of the branch's shape would be kept for the backward pass.
+        factor = jnp.where(keep, 1.0 / (1.0 - rate), 0.0)
+        return (branch * factor).astype(branch.dtype)
 
 
 class LayerScale(nn.Module):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from cait_jax.kernels.talking_heads import IMPLEMENTATIONS
 from cait_jax.models.residual import ALWAYS_NORMED, SCHEMES
 
 
@@ -33,12 +34,16 @@ def check_options(model: Any) -> None:
         if not 0.0 <= getattr(model, name) < 1.0:
             raise ValueError(f"{name} {getattr(model, name)} must lie in [0, 1)")
     for name, known in (
-        ("remat", ("none", "attention", "block")),
+        ("remat", ("none", "elementwise", "attention", "block")),
         ("residual", SCHEMES),
         ("drop_path_growth", ("constant", "linear")),
     ):
         if getattr(model, name) not in known:
             raise ValueError(f"{name} {getattr(model, name)!r} must be one of {', '.join(known)}")
+    if model.attention not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"attention {model.attention!r} must be one of {', '.join(IMPLEMENTATIONS)}; None chooses"
+        )
     if not model.block_norm and model.residual in ALWAYS_NORMED:
         raise ValueError(
             f"residual {model.residual!r} keeps its norms: only "

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from cait_jax.models.layers import LINEAR_INIT, LayerScale, Numerics, Tokens
+from cait_jax.models.layers import LINEAR_INIT, PRODUCT, LayerScale, Numerics, Tokens
 
 SCHEMES = ("layerscale", "scalar", "plain", "rezero", "skipinit", "fixup", "t_fixup")
 # With these, normalisation belongs to the scheme.
@@ -54,7 +55,9 @@ class Residual:
         """A linear layer inside a branch: one of `qkv`, `q`, `k`, `v`, `proj`, `fc1`, `fc2`."""
         if self.scheme == "fixup":
             x = ScalarBias(self.numerics, name=f"before_{name}")(x)
-        return self.numerics.dense(features, name, self.kernel_init(name))(x)
+        return checkpoint_name(
+            self.numerics.dense(features, name, self.kernel_init(name))(x), PRODUCT
+        )
 
     def normed(self, x: Tokens, name: str) -> Tokens:
         """What a branch reads: the stream `x`, through LayerNorm unless the network has none."""

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from cait_jax.axes import AXES
 from cait_jax.data.unread import unread_split
+from cait_jax.kernels import default_implementation
 from cait_jax.models.cait import CaiT
 from cait_jax.models.cost import macs, macs_of, residual_bytes
 from cait_jax.models.zoo import create_model
@@ -20,7 +22,7 @@ from cait_jax.plan.largest import Largest, largest_batch
 from cait_jax.plan.program import read_program
 from cait_jax.plan.roofline import Roofline, roofline
 from cait_jax.plan.traffic import memory_traffic
-from cait_jax.sharding import AXES, check_batch_size, make_mesh
+from cait_jax.sharding import check_batch_size, make_mesh
 from cait_jax.train.config import check_values
 from cait_jax.train.distill import make_teacher
 from cait_jax.train.setup import Setup, abstract_batch, abstract_state, assemble
@@ -138,8 +140,11 @@ def _shares(config: ConfigDict, topology: Topology) -> int:
     return topology.chips // tensor
 
 
-def _setup(config: ConfigDict, devices: list[jax.Device]) -> Setup:
+def _setup(config: ConfigDict, devices: list[jax.Device], family: str) -> Setup:
     check_values(config)
+    if config.model.attention is None:  # not what this machine would choose
+        config = config.copy_and_resolve_references()
+        config.model.attention = default_implementation(family)
     mesh = make_mesh(
         devices, data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
     )
@@ -170,7 +175,7 @@ def _shape_of_teacher(config: ConfigDict, model: CaiT) -> Any:
 
 
 def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> Plan:
-    setup = _setup(config, tpu_devices(topology))
+    setup = _setup(config, tpu_devices(topology), topology.chip.family)
     state, batch = abstract_state(setup), abstract_batch(setup)
     traced = setup.trace(state, batch)
     held = local_bytes(state)
@@ -215,7 +220,7 @@ def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) ->
     local = config.copy_and_resolve_references()
     local.batch_size = max(1, config.batch_size // (topology.chips // tensor))
     local.mesh.data, local.mesh.fsdp, local.mesh.tensor = 1, 1, 1
-    setup = _setup(local, jax.devices()[:1])
+    setup = _setup(local, jax.devices()[:1], topology.chip.family)
     state, batch = abstract_state(setup), abstract_batch(setup)
     params = local_bytes(state.params) // tensor
     held, gradient = local_bytes(state) // (fsdp * tensor), params // fsdp

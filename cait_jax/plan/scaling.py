@@ -6,8 +6,8 @@ from cait_jax.plan.collectives import Collective
 from cait_jax.plan.roofline import sent_bytes
 
 CHIPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-# Bytes a second that a chip sends: between pods of v5e, of v6e, between machines of GPUs; in open and closed slices
-# of v5e, closed ones of v6e, in v5p.
+# Bytes a second that a chip sends: between pods of v5e, of v6e, between machines of GPUs; in open and closed
+# slices of v5e, closed ones of v6e, in v5p.
 RATES = (3.125e9, 12.5e9, 50e9, 100e9, 200e9, 400e9, 600e9)
 HOP_SECONDS = 1e-6
 # Of a step, the backward pass: while it runs, gradients can be summed.

@@ -39,7 +39,8 @@ def get_config() -> ConfigDict:
     config.model.dtype = "float32"  # of the computation: bfloat16, float32 or float64
     config.model.param_dtype = "float32"  # of parameters, optimiser state and EMA
     config.model.precision = placeholder(str)  # of matrix products: None, "high" or "highest"
-    config.model.remat = "none"  # what the backward pass recomputes: none, attention or block
+    config.model.remat = "none"  # what is computed anew going back: elementwise, attention, block
+    config.model.attention = placeholder(str)  # its implementation; None: the best one known here
     config.model.stacked = True  # blocks in one scan: compiles fast
 
     config.init = ConfigDict()  # a checkpoint in the workdir comes first; then these; then the seed

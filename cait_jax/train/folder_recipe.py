@@ -39,7 +39,7 @@ _HEAD_SHARE = 0.25  # of a run in two phases
 _LEAST_STEPS = 100
 _STEPS_BETWEEN_EVALUATIONS = 50
 # What computes the same network in another way is the run's to choose, not the saved model's.
-_NUMERICS = ("name", "dtype", "param_dtype", "precision", "remat", "stacked")
+_NUMERICS = ("name", "dtype", "param_dtype", "precision", "remat", "attention", "stacked")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,10 @@ def test_no_classes_gives_the_features_the_head_reads():
         (lambda: small(num_heads=5), "num_heads 5 does not divide width 96"),
         (lambda: small(widht=5), "no attribute 'widht'; nearest: width"),
         (lambda: small(drop_path=1.0), r"drop_path 1.0 must lie in \[0, 1\)"),
-        (lambda: small(remat="all"), "remat 'all' must be one of none, attention, block"),
+        (
+            lambda: small(remat="all"),
+            "remat 'all' must be one of none, elementwise, attention, block",
+        ),
         (lambda: small(depth=0), "depth 0 must be at least 1"),
         (lambda: small(num_classes=-1), "num_classes -1 must be 0 or more"),
         (lambda: small(dtype="flaot32"), "dtype 'flaot32'; nearest: float32"),
@@ -381,7 +384,7 @@ def test_keep_mask_keeps_the_rate_asked_for():
 # Forms
 
 
-@pytest.mark.parametrize("remat", ["none", "attention", "block"])
+@pytest.mark.parametrize("remat", ["none", "elementwise", "attention", "block"])
 @pytest.mark.parametrize("stacked", [True, False])
 def test_remat_changes_no_gradient_with_dropout_on(params, remat, stacked):
     model = small(

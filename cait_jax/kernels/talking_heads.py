@@ -1,0 +1,118 @@
+"""Talking-heads attention (Shazeer et al., arXiv 2003.02436) as one function with several implementations."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cait_jax.kernels.fused import fused_attention
+
+# Name to whose kernels, and whether XLA computes what is in them, on any device.
+_KERNELS = {
+    "pallas_tpu": ("tpu", False),
+    "pallas_tpu_interpreted": ("tpu", True),
+    "pallas_gpu": ("gpu", False),
+    "pallas_gpu_interpreted": ("gpu", True),
+}
+IMPLEMENTATIONS = ("xla", "xla_lean", *_KERNELS)
+# By platform; what is not named here has none that is known to be better.
+_DEFAULTS = {"tpu": "pallas_tpu"}
+
+ByToken = Float[Array, "batch tokens heads dim"]
+ByQuery = Float[Array, "batch queries heads dim"]
+ByKey = Float[Array, "batch keys heads dim"]
+Maps = Float[Array, "batch heads queries keys"]
+
+
+def default_implementation(platform: str) -> str:
+    """The implementation that a platform is known to do best with.
+
+    Args:
+      platform: of a device, such as `"tpu"`, `"gpu"` or `"cpu"`.
+    """
+    return _DEFAULTS.get(platform, "xla")
+
+
+def talking_heads_attention(
+    q: ByToken,
+    k: ByToken,
+    v: ByToken,
+    pre_weight: Float[Array, "heads heads"],
+    pre_bias: Float[Array, "heads"],
+    post_weight: Float[Array, "heads heads"],
+    post_bias: Float[Array, "heads"],
+    *,
+    implementation: str | None = None,
+    precision: Any = None,
+) -> ByToken:
+    """Attention whose heads are mixed before the softmax and after it.
+
+    With logits `s[h] = q[h] @ k[h].T`, `p[g] = softmax(sum_h s[h] * pre_weight[h, g] + pre_bias[g])` over the
+    keys, and the output is `(sum_g p[g] * post_weight[g, f] + post_bias[f]) @ v[f]`. Maps are float32 or wider.
+
+    Args:
+      q: queries, already scaled.
+      k: keys.
+      v: values.
+      pre_weight: (from, to).
+      pre_bias: adds the same to all logits of a query and so changes nothing; its gradient is 0.
+      post_weight: (from, to).
+      post_bias: by head.
+      implementation: `"xla"`: plain. `"xla_lean"`: plain, and nothing of size (heads, queries, keys) is kept for
+        the backward pass, which computes it anew. `"pallas_tpu"`, `"pallas_gpu"`: kernels in which nothing of
+        that size leaves the chip; with `_interpreted`, computed by XLA on any device, slowly, to test them.
+        None: what `default_implementation` says of JAX's default backend.
+      precision: of matrix products, as in `jax.lax.dot_general`.
+
+    Returns:
+      The output, in the dtype of `v`.
+
+    Raises:
+      ValueError: for an unknown implementation.
+    """
+    if implementation is None:
+        implementation = default_implementation(jax.default_backend())
+    weights = (pre_weight, pre_bias, post_weight, post_bias)
+    if implementation == "xla":
+        return _plain(q, k, v, *weights, precision=precision)
+    if implementation == "xla_lean":
+
+        @jax.checkpoint
+        def lean(*arguments: Any) -> Any:
+            return _plain(*arguments, precision=precision)
+
+        return lean(q, k, v, *weights)
+    if implementation not in _KERNELS:
+        raise ValueError(
+            f"unknown implementation of attention {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
+        )
+    platform, interpret = _KERNELS[implementation]
+    return fused_attention(
+        q, k, v, *weights, platform=platform, precision=precision, interpret=interpret
+    )
+
+
+def attention_logits(q: ByQuery, k: ByKey, precision: Any = None) -> Maps:
+    """Products of queries and keys, (batch, heads, queries, keys), at least float32."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.einsum("bqhc,bkhc->bhqk", q, k, precision=precision, preferred_element_type=wide)
+
+
+def mix_heads(maps: Maps, weight: Any, bias: Any, precision: Any = None) -> Maps:
+    """`out[:, g] = sum_h maps[:, h] * weight[h, g] + bias[g]`, in the dtype of `maps`."""
+    mixed = jnp.einsum("bhqk,hg->bgqk", maps, weight.astype(maps.dtype), precision=precision)
+    return mixed + bias.astype(maps.dtype)[None, :, None, None]
+
+
+def weighted_sum(maps: Maps, v: ByKey, precision: Any = None) -> ByQuery:
+    """Values of the keys, weighted; in the dtype of `v`."""
+    return jnp.einsum("bhqk,bkhc->bqhc", maps.astype(v.dtype), v, precision=precision)
+
+
+def _plain(
+    q: Any, k: Any, v: Any, pre_weight: Any, pre_bias: Any, post_weight: Any, post_bias: Any, *, precision: Any
+) -> Any:  # fmt: skip
+    logits = mix_heads(attention_logits(q, k, precision), pre_weight, pre_bias, precision)
+    maps = mix_heads(jax.nn.softmax(logits, axis=-1), post_weight, post_bias, precision)
+    return weighted_sum(maps, v, precision)

@@ -1,0 +1,355 @@
+"""Talking-heads attention as one TPU kernel each way, in Pallas.
+
+All heads of a tile of queries meet all keys on the chip: logits, their mixture, softmax, its mixture and the
+weighted sum, so that nothing of size (heads, queries, keys) is written to the main memory. The backward kernel
+computes all of it anew from q, k and v. Heads are mixed on the vector unit, a few rows at a time: one row of
+registers of each head, and H x H multiply-adds between them.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+ROWS, LANES = 8, 128  # of a vector register
+# What the arrays of a tile of queries may fill of the memory beside the cores, and what all may.
+TILE_BYTES = 12 * 2**20
+LIMIT_BYTES = 64 * 2**20
+_HIDDEN = -1e30  # a logit whose softmax is 0, and whose difference to another is still a number
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How tokens are cut.
+
+    Attributes:
+      queries: of a tile.
+      tiles: of queries.
+      tokens: that are real; keys are all at hand in each tile.
+      heads: number of heads.
+      dim: of a head.
+    """
+
+    queries: int
+    tiles: int
+    tokens: int
+    heads: int
+    dim: int
+
+    @property
+    def padded(self) -> int:
+        """Tokens with those that fill up the last tile."""
+        return self.queries * self.tiles
+
+    @property
+    def rows(self) -> int:
+        """Queries of a tile, in whole registers."""
+        return -(-self.queries // ROWS) * ROWS
+
+    def of_head(self, head: int) -> slice:
+        """The channels of a head."""
+        return slice(head * self.dim, (head + 1) * self.dim)
+
+
+def tiling(tokens: int, heads: int, dim: int, arrays: int) -> Tiling:
+    """Cuts tokens so that the arrays of a tile fit.
+
+    Args:
+      tokens: N.
+      heads: H.
+      dim: of a head.
+      arrays: of size (heads, queries, keys) that a tile needs.
+    """
+    by_row = arrays * heads * -(-tokens // LANES) * LANES * 4
+    most = max(ROWS, TILE_BYTES // by_row // ROWS * ROWS)
+    if tokens <= most:
+        return Tiling(tokens, 1, tokens, heads, dim)
+    whole = [size for size in range(ROWS, most + 1, ROWS) if tokens % size == 0]
+    size = max(whole, default=0)
+    if 2 * size < most:  # rather a few rows of nothing than small tiles
+        tiles = -(-tokens // most)
+        size = -(-tokens // (tiles * ROWS)) * ROWS
+    return Tiling(size, -(-tokens // size), tokens, heads, dim)
+
+
+def forward(
+    q: Any, k: Any, v: Any, pre_weight: Any, post_weight: Any, post_bias: Any, *, precision: Any,
+    interpret: bool,
+) -> tuple[Any, None]:  # fmt: skip
+    """The attention, as `talking_heads_attention` has it; without `pre_bias`, as nothing hangs on it.
+
+    Args:
+      q: (batch, tokens, heads, dim), scaled.
+      k: likewise.
+      v: likewise.
+      pre_weight: (from, to).
+      post_weight: (from, to).
+      post_bias: by head.
+      precision: of matrix products.
+      interpret: whether Pallas computes it without a TPU.
+
+    Returns:
+      The output, and what `backward` needs beside the arguments: nothing.
+    """
+    batch, tokens, heads, dim = q.shape
+    cut = tiling(tokens, heads, dim, arrays=3)
+    tile, whole = _blocks(cut)
+    kernel = functools.partial(_forward_kernel, cut=cut, precision=precision)
+    out = pl.pallas_call(
+        kernel,
+        grid=(batch, cut.tiles),
+        in_specs=[_SCALARS, _SCALARS, _SCALARS, tile, whole, whole],
+        out_specs=tile,
+        out_shape=jax.ShapeDtypeStruct((batch, cut.padded, heads * dim), v.dtype),
+        scratch_shapes=[pltpu.VMEM((heads, cut.rows, cut.padded), jnp.float32)],
+        cost_estimate=cost_estimate(q.shape, v.dtype, backward=False),
+        compiler_params=_parameters(),
+        interpret=interpret,
+        name="talking_heads",
+    )(*map(_scalars, (pre_weight, post_weight, post_bias)), *(_flat(x, cut) for x in (q, k, v)))
+    return out[:, :tokens].reshape(q.shape), None
+
+
+def backward(
+    q: Any, k: Any, v: Any, pre_weight: Any, post_weight: Any, post_bias: Any, kept: None, gradient: Any, *,
+    precision: Any, interpret: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Gradients of q, k, v and both weights, the weights' by image: (batch, heads, heads) float32.
+
+    Args:
+      q: as for `forward`, with the next five.
+      k: likewise.
+      v: likewise.
+      pre_weight: likewise.
+      post_weight: likewise.
+      post_bias: likewise.
+      kept: of `forward`.
+      gradient: of the output, (batch, tokens, heads, dim).
+      precision: of matrix products.
+      interpret: whether Pallas computes it without a TPU.
+    """
+    del kept
+    batch, tokens, heads, dim = q.shape
+    cut = tiling(tokens, heads, dim, arrays=4)
+    tile, whole = _blocks(cut)
+    by_image = pl.BlockSpec((1, heads, heads), lambda b, i: (b, 0, 0), memory_space=pltpu.SMEM)
+    flat = (batch, cut.padded, heads * dim)
+    maps = pltpu.VMEM((heads, cut.rows, cut.padded), jnp.float32)
+    sums = pltpu.VMEM((heads, heads, ROWS, LANES), jnp.float32)
+    *by_token, d_pre, d_post = pl.pallas_call(
+        functools.partial(_backward_kernel, cut=cut, precision=precision),
+        grid=(batch, cut.tiles),
+        in_specs=[_SCALARS, _SCALARS, _SCALARS, tile, whole, whole, tile],
+        out_specs=[tile, whole, whole, by_image, by_image],
+        out_shape=[
+            *(jax.ShapeDtypeStruct(flat, x.dtype) for x in (q, k, v)),
+            *(jax.ShapeDtypeStruct((batch, heads, heads), jnp.float32),) * 2,
+        ],
+        scratch_shapes=[
+            maps, maps, maps,
+            pltpu.VMEM((cut.padded, heads * dim), jnp.float32),
+            pltpu.VMEM((cut.padded, heads * dim), jnp.float32),
+            sums, sums,
+        ],
+        cost_estimate=cost_estimate(q.shape, v.dtype, backward=True),
+        compiler_params=_parameters(),
+        interpret=interpret,
+        name="talking_heads_gradient",
+    )(
+        *map(_scalars, (pre_weight, post_weight, post_bias)),
+        *(_flat(x, cut) for x in (q, k, v, gradient)),
+    )  # fmt: skip
+    return *(x[:, :tokens].reshape(q.shape) for x in by_token), d_pre, d_post
+
+
+def cost_estimate(shape: tuple[int, ...], dtype: Any, *, backward: bool) -> pl.CostEstimate:
+    """What a kernel computes and moves, for XLA to plan around it.
+
+    Args:
+      shape: of q: (batch, tokens, heads, dim).
+      dtype: of q, k, v and the output.
+      backward: whether of the gradients.
+    """
+    batch, tokens, heads, dim = shape
+    pairs = batch * heads * tokens * tokens
+    # Backward: logits, the maps' gradient, those of q, k and v; both mixtures, back through both, their weights.
+    products, mixtures = (5, 6) if backward else (2, 2)
+    arrays = 4 + 3 if backward else 3 + 1
+    one = batch * tokens * heads * dim * jnp.dtype(dtype).itemsize
+    scalars = (2 * heads + 1) * heads * 4 + (2 * batch * heads * heads * 4 if backward else 0)
+    return pl.CostEstimate(
+        flops=2 * pairs * (products * dim + mixtures * heads),
+        transcendentals=pairs,
+        bytes_accessed=arrays * one + scalars,
+    )
+
+
+_SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
+
+
+def _scalars(weight: Any) -> Any:
+    return weight.astype(jnp.float32)
+
+
+def _parameters() -> Any:
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=LIMIT_BYTES
+    )
+
+
+def _blocks(cut: Tiling) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+    """One tile of queries; all keys, fetched once an image."""
+    width = cut.heads * cut.dim
+    tile = pl.BlockSpec((1, cut.queries, width), lambda b, i: (b, i, 0))
+    whole = pl.BlockSpec((1, cut.padded, width), lambda b, i: (b, 0, 0))
+    return tile, whole
+
+
+def _flat(x: Any, cut: Tiling) -> Any:
+    """(batch, tokens, heads, dim) to (batch, padded, heads * dim), in which no lane is wasted on a head's end."""
+    x = x.reshape(*x.shape[:2], -1)
+    return jnp.pad(x, ((0, 0), (0, cut.padded - cut.tokens), (0, 0)))
+
+
+def _dot(x: Any, y: Any, contract: tuple[int, int], precision: Any) -> Any:
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(
+        x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _mixture(weight: Any, maps: list[Any], to: int, *, transposed: bool = False) -> Any:
+    """Sum over heads of their maps, weighted by a column of the weight, or by a row."""
+    total = None
+    for head, each in enumerate(maps):
+        term = (weight[to, head] if transposed else weight[head, to]) * each
+        total = term if total is None else total + term
+    return total
+
+
+def _softmaxes(weight: Any, logits: list[Any], cut: Tiling) -> list[Any]:
+    """The softmax of every mixture of logits, (rows, keys) each."""
+    visible = jax.lax.broadcasted_iota(jnp.int32, (ROWS, cut.padded), 1) < cut.tokens
+    result = []
+    for to in range(cut.heads):
+        mixed = jnp.where(visible, _mixture(weight, logits, to), _HIDDEN)
+        powers = jnp.exp(mixed - mixed.max(axis=1, keepdims=True))
+        result.append(powers / powers.sum(axis=1, keepdims=True))
+    return result
+
+
+def _forward_kernel(
+    pre: Any, post: Any, post_bias: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, maps: Any, *,
+    cut: Tiling, precision: Any,
+) -> None:  # fmt: skip
+    for head in range(cut.heads):
+        part = cut.of_head(head)
+        maps[head, : cut.queries] = _dot(q_ref[0, :, part], k_ref[0, :, part], (1, 1), precision)
+
+    def mix_rows(group: Any, carry: None) -> None:
+        rows = pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)
+        softmaxes = _softmaxes(pre, [maps[head, rows] for head in range(cut.heads)], cut)
+        for to in range(cut.heads):
+            maps[to, rows] = _mixture(post, softmaxes, to) + post_bias[to]
+        return carry
+
+    jax.lax.fori_loop(0, cut.rows // ROWS, mix_rows, None)
+    for head in range(cut.heads):
+        part = cut.of_head(head)
+        weights = _hide_keys(maps[head, : cut.queries], cut).astype(v_ref.dtype)
+        out = _dot(weights, v_ref[0, :, part], (1, 0), precision)
+        out_ref[0, :, part] = out.astype(out_ref.dtype)
+
+
+def _hide_keys(maps: Any, cut: Tiling) -> Any:
+    """With 0 for keys that only fill up."""
+    if cut.padded == cut.tokens:
+        return maps
+    visible = jax.lax.broadcasted_iota(jnp.int32, maps.shape, 1) < cut.tokens
+    return jnp.where(visible, maps, 0.0)
+
+
+def _backward_kernel(
+    pre: Any, post: Any, post_bias: Any, q_ref: Any, k_ref: Any, v_ref: Any, gradient_ref: Any,
+    dq_ref: Any, dk_ref: Any, dv_ref: Any, dpre_ref: Any, dpost_ref: Any,
+    logits: Any, mixed: Any, d_maps: Any, dk: Any, dv: Any, d_pre: Any, d_post: Any, *,
+    cut: Tiling, precision: Any,
+) -> None:  # fmt: skip
+    tile, heads = pl.program_id(1), range(cut.heads)
+
+    @pl.when(tile == 0)
+    def _start() -> None:
+        for total in (dk, dv, d_pre, d_post):
+            total[...] = jnp.zeros_like(total)
+
+    for head in heads:
+        part = cut.of_head(head)
+        q, k, v, gradient = (ref[0, :, part] for ref in (q_ref, k_ref, v_ref, gradient_ref))
+        logits[head, : cut.queries] = _dot(q, k, (1, 1), precision)
+        d_maps[head, : cut.queries] = _dot(gradient, v, (1, 1), precision)
+
+    def mix_rows(group: Any, carry: None) -> None:
+        rows = pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)
+        real = _real(tile, group, cut)
+        plain = [jnp.where(real, logits[head, rows], 0.0) for head in heads]
+        d_mixed = [jnp.where(real, d_maps[head, rows], 0.0) for head in heads]
+        softmaxes = _softmaxes(pre, plain, cut)
+        d_logits = []
+        for head in heads:
+            mixed[head, rows] = jnp.where(
+                real, _mixture(post, softmaxes, head) + post_bias[head], 0.0
+            )
+            d_softmax = _mixture(post, d_mixed, head, transposed=True)
+            both = softmaxes[head] * d_softmax
+            d_logits.append(both - softmaxes[head] * both.sum(axis=1, keepdims=True))
+            for to in heads:
+                d_post[head, to] += _folded(softmaxes[head] * d_mixed[to])
+        for head in heads:
+            d_maps[head, rows] = _mixture(pre, d_logits, head, transposed=True)
+            for to in heads:
+                d_pre[head, to] += _folded(plain[head] * d_logits[to])
+        return carry
+
+    jax.lax.fori_loop(0, cut.rows // ROWS, mix_rows, None)
+    for head in heads:
+        part = cut.of_head(head)
+        q, k, gradient = (ref[0, :, part] for ref in (q_ref, k_ref, gradient_ref))
+        d_logits = d_maps[head, : cut.queries].astype(q.dtype)
+        weights = mixed[head, : cut.queries].astype(gradient.dtype)
+        dq_ref[0, :, part] = _dot(d_logits, k, (1, 0), precision).astype(dq_ref.dtype)
+        dk[:, part] += _dot(d_logits, q, (0, 0), precision)
+        dv[:, part] += _dot(weights, gradient, (0, 0), precision)
+
+    @pl.when(tile == cut.tiles - 1)
+    def _finish() -> None:
+        dk_ref[0] = dk[...].astype(dk_ref.dtype)
+        dv_ref[0] = dv[...].astype(dv_ref.dtype)
+        for head in heads:
+            for to in heads:
+                dpre_ref[0, head, to] = jnp.sum(d_pre[head, to])
+                dpost_ref[0, head, to] = jnp.sum(d_post[head, to])
+
+
+def _real(tile: Any, group: Any, cut: Tiling) -> Any:
+    """Which pairs of a group of rows are of a query and a key that are there, (rows, keys)."""
+    shape = (ROWS, cut.padded)
+    row = group * ROWS + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    key = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    there = tile * cut.queries + row < cut.tokens
+    return there & (row < cut.queries) & (key < cut.tokens)
+
+
+def _folded(maps: Any) -> Any:
+    """(rows, keys) summed to one register: what is left of the sum is done once, at the end."""
+    keys = maps.shape[1]
+    whole = keys // LANES * LANES
+    total = jnp.zeros((ROWS, LANES), maps.dtype)
+    for start in range(0, whole, LANES):
+        total += maps[:, start : start + LANES]
+    if whole < keys:
+        total += jnp.pad(maps[:, whole:], ((0, 0), (0, LANES - (keys - whole))))
+    return total
