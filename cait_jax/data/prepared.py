@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -27,8 +28,9 @@ def find_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
       data_dir: the folder of the TFDS data sets; by default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
 
     Raises:
-      UserError: the name is unknown or cannot be opened.
+      UserError: the name is unknown or cannot be opened, or one of the two is an address such as `gs://...`.
     """
+    _check_local(name, data_dir)
     import tensorflow_datasets as tfds
 
     if data_dir is not None:
@@ -47,6 +49,17 @@ def find_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
             "its name, configuration and version, and if its folder is damaged, copy or prepare it "
             "again"
         ) from error
+
+
+def _check_local(name: str, data_dir: str | None) -> None:
+    """Refuses addresses: TFDS would ask for a package that does not help, or raise a KeyError."""
+    folder = os.environ.get("TFDS_DATA_DIR", "") if data_dir is None else data_dir
+    for given in (name, folder):
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
+            raise UserError(
+                f"{given} is an address, and data sets are read from folders: mount the bucket (gs:// with "
+                "gcsfuse) and give the folder where it is mounted, or copy the data to a disk"
+            )
 
 
 def prepared_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":

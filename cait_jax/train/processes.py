@@ -2,11 +2,16 @@
 
 import contextlib
 import os
+import re
+import secrets
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from cait_jax.errors import UserError
 
@@ -20,7 +25,7 @@ def join_processes(
 ) -> None:
     """Connects this process with the others of its run. To be called before JAX is used.
 
-    Without arguments they are found as JAX finds them: on TPU pods, in Slurm steps and under Open MPI.
+    Without arguments they are found as JAX finds them: on TPU pods, in Slurm steps and under Open MPI up to 4.
 
     Args:
       address: host and port of process 0, such as `"10.0.0.1:8476"`.
@@ -58,9 +63,50 @@ def join_processes(
         )
     except ValueError as error:
         raise UserError(
-            "nothing here says who the other processes are (no Slurm step, no Open MPI, no TPU pod): give "
+            "nothing here says who the other processes are (no Slurm step, no Open MPI up to 4, no TPU pod): give "
             f"--coordinator=HOST:PORT, --processes=N and --process=I ({error})"
         ) from error
+
+
+def local_folder(workdir: str | Path) -> Path:
+    """The folder of a run.
+
+    Raises:
+      UserError: it is an address of a bucket, which `Path` would make a local folder of.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(workdir)):
+        raise UserError(
+            f"--workdir={workdir} is an address, and a run is kept in a folder: mount the bucket (gs:// with "
+            "gcsfuse) and give the folder where it is mounted, or a folder of a shared file system"
+        )
+    return Path(workdir)
+
+
+def check_shared(workdir: Path) -> None:
+    """Refuses a workdir that is not one folder for all processes: they would wait for ever in the first save.
+
+    Args:
+      workdir: a folder that is there.
+
+    Raises:
+      UserError: naming the processes that do not see what process 0 writes.
+    """
+    if jax.process_count() == 1:
+        return
+    token = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
+    mark = workdir / f".shared-{token}"
+    if jax.process_index() == 0:
+        mark.touch()
+    multihost_utils.sync_global_devices("a mark in the workdir")
+    seen = multihost_utils.process_allgather(np.array(mark.exists()))
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not seen.all():
+        blind = ", ".join(str(index) for index in np.flatnonzero(~seen))
+        raise UserError(
+            f"{workdir.absolute()} is not the same folder in all processes (process {blind} does not see what "
+            "process 0 writes): give a --workdir on a file system that all machines share"
+        )
 
 
 @contextlib.contextmanager

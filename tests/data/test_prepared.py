@@ -7,6 +7,7 @@ from tfds_files import encode, noise, write_cifar10
 
 from cait_jax.data import prepared
 from cait_jax.data.prepared import plan_preparation, prepare
+from cait_jax.data.sources import load_split, split_names
 from cait_jax.errors import UserError
 
 EXAMPLES = [(encode(noise(0, 32, 32)), 1)]
@@ -18,6 +19,14 @@ def message_of(call, *arguments):
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_tensorflow(tmp_path_factory):
+    """TFDS looks for TensorFlow once: here before a test pretends that it is there."""
+    directory = tmp_path_factory.mktemp("tfds")
+    write_cifar10(directory, {"train": EXAMPLES})
+    assert plan_preparation("cifar10", str(directory)).prepared
 
 
 @pytest.fixture
@@ -92,3 +101,24 @@ def test_what_is_there_as_tfrecord_is_to_be_converted(tmp_path, downloads):
     assert "run: cait data convert" in message_of(prepare, "cifar10", str(tmp_path))
     assert "nearest: cifar10" in message_of(plan_preparation, "cifra10", str(tmp_path))
     assert not downloads
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/tfds", "s3://bucket/tfds", "hdfs://host/tfds"])
+def test_an_address_is_refused_before_tfds_is_asked(address, monkeypatch):
+    monkeypatch.setattr(tfds, "builder", None)  # not even called
+    opened = {"image_size": (32, 32)}
+    by_data_dir = message_of(lambda: load_split("cifar10", "train", data_dir=address, **opened))
+    assert by_data_dir.startswith(f"{address} is an address")
+    assert "gcsfuse" in by_data_dir
+    assert message_of(lambda: split_names("cifar10", data_dir=address)) == by_data_dir
+    assert message_of(plan_preparation, "cifar10", address) == by_data_dir
+    assert message_of(lambda: load_split(address, "train", **opened)) == by_data_dir
+
+    monkeypatch.setenv("TFDS_DATA_DIR", address)
+    assert message_of(lambda: load_split("cifar10", "train", **opened)) == by_data_dir
+
+
+def test_a_folder_given_goes_before_an_address_in_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket/tfds")
+    write_cifar10(tmp_path, {"train": EXAMPLES})
+    assert plan_preparation("cifar10", str(tmp_path)).prepared
