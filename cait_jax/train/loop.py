@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,18 @@ import jax
 from ml_collections import ConfigDict
 
 from cait_jax.checkpoint.store import Checkpoints
+from cait_jax.data.ahead import Ahead
 from cait_jax.models.cait import CaiT
 from cait_jax.sharding import over_batch, put_batch
 from cait_jax.train.config import as_json, check_resumable
 from cait_jax.train.interrupt import StopRequest
+from cait_jax.train.processes import check_shared, local_folder
 from cait_jax.train.report import Report, rewind
 from cait_jax.train.setup import Setup, abstract_state, set_up
 from cait_jax.train.state import TrainState
+
+# Some seconds of long steps: what it takes to start processes that decode images, and to decode a batch.
+_LOAD_AHEAD_STEPS = 30
 
 
 class NonFiniteError(RuntimeError):
@@ -56,9 +62,10 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
       UserError: for a setting, a data set or a checkpoint that does not fit, before anything is compiled.
       NonFiniteError: when the loss or the gradient is no longer finite; the last checkpoint is from before.
     """
-    workdir = Path(workdir)
+    workdir = local_folder(workdir)
     setup = set_up(config)
     workdir.mkdir(parents=True, exist_ok=True)
+    check_shared(workdir)
     with Checkpoints(
         workdir / "checkpoints", keep=config.checkpoint.keep, best_metric="eval/accuracy"
     ) as checkpoints:
@@ -104,9 +111,14 @@ def _run(
     save_every = config.checkpoint.every_steps
     sharding = over_batch(setup.mesh)
     last_saved = start
+    pending: tuple[int, Any] | None = None
 
-    def finish(step: int, values: Any) -> None:
-        """Reads a step's metrics; called once the next step is on its way."""
+    def finish(_: object = None) -> None:
+        """Reads the pending step's metrics, if there is one; called when the devices have other work."""
+        nonlocal pending
+        if pending is None:
+            return
+        (step, values), pending = pending, None
         values = {f"train/{name}": float(v) for name, v in jax.device_get(values).items()}
         if not all(math.isfinite(values[f"train/{n}"]) for n in ("loss", "grad_norm")):
             saved = f"the checkpoint of step {last_saved}" if last_saved else "no checkpoint yet"
@@ -121,24 +133,27 @@ def _run(
             report.log(step, values)
 
     batches = setup.batches(start)
-    pending: tuple[int, Any] | None = None
+    eval_batches: Ahead | None = None
     try:
         with StopRequest() as stop:
             for step in range(start + 1, total + 1):
                 state, step_metrics = setup.train_step(state, put_batch(next(batches), sharding))
-                if pending is not None:
-                    finish(*pending)
+                finish()
                 pending = (step, step_metrics)
-                evaluating = step % eval_every == 0 or step == total
+                to_evaluation = min(-step % eval_every, total - step)
+                if eval_batches is None and to_evaluation <= _LOAD_AHEAD_STEPS:
+                    eval_batches = setup.eval_batches()
+                evaluating = to_evaluation == 0
                 saving = evaluating or step % save_every == 0
                 stopping = stop.reached(step)
                 if not saving and not stopping:
                     continue
 
-                finish(*pending)
-                pending = None
+                if evaluating and eval_batches is not None:
+                    metrics = _evaluate(setup, state, eval_batches, meanwhile=finish)
+                    eval_batches = None
+                finish()
                 if evaluating:
-                    metrics = _evaluate(setup, state)
                     report.write(step, metrics)
                     report.log(step, metrics)
                 report.sync()
@@ -161,14 +176,20 @@ def _run(
                     return Run(setup.model, state, metrics, finished=False)
     finally:
         batches.close()
+        if eval_batches is not None:
+            eval_batches.close()
     return Run(setup.model, state, metrics, finished=True)
 
 
-def _evaluate(setup: Setup, state: TrainState) -> dict[str, float]:
-    metrics = {f"eval/{name}": value for name, value in setup.evaluate(state.params).items()}
-    if state.ema:
-        metrics |= {f"eval/ema_{name}": v for name, v in setup.evaluate(state.ema).items()}
-    return metrics
+def _evaluate(
+    setup: Setup, state: TrainState, batches: Ahead, meanwhile: Callable[[int], object]
+) -> dict[str, float]:
+    weights = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
+    return {
+        f"eval/{prefix}{name}": value
+        for prefix, values in setup.evaluate(weights, batches, meanwhile).items()
+        for name, value in values.items()
+    }
 
 
 def _summary(metrics: dict[str, float]) -> str:

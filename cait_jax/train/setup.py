@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from cait_jax.data.ahead import Ahead
 from cait_jax.data.augment import Augmentation
 from cait_jax.data.balance import Balanced
 from cait_jax.data.mix import Mixing
@@ -111,19 +112,36 @@ class Setup:
         params = given_params(self.config, self.model)
         return self.init() if params is None else self.begin(params)
 
+    def eval_batches(self) -> Ahead:
+        """This process's batches of one evaluation, which begin to load at once."""
+        size = shared_size(self.config.eval.batch_size, self.mesh)
+        batches = eval_batches(
+            self.eval_split,
+            batch_size=size,
+            image_size=self.image_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=self.config.data.workers,
+            crop_ratio=self.config.eval.crop_ratio,
+        )
+        return Ahead(batches, count=-(-len(self.eval_split) // size))
+
     def evaluate(
-        self, weights: Mapping[str, Any], progress: Callable[[int], object] | None = None
+        self,
+        weights: Mapping[str, Any],
+        batches: Ahead,
+        progress: Callable[[int], object] | None = None,
     ) -> dict[str, dict[str, float]]:
-        """Evaluates sets of parameters on the evaluation split, reading each batch once for all of them.
+        """Evaluates sets of parameters on the evaluation split, each batch on all of them.
 
         Args:
           weights: parameters by any name.
-          progress: called after each batch, when that is on its way to the devices, with the number of its images.
+          batches: of `eval_batches`; closed at the end.
+          progress: called after each batch, when its work is on the devices, with the number of its images.
 
         Returns:
           Of each set `loss` in nats and `accuracy` from 0 to 1.
         """
-        config = self.config
 
         def eval_step(weights: Any, batch: Any, sums: Any) -> Any:
             return {
@@ -131,16 +149,8 @@ class Setup:
                 for name, params in weights.items()
             }
 
-        with eval_batches(
-            self.eval_split,
-            batch_size=shared_size(config.eval.batch_size, self.mesh),
-            image_size=self.image_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=config.data.workers,
-            crop_ratio=config.eval.crop_ratio,
-        ) as batches:
-            zeros = zero_sums(loss_and_accuracy, self.model.num_classes)
+        zeros = zero_sums(loss_and_accuracy, self.model.num_classes)
+        with batches:
             sums = evaluate(
                 eval_step,
                 weights,

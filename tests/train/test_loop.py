@@ -16,6 +16,7 @@ from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.train import NonFiniteError, loop, train
 from cait_jax.train.report import Report, read_metrics
+from cait_jax.train.setup import Setup
 from configs import cait_xs24, cifar10
 
 
@@ -130,20 +131,36 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     assert all(row["step"] < 2 for row in read_metrics(tmp_path / "metrics.jsonl"))
 
 
-def test_metrics_of_a_step_are_read_after_the_next_is_dispatched(config, tmp_path, monkeypatch):
-    """Between two reads of metrics there is always a step on its way, but for steps that save."""
+def test_nothing_is_saved_of_a_step_whose_loss_is_found_bad_in_its_evaluation(config, tmp_path):
+    config.optimizer.learning_rate = 1e30
+    config.optimizer.warmup_epochs = 0.0
+    config.optimizer.clip_norm = 0.0
+    config.eval.every_epochs = 32 / 1437  # every step
+    with pytest.raises(NonFiniteError, match=r"step 2: loss .*; there is the checkpoint of step 1"):
+        train(config, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 1
+    assert all(row["step"] < 2 for row in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_metrics_of_a_step_are_read_when_the_devices_have_other_work(config, tmp_path, monkeypatch):
+    """Before them the next step is dispatched, or a batch of the evaluation, unless a step only saves."""
     order = []
     set_up, progress = loop.set_up, Report.progress
 
     def watched(*args):
         setup = set_up(*args)
-        step = setup.train_step
+        step, eval_step = setup.train_step, setup.eval_step
 
         def train_step(state, batch):
             order.append("dispatch")
             return step(state, batch)
 
-        return dataclasses.replace(setup, train_step=train_step)
+        def evaluate(*args):
+            order.append("evaluate")
+            return eval_step(*args)
+
+        return dataclasses.replace(setup, train_step=train_step, eval_step=evaluate)
 
     def read(self, step, values):
         order.append(f"read {step}")
@@ -151,12 +168,50 @@ def test_metrics_of_a_step_are_read_after_the_next_is_dispatched(config, tmp_pat
 
     monkeypatch.setattr(loop, "set_up", watched)
     monkeypatch.setattr(Report, "progress", read)
-    config.checkpoint.every_steps = 100
+    config.checkpoint.every_steps = 3
+    config.eval.batch_size = 200
     train(config, tmp_path)
     assert order == [
-        "dispatch", "dispatch", "read 1", "dispatch", "read 2", "dispatch", "read 3", "read 4",
-        "dispatch", "dispatch", "read 5", "read 6",
+        "dispatch", "dispatch", "read 1", "dispatch", "read 2", "read 3",
+        "dispatch", "evaluate", "read 4", "evaluate",
+        "dispatch", "dispatch", "read 5", "evaluate", "read 6", "evaluate",
     ]  # fmt: skip
+
+
+def test_an_evaluation_loads_while_the_steps_before_it_run(config, tmp_path, monkeypatch):
+    """And what a stopped run had begun to load is closed."""
+    order, opened = [], []
+    eval_batches, progress = Setup.eval_batches, Report.progress
+
+    def load(self):
+        order.append("load")
+        opened.append(eval_batches(self))
+        return opened[-1]
+
+    def read(self, step, values):
+        order.append(step)
+        progress(self, step, values)
+
+    monkeypatch.setattr(Setup, "eval_batches", load)
+    monkeypatch.setattr(Report, "progress", read)
+    monkeypatch.setattr(loop, "_LOAD_AHEAD_STEPS", 2)
+    train(config, tmp_path / "whole")
+    assert order == [1, "load", 2, 3, 4, "load", 5, 6]
+
+    stop_after(2, monkeypatch)
+    assert not train(config, tmp_path / "stopped").finished
+    assert all(next(batches, None) is None for batches in opened)
+
+
+def test_an_evaluation_reads_its_batches_once_for_all_weights(config, tmp_path):
+    """And says of each what an evaluation of it alone says."""
+    config.optimizer.ema_decay = 0.5
+    config.steps = 2
+    run = train(config, tmp_path)
+    setup = loop.set_up(config)
+    (alone,) = setup.evaluate({"it": run.state.ema}, setup.eval_batches()).values()
+    assert run.metrics["eval/ema_loss"] == alone["loss"]
+    assert run.metrics["eval/ema_accuracy"] == alone["accuracy"]
 
 
 def test_ema_is_kept_and_evaluated_beside_the_raw_weights(config, tmp_path):
@@ -266,3 +321,10 @@ def test_what_cannot_work_is_refused_before_anything_is_compiled(
             train(config, tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_address_is_no_workdir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--workdir=gs://bucket/run is an address"):
+        train(cifar10.get_config(), "gs://bucket/run")
+    assert not list(tmp_path.iterdir())

@@ -163,3 +163,12 @@ def test_processes_that_cannot_be_found(environment, arguments, sentence):
     assert result.returncode == 1
     assert sentence in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_workdir_of_its_own_is_refused_at_the_start(tmp_path, environment, data_dir):
+    """They would wait for each other in the first save."""
+    last = [f"--workdir={tmp_path / 'other'}"]
+    started = start(environment, tmp_path / "one", data_dir, processes=2, last=last)
+    for said in finish(started, status=1):
+        assert "is not the same folder in all processes (process 1 does not see" in said
+    assert not list((tmp_path / "one").glob(".shared-*"))
