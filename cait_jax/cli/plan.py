@@ -34,6 +34,9 @@ GB = 1e9
     "--largest", is_flag=True, help="Look for the largest batch too: two or three more sizes."
 )
 @click.option(
+    "--traffic", is_flag=True, help="What a compiled step's bytes to and from memory stem from."
+)
+@click.option(
     "--weak-scaling", is_flag=True,
     help="On paper: what as many images on each of 1 to 1,024 chips exchange, by link speed.",
 )  # fmt: skip
@@ -49,6 +52,7 @@ def command(
     configs: tuple[str, ...],
     topologies: tuple[str, ...],
     largest: bool,
+    traffic: bool,
     weak_scaling: bool,
     json: bool,
     markdown: bool,
@@ -77,7 +81,10 @@ def command(
 
             plan = make_plan(config, topology, largest=largest, folder=cache, say=say)
             rows.append((name, plan))
-    if weak_scaling:
+    if traffic:
+        for name, plan in rows:
+            click.echo(traffic_of(name, plan, markdown=markdown))
+    elif weak_scaling:
         for name, plan in rows:
             click.echo(scaling_of(name, plan, markdown=markdown))
     elif json:
@@ -186,6 +193,20 @@ def row_of(name: str, plan: "Plan") -> dict[str, Any]:
     if plan.largest is not None:
         row["largest batch"] = _largest(plan)
     return row
+
+
+def traffic_of(name: str, plan: "Plan", *, markdown: bool) -> str:
+    """A table of what a step's traffic stems from, under a line with the whole."""
+    if plan.traffic is None or plan.origins is None:
+        return f"{name} on {plan.topology}: no program to read"
+    rows = [
+        {"what": origin, "GB": f"{size / GB:.2f}", "share": f"{size / plan.traffic:.0%}"}
+        for origin, size in plan.origins.items()
+        if size > 0.005 * plan.traffic
+    ]
+    whole = f"{plan.traffic / GB:.1f} GB a step and chip"
+    table = output.table(rows, markdown=markdown)
+    return f"{name} on {plan.topology}, {plan.by_chip:g} images a chip: {whole}\n\n{table}\n"
 
 
 def scaling_of(name: str, plan: "Plan", *, markdown: bool) -> str:

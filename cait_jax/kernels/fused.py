@@ -1,4 +1,4 @@
-"""The kernels as one differentiable function; on a mesh, each device's images by themselves."""
+"""The kernels as one differentiable function."""
 
 import functools
 from collections.abc import Callable
@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from cait_jax.axes import BATCH_AXES
 from cait_jax.kernels import gpu, tpu
+from cait_jax.kernels.mesh import by_device
 
 _KERNELS: dict[str, Any] = {"tpu": tpu, "gpu": gpu}
 
@@ -19,9 +18,6 @@ def fused_attention(
     platform: str, precision: Any, interpret: bool,
 ) -> Any:  # fmt: skip
     """`talking_heads_attention` by the kernels of a platform.
-
-    Where a mesh is set, each device does its own images, all heads and tokens of them: what mixes heads needs
-    all. So an axis `tensor` has it done on each of its devices.
 
     Args:
       q: as for `talking_heads_attention`, with the next six.
@@ -35,16 +31,7 @@ def fused_attention(
       precision: of matrix products.
       interpret: whether XLA computes what is in them.
     """
-    attention = _differentiable(platform, precision, interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        images = PartitionSpec(tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names))
-        attention = jax.shard_map(
-            attention,
-            in_specs=(images,) * 3 + (PartitionSpec(),) * 4,
-            out_specs=images,
-            check_vma=False,
-        )
+    attention = by_device(_differentiable(platform, precision, interpret))
     return attention(q, k, v, pre_weight, pre_bias, post_weight, post_bias)
 
 

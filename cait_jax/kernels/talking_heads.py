@@ -1,5 +1,6 @@
 """Talking-heads attention (Shazeer et al., arXiv 2003.02436) as one function with several implementations."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cait_jax.kernels.fused import fused_attention
+from cait_jax.kernels.mesh import by_device
 
 # Name to whose kernels, and whether XLA computes what is in them, on any device.
 _KERNELS = {
@@ -15,9 +17,10 @@ _KERNELS = {
     "pallas_gpu": ("gpu", False),
     "pallas_gpu_interpreted": ("gpu", True),
 }
-IMPLEMENTATIONS = ("xla", "xla_lean", *_KERNELS)
+IMPLEMENTATIONS = ("xla", "xla_lean", "xla_chunked", *_KERNELS)
 # By platform; what is not named here has none that is known to be better.
-_DEFAULTS = {"tpu": "pallas_tpu"}
+_DEFAULTS = {"tpu": "pallas_tpu", "cpu": "xla_chunked"}
+CACHE_BYTES = 2**20  # for the maps of the images that are done at a time
 
 ByToken = Float[Array, "batch tokens heads dim"]
 ByQuery = Float[Array, "batch queries heads dim"]
@@ -60,9 +63,10 @@ def talking_heads_attention(
       post_weight: (from, to).
       post_bias: by head.
       implementation: `"xla"`: plain. `"xla_lean"`: plain, and nothing of size (heads, queries, keys) is kept for
-        the backward pass, which computes it anew. `"pallas_tpu"`, `"pallas_gpu"`: kernels in which nothing of
-        that size leaves the chip; with `_interpreted`, computed by XLA on any device, slowly, to test them.
-        None: what `default_implementation` says of JAX's default backend.
+        the backward pass, which computes it anew. `"xla_chunked"`: likewise, a few images at a time, so that
+        their maps stay in a CPU's cache; plain where all of them do. `"pallas_tpu"`, `"pallas_gpu"`: kernels in
+        which nothing of that size leaves the chip; with `_interpreted`, computed by XLA on any device, slowly,
+        to test them. None: what `default_implementation` says of JAX's default backend.
       precision: of matrix products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -83,6 +87,8 @@ def talking_heads_attention(
             return _plain(*arguments, precision=precision)
 
         return lean(q, k, v, *weights)
+    if implementation == "xla_chunked":
+        return by_device(functools.partial(_chunked, precision=precision))(q, k, v, *weights)
     if implementation not in _KERNELS:
         raise ValueError(
             f"unknown implementation of attention {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
@@ -91,6 +97,32 @@ def talking_heads_attention(
     return fused_attention(
         q, k, v, *weights, platform=platform, precision=precision, interpret=interpret
     )
+
+
+def chunk_size(batch: int, tokens: int, heads: int) -> int:
+    """Images whose maps fit `CACHE_BYTES`: the largest part of a batch, and one image at least.
+
+    Args:
+      batch: images.
+      tokens: of each.
+      heads: number of heads.
+    """
+    most = max(1, CACHE_BYTES // (heads * tokens * tokens * 4))
+    return max(size for size in range(1, min(batch, most) + 1) if batch % size == 0)
+
+
+def _chunked(q: Any, k: Any, v: Any, *weights: Any, precision: Any) -> Any:
+    batch, tokens, heads, dim = q.shape
+    size = chunk_size(batch, tokens, heads)
+    if size == batch:
+        return _plain(q, k, v, *weights, precision=precision)
+
+    @jax.checkpoint
+    def chunk(chunk: Any) -> Any:
+        return _plain(*chunk, *weights, precision=precision)
+
+    chunks = [x.reshape(-1, size, tokens, heads, dim) for x in (q, k, v)]
+    return jax.lax.map(chunk, chunks).reshape(v.shape)
 
 
 def attention_logits(q: ByQuery, k: ByKey, precision: Any = None) -> Maps:

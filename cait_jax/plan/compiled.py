@@ -56,7 +56,9 @@ def tpu_devices(topology: Topology) -> list[jax.Device]:
     Raises:
       UserError: libtpu is not installed, or knows no such slice.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself
+    # There is no TPU to ask about itself, nor one that two processes could want.
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(name, "1")
     from jax.experimental import topologies
 
     if _version("libtpu") is None:

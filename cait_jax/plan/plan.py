@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cait_jax.plan.compiled import cache_folder, compile_cached, tpu_devices
 from cait_jax.plan.largest import Largest, largest_batch
 from cait_jax.plan.program import read_program
 from cait_jax.plan.roofline import Roofline, roofline
-from cait_jax.plan.traffic import memory_traffic
+from cait_jax.plan.traffic import memory_traffic, traffic_by_origin
 from cait_jax.sharding import check_batch_size, make_mesh
 from cait_jax.train.config import check_values
 from cait_jax.train.distill import make_teacher
@@ -47,6 +47,7 @@ class Plan:
       useful: of these, what the network itself costs: three times its forward pass, nothing computed twice.
       traffic: bytes between each chip and its memory in a step; None where the compiler refused.
       exchanged: what the chips send each other; None likewise.
+      origins: of `traffic`, what it stems from, see `traffic_by_origin`; None where nothing was compiled.
       largest: the largest batch of a chip; None where it was not asked for.
       seconds: compiling took.
     """
@@ -63,6 +64,7 @@ class Plan:
     exchanged: tuple[Collective, ...] | None
     largest: Largest | None = None
     seconds: float = 0.0
+    origins: Mapping[str, int] | None = None
 
     @property
     def by_chip(self) -> float:
@@ -193,6 +195,7 @@ def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> 
         traffic=None if program is None else memory_traffic(program),
         exchanged=None if program is None else tuple(collectives(program)),
         seconds=found.seconds,
+        origins=None if program is None else traffic_by_origin(program),
     )
 
 

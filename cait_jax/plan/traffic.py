@@ -5,6 +5,7 @@ runs, and so is of no use for stacked blocks.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from cait_jax.plan.program import Array, Instruction, Program
@@ -57,6 +58,38 @@ def memory_traffic(program: Program) -> int:
       program: of `read_program`.
     """
     return sum(each.bytes * each.times for each in transfers(program))
+
+
+def traffic_by_origin(program: Program) -> dict[str, int]:
+    """Bytes to and from main memory by what they stem from, the most first.
+
+    A fusion stands under the one operation that the compiler names it by, so the parts are not exact.
+
+    Args:
+      program: of `read_program`.
+
+    Returns:
+      Of `"forward"`, `"backward"` and `"rest"` (augmentation, optimiser, averages), followed by the module.
+    """
+    found: dict[str, int] = {}
+    for each in transfers(program):
+        origin = _origin(each.instruction.source)
+        found[origin] = found.get(origin, 0) + each.bytes * each.times
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _origin(source: str) -> str:
+    way = "backward" if "transpose(" in source else "forward" if "jvp(" in source else "rest"
+    if "dynamic_update" in source:
+        return f"{way}: put into the stack of what is kept"
+    if "dynamic_index" in source or "dynamic_slice" in source:
+        return f"{way}: taken from a stack"
+    if way == "rest":
+        return way if source else "copies and prefetches"
+    module = re.search(r"/(blocks\w*|patch_embed|head|norm)((?:/[a-z]\w*)*)(?=/)", source)
+    names = [] if module is None else [module[1], *module[2].split("/")[1:]]
+    known = [name for name in names if name != "blocks" or name is names[0]]
+    return " ".join([f"{way}:", "/".join(known[:3])]) if known else f"{way}: between modules"
 
 
 def _on_top(program: Program) -> list[str]:

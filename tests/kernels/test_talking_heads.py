@@ -11,8 +11,14 @@ import pytest
 from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cait_jax.kernels import IMPLEMENTATIONS, default_implementation, talking_heads_attention
+from cait_jax.kernels import (
+    IMPLEMENTATIONS,
+    default_implementation,
+    talking_heads,
+    talking_heads_attention,
+)
 from cait_jax.kernels import tpu as tpu_kernels
+from cait_jax.kernels.talking_heads import chunk_size
 from cait_jax.models.zoo import create_model, list_models
 from cait_jax.sharding import batch_divided, make_mesh
 
@@ -65,6 +71,19 @@ def distance(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
+@pytest.fixture
+def small_cache(monkeypatch):
+    """In which no two images fit, so that all but single ones are done in chunks."""
+    monkeypatch.setattr(talking_heads, "CACHE_BYTES", 1)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(8, 4), (6, 3), (7, 1), (1, 1)])
+def test_chunks_divide_the_batch_and_fit(batch, size):
+    """Four images of 256 tokens and one head fill a mebibyte."""
+    assert chunk_size(batch, 256, 1) == size
+    assert chunk_size(batch, 8, 2) == batch
+
+
 @pytest.mark.parametrize(("tokens", "heads"), ZOO + RAGGED)
 @pytest.mark.parametrize("implementation", ["xla", "xla_lean", "pallas_tpu_interpreted"])
 def test_the_output_is_that_of_the_definition(implementation, tokens, heads):
@@ -96,8 +115,8 @@ def gradients(implementation, given, cotangent, precision="highest"):
 
 
 @pytest.mark.parametrize(("tokens", "heads"), [(196, 4), *RAGGED])
-@pytest.mark.parametrize("implementation", ["xla_lean", *KERNELS])
-def test_every_gradient_is_that_of_the_definition(implementation, tokens, heads):
+@pytest.mark.parametrize("implementation", ["xla_lean", "xla_chunked", *KERNELS])
+def test_every_gradient_is_that_of_the_definition(implementation, tokens, heads, small_cache):
     given = arguments(tokens, heads, batch=2)
     cotangent = arguments(tokens, heads, batch=2, seed=1)[1]
     with jax.enable_x64(True):
@@ -141,8 +160,8 @@ def test_a_tile_that_is_filled_up_adds_nothing(implementation, monkeypatch):
             assert distance(one, other) < 1e-5, name
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
-def test_each_device_does_its_own_images(implementation):
+@pytest.mark.parametrize("implementation", ["xla_chunked", *KERNELS])
+def test_each_device_does_its_own_images(implementation, small_cache):
     """On a mesh nothing is exchanged but the gradients of the weights; heads stay together."""
     given, cotangent = arguments(18, 4, batch=8, dim=8), arguments(18, 4, batch=8, dim=8, seed=1)[1]
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
@@ -235,11 +254,13 @@ def test_no_array_of_heads_queries_and_keys_is_written(
     assert maps in lowered_for(platform, "xla", given)
 
 
-@pytest.mark.parametrize(("implementation", "kept"), [("xla", True), ("xla_lean", False)])
-def test_lean_keeps_no_maps_for_the_backward_pass(implementation, kept):
-    given = arguments(20, 4)
+@pytest.mark.parametrize(
+    ("implementation", "kept"), [("xla", True), ("xla_lean", False), ("xla_chunked", False)]
+)
+def test_lean_keeps_no_maps_for_the_backward_pass(implementation, kept, small_cache):
+    given = arguments(20, 4, batch=2)
     backward = jax.eval_shape(lambda *given: jax.vjp(attention(implementation), *given)[1], *given)
-    assert any(leaf.shape == (1, 4, 20, 20) for leaf in jax.tree.leaves(backward)) == kept
+    assert any(leaf.shape[-3:] == (4, 20, 20) for leaf in jax.tree.leaves(backward)) == kept
 
 
 def kernels_of(jaxpr):

@@ -23,6 +23,7 @@ def small():
     config = digits.get_config()
     config.model.depth, config.model.width, config.model.num_heads = 2, 32, 4
     config.model.class_depth = 1
+    config.model.attention = "xla"  # the compiler that stands for TPU's knows no other
     config.batch_size = 64
     config.augment.flip, config.augment.pad_crop, config.augment.rotate = False, 0, 0.0
     return config
@@ -59,6 +60,9 @@ def test_a_step_is_compiled_counted_and_kept(devices_of_this_cpu, tmp_path):
     assert plan.utilisation == pytest.approx(
         plan.useful / plan.roofline.seconds / topology.chip.operations
     )
+
+    assert sum(plan.origins.values()) == plan.traffic
+    assert any(origin.startswith("backward: blocks") for origin in plan.origins)
 
     again = make_plan(small(), topology, folder=tmp_path, say=said.append)
     assert again == plan
@@ -102,9 +106,10 @@ def test_a_teacher_costs_its_forward_pass():
 
 def test_gpus_get_an_estimate_of_counted_work():
     config = cait_xxs24.get_config()
+    config.model.remat = "none"
     config.batch_size = 64
     plan = make_plan(config, parse_topology("h100:8"))
-    model = create_model("cait_xxs24", dtype="bfloat16")
+    model = create_model("cait_xxs24", dtype="bfloat16", attention="xla")
     assert not plan.compiled
     kept = residual_bytes(model, 8) - 4 * 11_956_264
     assert plan.memory == pytest.approx(plan.state + 4 * 11_956_264 + kept, rel=0.05)

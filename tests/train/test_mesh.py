@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from trees import assert_same_bits
 
 from cait_jax import UserError
+from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.plan.collectives import collectives, totals
 from cait_jax.plan.program import read_program
 from cait_jax.sharding import make_mesh, over_batch, placed, put_batch
@@ -106,6 +108,21 @@ def test_optimiser_and_average_lie_as_their_parameters():
         if leaf.shape == state.params["blocks"]["mlp"]["fc1"]["kernel"].shape
     ]
     assert moments == [stacked, stacked]
+
+
+def test_a_checkpoint_of_one_mesh_is_read_on_every_other(tmp_path):
+    """Bit for bit, and lying as the other mesh has it."""
+    state = set_up(small(mesh=(1, 4, 2))).start()
+    with Checkpoints(tmp_path, keep=1, best_metric="eval/accuracy") as checkpoints:
+        checkpoints.save(1, state, {}, None)
+    for mesh in MESHES:
+        template = abstract_state(set_up(small(mesh=mesh)))
+        with Checkpoints(tmp_path, keep=1, best_metric="eval/accuracy") as checkpoints:
+            step, found, _ = checkpoints.restore(template)
+        assert step == 1
+        assert_same_bits(found, state)
+        lies = jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, found, template)
+        assert all(jax.tree.leaves(lies))
 
 
 def test_an_axis_that_does_not_divide_stays_whole():
