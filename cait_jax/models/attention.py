@@ -1,5 +1,6 @@
 """The two kinds of attention: among all tokens, with talking heads or without, and class attention."""
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -66,11 +67,12 @@ class SelfAttention(nn.Module):
         head_dim = width // self.num_heads
         numerics = self.residual.numerics
 
-        qkv = self.residual.linear(x, 3 * width, "qkv")
-        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, head_dim)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-
-        q = q * head_dim**-0.5
+        # Scaled before heads are told apart: on TPUs an array with head_dim 48 last is filled up to 128.
+        q, k, v = jnp.split(self.residual.linear(x, 3 * width, "qkv"), 3, axis=-1)
+        q, k, v = (
+            part.reshape(batch, tokens, self.num_heads, head_dim)
+            for part in (q * head_dim**-0.5, k, v)
+        )
         if self.talking_heads:
             pre = HeadMixing(self.num_heads, numerics, name="proj_l").weights()
             post = HeadMixing(self.num_heads, numerics, name="proj_w").weights()

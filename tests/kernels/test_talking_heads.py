@@ -188,13 +188,12 @@ def test_each_device_does_its_own_images(implementation, small_cache):
     assert "all-to-all(" not in text
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
-def test_a_network_computes_the_same(implementation):
+def test_a_network_computes_the_same():
     """Stacked, with recomputation of what is elementwise: logits and gradients."""
     plain = create_model(
         "cait_nano4_patch4_8", depth=1, width=16, num_heads=2, attention="xla", precision="highest"
     )
-    fused = plain.clone(attention=implementation, remat="elementwise")
+    fused = plain.clone(attention="pallas_tpu_interpreted", remat="elementwise")
     images = jax.random.normal(jax.random.key(0), (2, 8, 8, plain.in_channels))
     params = plain.init(jax.random.key(1), images)["params"]
 
