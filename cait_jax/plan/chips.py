@@ -71,18 +71,22 @@ class Topology:
         """How many there are."""
         return math.prod(self.shape)
 
-    def rate(self, span: int = 0) -> float:
+    def rate(self, span: int = 0, group: int = 0) -> float:
         """Bytes a second that each chip sends while a group of them exchange.
 
-        A side of a slice that is not closed to a ring has half the links to send on. GPUs of several machines send
-        as fast as the network between them.
+        A side of a slice that is not closed to a ring has half the links to send on. Between machines, the GPUs of
+        a machine that are of one group share what is to be sent, each by its own network card.
 
         Args:
           span: of GPUs, how many lie between the first and the last of the group, both counted; 0: all.
+          group: how many exchange; 0: all.
         """
         chip = self.chip
         if chip.family == "gpu":
-            return chip.link if (span or self.chips) <= self.shape[-1] else chip.network
+            machines, inside = self.shape
+            if (span or self.chips) <= inside:
+                return chip.link
+            return min(chip.link, chip.network * max(1, (group or self.chips) // machines))
         closed = sum(1.0 if side >= chip.ring else 0.5 for side in self.shape if side > 1)
         return chip.link * (closed or 1.0) / len(self.shape)
 

@@ -48,7 +48,7 @@ def roofline(
         compute=operations / chip.operations,
         memory=traffic / chip.bandwidth,
         exchange=sum(
-            each.times * sent_bytes(each, topology.chips) / topology.rate(each.span)
+            each.times * sent_bytes(each, topology.chips) / topology.rate(each.span, each.group)
             for each in exchanged
         ),
     )

@@ -49,7 +49,8 @@ def test_links_of_open_sides_count_half_and_machines_share_a_network():
     assert parse_topology("v5e:8x16").rate() == link * 3 / 4
     h100 = CHIPS["h100"]
     assert parse_topology("h100:8").rate() == h100.link
-    assert parse_topology("h100:4x8").rate() == h100.network
+    assert parse_topology("h100:4x8").rate() == 8 * h100.network
+    assert parse_topology("h100:4x8").rate(span=25, group=4) == h100.network
     assert parse_topology("h100:4x8").rate(span=8) == h100.link
 
 
