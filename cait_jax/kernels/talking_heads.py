@@ -87,7 +87,10 @@ def talking_heads_attention(
             return _plain(*arguments, precision=precision)
 
         return lean(q, k, v, *weights)
+    batch, tokens, heads, _ = q.shape
     if implementation == "xla_chunked":
+        if chunk_size(batch, tokens, heads) == batch:
+            return _plain(q, k, v, *weights, precision=precision)
         return by_device(functools.partial(_chunked, precision=precision))(q, k, v, *weights)
     if implementation not in _KERNELS:
         raise ValueError(
