@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from cait_jax.kernels.tiles import HIDDEN, dot, mixture
+
 TILE = 16  # queries, keys; also the least side of a product on tensor cores
-_HIDDEN = -1e30
 
 
 def forward(
@@ -162,22 +163,6 @@ def _cost(
     )
 
 
-def _dot(x: Any, y: Any, contract: tuple[int, int], precision: Any) -> Any:
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(
-        x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def _mixture(weight: Any, maps: list[Any], to: int, *, transposed: bool = False) -> Any:
-    """Sum over heads of their maps, weighted by a column of the weight, or by a row."""
-    total = None
-    for head, each in enumerate(maps):
-        term = (weight[to, head] if transposed else weight[head, to]) * each
-        total = term if total is None else total + term
-    return total
-
-
 class _Pair:
     """A tile of queries and a tile of keys: the maps of all heads between them, (queries, keys) each."""
 
@@ -188,13 +173,13 @@ class _Pair:
         self.logits = self.products(q_ref, k_ref)
         key = j * TILE + jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), 1)
         self.mixed = [
-            jnp.where(key < tokens, _mixture(pre, self.logits, to), _HIDDEN) for to in self.heads
+            jnp.where(key < tokens, mixture(pre, self.logits, to), HIDDEN) for to in self.heads
         ]
 
     def products(self, rows_ref: Any, columns_ref: Any) -> list[Any]:
         """Of what belongs to the queries and what belongs to the keys."""
         return [
-            _dot(rows_ref[self.queries, h, :], columns_ref[self.keys, h, :], (1, 1), self.precision)
+            dot(rows_ref[self.queries, h, :], columns_ref[self.keys, h, :], (1, 1), self.precision)
             for h in self.heads
         ]
 
@@ -223,7 +208,7 @@ def _forward_kernel(
         ]
         return larger, total
 
-    none = [jnp.full((TILE,), _HIDDEN, jnp.float32)] * heads
+    none = [jnp.full((TILE,), HIDDEN, jnp.float32)] * heads
     largest, total = jax.lax.fori_loop(
         0, tiles, measure, (none, [jnp.zeros((TILE,), jnp.float32)] * heads)
     )
@@ -233,8 +218,8 @@ def _forward_kernel(
         here = pair(j)
         maps = [jnp.exp(x - s[:, None]) for x, s in zip(here.mixed, sums, strict=True)]
         for to in here.heads:
-            weights = (_mixture(post, maps, to) + post_bias[to]).astype(v_ref.dtype)
-            out[to] += _dot(weights, v_ref[here.keys, to, :], (1, 0), precision)
+            weights = (mixture(post, maps, to) + post_bias[to]).astype(v_ref.dtype)
+            out[to] += dot(weights, v_ref[here.keys, to, :], (1, 0), precision)
         return out
 
     out = jax.lax.fori_loop(0, tiles, use, [jnp.zeros((TILE, wide), jnp.float32)] * heads)
@@ -258,7 +243,7 @@ def _query_kernel(
     def through_maps(j: Any) -> tuple[_Pair, list[Any], list[Any], list[Any]]:
         here = pair(j)
         d_maps = here.products(gradient_ref, v_ref)
-        d_softmaxes = [_mixture(post, d_maps, h, transposed=True) for h in here.heads]
+        d_softmaxes = [mixture(post, d_maps, h, transposed=True) for h in here.heads]
         return here, here.softmaxes(sums_ref), d_maps, d_softmaxes
 
     def measure(j: Any, dots: Any) -> Any:
@@ -275,8 +260,8 @@ def _query_kernel(
             p * (d - dot[:, None]) for p, d, dot in zip(softmaxes, d_softmaxes, dots, strict=True)
         ]
         for h in here.heads:
-            d_product = _mixture(pre, d_logits, h, transposed=True).astype(k_ref.dtype)
-            dq[h] += _dot(d_product, k_ref[here.keys, h, :], (1, 0), precision)
+            d_product = mixture(pre, d_logits, h, transposed=True).astype(k_ref.dtype)
+            dq[h] += dot(d_product, k_ref[here.keys, h, :], (1, 0), precision)
         d_pre += _between(here.logits, d_logits, side, precision)
         d_post += _between(softmaxes, d_maps, side, precision)
         return dq, d_pre, d_post
@@ -292,7 +277,7 @@ def _query_kernel(
 
 def _between(first: list[Any], second: list[Any], side: int, precision: Any) -> Any:
     """Sums over all pairs of the products of each of the first with each of the second, (side, side)."""
-    return _dot(_side_by_side(first, side), _side_by_side(second, side), (0, 0), precision)
+    return dot(_side_by_side(first, side), _side_by_side(second, side), (0, 0), precision)
 
 
 def _side_by_side(maps: list[Any], side: int) -> Any:
@@ -320,13 +305,13 @@ def _key_kernel(
         softmaxes, d_maps = here.softmaxes(sums_ref), here.products(gradient_ref, v_ref)
         d_logits = []
         for h in here.heads:
-            weights = (_mixture(post, softmaxes, h) + post_bias[h]).astype(gradient_ref.dtype)
-            dv[h] += _dot(weights, gradient_ref[here.queries, h, :], (0, 0), precision)
-            d_softmax = _mixture(post, d_maps, h, transposed=True)
+            weights = (mixture(post, softmaxes, h) + post_bias[h]).astype(gradient_ref.dtype)
+            dv[h] += dot(weights, gradient_ref[here.queries, h, :], (0, 0), precision)
+            d_softmax = mixture(post, d_maps, h, transposed=True)
             d_logits.append(softmaxes[h] * (d_softmax - dots_ref[h, here.queries][:, None]))
         for h in here.heads:
-            d_product = _mixture(pre, d_logits, h, transposed=True).astype(q_ref.dtype)
-            dk[h] += _dot(d_product, q_ref[here.queries, h, :], (0, 0), precision)
+            d_product = mixture(pre, d_logits, h, transposed=True).astype(q_ref.dtype)
+            dk[h] += dot(d_product, q_ref[here.queries, h, :], (0, 0), precision)
         return dk, dv
 
     zeros = [jnp.zeros((TILE, wide), jnp.float32)] * heads

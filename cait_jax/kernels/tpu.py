@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from cait_jax.kernels.tiles import HIDDEN, dot, mixture
+
 ROWS, LANES = 8, 128  # of a vector register
 # What the arrays of a tile of queries may fill of the memory beside the cores, and what all may.
 TILE_BYTES = 12 * 2**20
 LIMIT_BYTES = 64 * 2**20
-_HIDDEN = -1e30  # a logit whose softmax is 0, and whose difference to another is still a number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,28 +216,12 @@ def _flat(x: Any, cut: Tiling) -> Any:
     return jnp.pad(x, ((0, 0), (0, cut.padded - cut.tokens), (0, 0)))
 
 
-def _dot(x: Any, y: Any, contract: tuple[int, int], precision: Any) -> Any:
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(
-        x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def _mixture(weight: Any, maps: list[Any], to: int, *, transposed: bool = False) -> Any:
-    """Sum over heads of their maps, weighted by a column of the weight, or by a row."""
-    total = None
-    for head, each in enumerate(maps):
-        term = (weight[to, head] if transposed else weight[head, to]) * each
-        total = term if total is None else total + term
-    return total
-
-
 def _softmaxes(weight: Any, logits: list[Any], cut: Tiling) -> list[Any]:
     """The softmax of every mixture of logits, (rows, keys) each."""
     visible = jax.lax.broadcasted_iota(jnp.int32, (ROWS, cut.padded), 1) < cut.tokens
     result = []
     for to in range(cut.heads):
-        mixed = jnp.where(visible, _mixture(weight, logits, to), _HIDDEN)
+        mixed = jnp.where(visible, mixture(weight, logits, to), HIDDEN)
         powers = jnp.exp(mixed - mixed.max(axis=1, keepdims=True))
         result.append(powers / powers.sum(axis=1, keepdims=True))
     return result
@@ -248,20 +233,20 @@ def _forward_kernel(
 ) -> None:  # fmt: skip
     for head in range(cut.heads):
         part = cut.of_head(head)
-        maps[head, : cut.queries] = _dot(q_ref[0, :, part], k_ref[0, :, part], (1, 1), precision)
+        maps[head, : cut.queries] = dot(q_ref[0, :, part], k_ref[0, :, part], (1, 1), precision)
 
     def mix_rows(group: Any, carry: None) -> None:
         rows = pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)
         softmaxes = _softmaxes(pre, [maps[head, rows] for head in range(cut.heads)], cut)
         for to in range(cut.heads):
-            maps[to, rows] = _mixture(post, softmaxes, to) + post_bias[to]
+            maps[to, rows] = mixture(post, softmaxes, to) + post_bias[to]
         return carry
 
     jax.lax.fori_loop(0, cut.rows // ROWS, mix_rows, None)
     for head in range(cut.heads):
         part = cut.of_head(head)
         weights = _hide_keys(maps[head, : cut.queries], cut).astype(v_ref.dtype)
-        out = _dot(weights, v_ref[0, :, part], (1, 0), precision)
+        out = dot(weights, v_ref[0, :, part], (1, 0), precision)
         out_ref[0, :, part] = out.astype(out_ref.dtype)
 
 
@@ -289,8 +274,8 @@ def _backward_kernel(
     for head in heads:
         part = cut.of_head(head)
         q, k, v, gradient = (ref[0, :, part] for ref in (q_ref, k_ref, v_ref, gradient_ref))
-        logits[head, : cut.queries] = _dot(q, k, (1, 1), precision)
-        d_maps[head, : cut.queries] = _dot(gradient, v, (1, 1), precision)
+        logits[head, : cut.queries] = dot(q, k, (1, 1), precision)
+        d_maps[head, : cut.queries] = dot(gradient, v, (1, 1), precision)
 
     def mix_rows(group: Any, carry: None) -> None:
         rows = pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)
@@ -301,15 +286,15 @@ def _backward_kernel(
         d_logits = []
         for head in heads:
             mixed[head, rows] = jnp.where(
-                real, _mixture(post, softmaxes, head) + post_bias[head], 0.0
+                real, mixture(post, softmaxes, head) + post_bias[head], 0.0
             )
-            d_softmax = _mixture(post, d_mixed, head, transposed=True)
+            d_softmax = mixture(post, d_mixed, head, transposed=True)
             both = softmaxes[head] * d_softmax
             d_logits.append(both - softmaxes[head] * both.sum(axis=1, keepdims=True))
             for to in heads:
                 d_post[head, to] += _folded(softmaxes[head] * d_mixed[to])
         for head in heads:
-            d_maps[head, rows] = _mixture(pre, d_logits, head, transposed=True)
+            d_maps[head, rows] = mixture(pre, d_logits, head, transposed=True)
             for to in heads:
                 d_pre[head, to] += _folded(plain[head] * d_logits[to])
         return carry
@@ -320,9 +305,9 @@ def _backward_kernel(
         q, k, gradient = (ref[0, :, part] for ref in (q_ref, k_ref, gradient_ref))
         d_logits = d_maps[head, : cut.queries].astype(q.dtype)
         weights = mixed[head, : cut.queries].astype(gradient.dtype)
-        dq_ref[0, :, part] = _dot(d_logits, k, (1, 0), precision).astype(dq_ref.dtype)
-        dk[:, part] += _dot(d_logits, q, (0, 0), precision)
-        dv[:, part] += _dot(weights, gradient, (0, 0), precision)
+        dq_ref[0, :, part] = dot(d_logits, k, (1, 0), precision).astype(dq_ref.dtype)
+        dk[:, part] += dot(d_logits, q, (0, 0), precision)
+        dv[:, part] += dot(weights, gradient, (0, 0), precision)
 
     @pl.when(tile == cut.tiles - 1)
     def _finish() -> None:

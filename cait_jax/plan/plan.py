@@ -21,7 +21,7 @@ from cait_jax.plan.compiled import cache_folder, compile_cached, tpu_devices
 from cait_jax.plan.largest import Largest, largest_batch
 from cait_jax.plan.program import read_program
 from cait_jax.plan.roofline import Roofline, roofline
-from cait_jax.plan.traffic import memory_traffic, traffic_by_origin
+from cait_jax.plan.traffic import traffic_by_origin
 from cait_jax.sharding import check_batch_size, make_mesh
 from cait_jax.train.config import check_values
 from cait_jax.train.distill import make_teacher
@@ -183,6 +183,7 @@ def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> 
     held = local_bytes(state)
     found = compile_cached(traced.lower(), topology, folder, held + local_bytes(batch), say)
     program = None if found.refused else read_program(found.text)
+    origins = None if program is None else traffic_by_origin(program)
     return Plan(
         topology=topology,
         batch_size=config.batch_size,
@@ -192,10 +193,10 @@ def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> 
         fits=not found.refused and found.memory <= topology.chip.memory,
         operations=2 * macs_of(traced.jaxpr.jaxpr) / topology.chips,
         useful=_useful(setup, topology),
-        traffic=None if program is None else memory_traffic(program),
+        traffic=None if origins is None else sum(origins.values()),
         exchanged=None if program is None else tuple(collectives(program)),
         seconds=found.seconds,
-        origins=None if program is None else traffic_by_origin(program),
+        origins=origins,
     )
 
 

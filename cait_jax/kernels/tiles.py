@@ -1,0 +1,25 @@
+"""What the kernels of TPUs and GPUs do alike with the maps of a tile."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+HIDDEN = -1e30  # a logit whose softmax is 0, and whose difference to another is still a number
+
+
+def dot(x: Any, y: Any, contract: tuple[int, int], precision: Any) -> Any:
+    """The product of two matrices in float32, over an axis of each."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(
+        x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def mixture(weight: Any, maps: list[Any], to: int, *, transposed: bool = False) -> Any:
+    """Sum over heads of their maps, weighted by a column of the weight, or by a row."""
+    total = None
+    for head, each in enumerate(maps):
+        term = (weight[to, head] if transposed else weight[head, to]) * each
+        total = term if total is None else total + term
+    return total
