@@ -25,19 +25,22 @@ class Unread:
         raise UserError(f"image {index} stands for one that is elsewhere")
 
 
-def unread_split(name: str, split: str, *, image_size: tuple[int, int]) -> Split:
+def unread_split(
+    name: str, split: str, *, image_size: tuple[int, int], data_dir: str | None = None
+) -> Split:
     """A split with the classes and channels of a data set that need not be on this machine.
 
     Args:
       name: as for `load_split`; TFDS's are known by their code, folders must be there.
       split: likewise.
       image_size: likewise.
+      data_dir: likewise; what lies there is not read.
 
     Raises:
       UserError: the name is unknown, or the folder is not there.
     """
     if is_made_here(name) or is_folder(name):
-        return load_split(name, split, image_size=image_size)
+        return load_split(name, split, image_size=image_size, data_dir=data_dir)
     from cait_jax.data.prepared import find_builder
 
     features = dict(find_builder(name, None).info.features.items())

@@ -22,10 +22,9 @@ from cait_jax.plan.largest import Largest, largest_batch
 from cait_jax.plan.program import read_program
 from cait_jax.plan.roofline import Roofline, roofline
 from cait_jax.plan.traffic import traffic_by_origin
-from cait_jax.sharding import check_batch_size, make_mesh
-from cait_jax.train.config import check_values
+from cait_jax.sharding import check_batch_size
 from cait_jax.train.distill import make_teacher
-from cait_jax.train.setup import Setup, abstract_batch, abstract_state, assemble
+from cait_jax.train.setup import Setup, abstract_batch, abstract_state, set_up
 from cait_jax.weights.names import preprocessing
 from cait_jax.weights.published import variables_template
 
@@ -143,20 +142,10 @@ def _shares(config: ConfigDict, topology: Topology) -> int:
 
 
 def _setup(config: ConfigDict, devices: list[jax.Device], family: str) -> Setup:
-    check_values(config)
     if config.model.attention is None:  # not what this machine would choose
         config = config.copy_and_resolve_references()
         config.model.attention = default_implementation(family)
-    mesh = make_mesh(
-        devices, data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
-    )
-    size = config.image_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    train_split, eval_split = (
-        unread_split(config.data.name, split, image_size=size)
-        for split in (config.data.train_split, config.data.eval_split)
-    )
-    return assemble(config, mesh, train_split, eval_split, _shape_of_teacher)
+    return set_up(config, devices, split_of=unread_split, teacher_of=_shape_of_teacher)
 
 
 def _shape_of_teacher(config: ConfigDict, model: CaiT) -> Any:

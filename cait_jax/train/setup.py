@@ -162,12 +162,21 @@ class Setup:
         return {name: means(sums[name]) for name in weights}
 
 
-def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup:
+def set_up(
+    config: ConfigDict,
+    devices: list[jax.Device] | None = None,
+    *,
+    split_of: Callable[..., Split] | None = None,
+    teacher_of: Callable[[ConfigDict, CaiT], Any] | None = None,
+) -> Setup:
     """Makes everything a run needs from its config, and refuses what cannot work.
 
     Args:
       config: as `cait_jax/train/defaults.py` describes it.
       devices: devices to train on; all of them if not given.
+      split_of: what opens a split; `load_split` if not given.
+      teacher_of: from config and student to the teacher; `given_teacher` if not given. Its variables may be shapes
+        alone, if no step will be run.
 
     Returns:
       The parts of the run. Nothing is compiled yet.
@@ -176,40 +185,19 @@ def set_up(config: ConfigDict, devices: list[jax.Device] | None = None) -> Setup
       UserError: for a setting, a data set or a size that does not fit.
     """
     check_values(config)
+    _check_trainable(config.model.name)
     mesh = make_mesh(
         devices, data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
     )
     check_batch_size(config.batch_size, batch_parts(mesh), config.optimizer.accumulate)
+    size = config.image_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+
     data = config.data
     train_split, eval_split = (
-        load_split(data.name, split, image_size=_image_size(config), data_dir=data.data_dir)
+        (split_of or load_split)(data.name, split, image_size=size, data_dir=data.data_dir)
         for split in (data.train_split, data.eval_split)
     )
-    return assemble(config, mesh, train_split, eval_split, given_teacher)
-
-
-def assemble(
-    config: ConfigDict,
-    mesh: Mesh,
-    train_split: Split,
-    eval_split: Split,
-    teacher_of: Callable[[ConfigDict, CaiT], Any],
-) -> Setup:
-    """Makes everything a run needs of data that are loaded and devices that may not be there.
-
-    Args:
-      config: as for `set_up`.
-      mesh: of `make_mesh`.
-      train_split: the training examples.
-      eval_split: the examples for evaluation.
-      teacher_of: from config and student to the teacher, as `given_teacher`; its variables may be shapes alone,
-        if no step will be run.
-
-    Raises:
-      UserError: as for `set_up`.
-    """
-    _check_trainable(config.model.name)
-    data, size = config.data, _image_size(config)
     if config.batch_size > len(train_split):
         raise UserError(
             f"batch_size {config.batch_size} is larger than the {len(train_split)} examples of "
@@ -234,7 +222,7 @@ def assemble(
     schedule = phase_rates(phases) if phases else _schedule(config, total_steps, steps_per_epoch)
     optimizer = _optimizer(config, schedule, phases)
     recipe = _recipe(config, model, phases)
-    teacher = teacher_of(config, model)
+    teacher = (teacher_of or given_teacher)(config, model)
 
     def begin(params: Any) -> TrainState:
         return create_state(params, optimizer, ema=recipe.ema_decay > 0)
@@ -272,11 +260,6 @@ def assemble(
         mesh=mesh,
         teacher_logits=given_logits(config, len(train_split), model.num_classes),
     )
-
-
-def _image_size(config: ConfigDict) -> tuple[int, int]:
-    size = config.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _put(tree: Any, shardings: Any) -> Any:
