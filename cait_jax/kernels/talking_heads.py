@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cait_jax.axes import by_device
 from cait_jax.kernels.fused import fused_attention
-from cait_jax.kernels.mesh import by_device
 
 # Name to whose kernels, and whether XLA computes what is in them, on any device.
 _KERNELS = {
@@ -91,7 +91,8 @@ def talking_heads_attention(
     if implementation == "xla_chunked":
         if chunk_size(batch, tokens, heads) == batch:
             return _plain(q, k, v, *weights, precision=precision)
-        return by_device(functools.partial(_chunked, precision=precision))(q, k, v, *weights)
+        chunked = functools.partial(_chunked, precision=precision)
+        return by_device(chunked, 3)(q, k, v, *weights)
     if implementation not in _KERNELS:
         raise ValueError(
             f"unknown implementation of attention {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"

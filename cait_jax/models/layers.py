@@ -51,8 +51,11 @@ class Numerics:
         )
 
     def norm(self, name: str) -> nn.LayerNorm:
-        """A LayerNorm with the epsilon of every network here."""
-        return nn.LayerNorm(
+        """A LayerNorm with the epsilon of every network here.
+
+        Going back it is computed anew from what went in: its own derivative keeps two float32 arrays as large.
+        """
+        return nn.remat(nn.LayerNorm, prevent_cse=False)(
             epsilon=1e-6,
             dtype=self.dtype,
             param_dtype=self.param_dtype,

@@ -1,9 +1,15 @@
 """The second branch of every block."""
 
+import functools
+
+import jax
 from flax import linen as nn
 
 from cait_jax.models.layers import Dropout, ExampleIds, Tokens
 from cait_jax.models.residual import Residual
+
+# Going back it is computed anew from what went in: what its derivative needs is four arrays as wide.
+gelu = jax.checkpoint(functools.partial(nn.gelu, approximate=False), prevent_cse=False)
 
 
 class Mlp(nn.Module):
@@ -18,7 +24,7 @@ class Mlp(nn.Module):
         """Maps the last axis of `x` through `hidden` channels and back."""
         width = x.shape[-1]
         x = self.residual.linear(x, self.hidden, "fc1")
-        x = nn.gelu(x, approximate=False)
+        x = gelu(x)
         x = Dropout(self.dropout, name="drop1")(x, example_ids)
         x = self.residual.linear(x, width, "fc2")
         return Dropout(self.dropout, name="drop2")(x, example_ids)

@@ -1,6 +1,7 @@
 """A function of every image: keys by position, in turn or at once."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from cait_jax.data.per_example import for_each_example
+from cait_jax.sharding import batch_divided, make_mesh, over_batch
 
 
 def shifted(key, image):
@@ -25,13 +27,30 @@ def test_keys_are_those_of_the_positions():
         np.testing.assert_array_equal(found[i], jnp.full((2, 2, 1), expected))
 
 
-@pytest.mark.parametrize(("platform", "in_turn"), [("cpu", True), ("cuda", False), ("tpu", False)])
-def test_only_a_cpu_takes_image_after_image(platform, in_turn):
-    def doubled(_, image):
-        return 2.0 * image
+@pytest.mark.parametrize(
+    ("platform", "shapes"),
+    [("cpu", {"2x2x1"}), ("tpu", {"8x2x2x1", "3x2x2x1"}), ("cuda", {"19x2x2x1"})],
+)
+def test_images_at_a_time(platform, shapes):
+    def cosine(_, image):
+        return jnp.cos(image)
 
-    traced = jax.jit(functools.partial(for_each_example, doubled)).trace(
-        jax.random.key(0), jnp.zeros((3, 2, 2, 1)), jnp.arange(3)
+    traced = jax.jit(functools.partial(for_each_example, cosine)).trace(
+        jax.random.key(0), jnp.zeros((19, 2, 2, 1)), jnp.arange(19)
     )
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert ("stablehlo.while" in text) == in_turn
+    assert set(re.findall(r"stablehlo.cosine %\w+ : tensor<(\w+)xf32>", text)) == shapes
+
+
+def test_on_a_mesh_each_device_has_its_own_images():
+    mesh = make_mesh(jax.devices()[:4], data=2, fsdp=2)
+    images = jax.random.uniform(jax.random.key(0), (8, 2, 2, 1))
+    ids, key = jnp.arange(8), jax.random.key(2)
+    function = batch_divided(functools.partial(for_each_example, shifted), mesh)
+    lies = over_batch(mesh)
+    divided = jax.jit(function, in_shardings=(None, lies, lies), out_shardings=lies)
+    compiled = divided.lower(key, images, ids).compile()
+    assert "all-gather" not in compiled.as_text()
+    np.testing.assert_array_equal(
+        compiled(key, *jax.device_put((images, ids), lies)), jitted(key, images, ids)
+    )

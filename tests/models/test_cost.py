@@ -1,9 +1,11 @@
 """Multiply-accumulates against the published figures and a count by hand."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from cait_jax import create_model
-from cait_jax.models.cost import macs, parameter_count
+from cait_jax.models.cost import macs, macs_of, parameter_count
 
 # timm's table, in GMACs. It counts norms and the like too, which is less than half a per cent.
 PUBLISHED = {
@@ -33,6 +35,16 @@ def test_macs_by_hand(stacked):
     block = n * (3 * d * d + d * d + 8 * d * d) + 2 * n * n * d + 2 * n * n * heads * heads
     of_class = 2 * d * d + 2 * (n + 1) * d * d + 2 * (n + 1) * d + 8 * d * d
     assert macs(model) == patches + 3 * block + 2 * of_class + 7 * d
+
+
+def test_a_gradient_costs_two_forward_passes_and_no_product_twice():
+    model = create_model("cait_xxs24", depth=3, num_classes=7, image_size=64, attention="xla")
+    images = jnp.zeros((1, 64, 64, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    gradient = jax.grad(lambda variables: model.apply(variables, images).sum())
+    once = macs(model)
+    patches = 16 * 16 * 16 * 3 * 192  # images have no gradient
+    assert macs_of(jax.make_jaxpr(gradient)(variables).jaxpr) == 3 * once - patches
 
 
 def test_macs_of_a_grouped_convolution_and_its_parameters():

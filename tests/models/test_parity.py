@@ -10,7 +10,9 @@ import optax
 import pytest
 from flax import linen as nn
 
+from cait_jax.models import mlp
 from cait_jax.models.cait import CaiT
+from cait_jax.models.layers import Numerics
 from cait_jax.models.stacking import unstack_blocks
 from cait_jax.weights.published import from_published, to_published
 
@@ -146,16 +148,15 @@ def test_an_untransposed_head_mixing_fails(recorded, mixing):
 
 def test_a_tanh_gelu_fails(recorded, monkeypatch):
     params = from_published(published(recorded, "weight"), small_cait())["params"]
-    monkeypatch.setattr(nn, "gelu", functools.partial(_tanh_gelu, nn.gelu))
+    monkeypatch.setattr(mlp, "gelu", functools.partial(nn.gelu, approximate=True))
     assert logits_error(recorded, params) > 1e-5
-
-
-def _tanh_gelu(gelu, x, approximate):
-    return gelu(x, approximate=True)
 
 
 def test_an_epsilon_of_1e_5_fails(recorded, monkeypatch):
     params = from_published(published(recorded, "weight"), small_cait())["params"]
-    layer_norm = nn.LayerNorm
-    monkeypatch.setattr(nn, "LayerNorm", lambda **kw: layer_norm(**(kw | {"epsilon": 1e-5})))
+
+    def norm(numerics, name):
+        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
+
+    monkeypatch.setattr(Numerics, "norm", norm)
     assert logits_error(recorded, params) > 1e-5
