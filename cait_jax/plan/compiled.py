@@ -18,6 +18,11 @@ from cait_jax.errors import UserError
 from cait_jax.plan.chips import Topology
 
 _NEEDED = re.compile(r"\(?(\d+(?:\.\d+)?)([KMGT])\)?")
+# v5p and v6e gather and scatter on SparseCores, and libtpu 0.0.52 fails to print a program that does.
+_WITHOUT_SPARSE_CORES = {
+    "xla_tpu_offload_gather_to_sparsecore": "false",
+    "xla_tpu_enable_offloading_scatter_to_sparsecore": "false",
+}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -101,7 +106,7 @@ def compile_cached(
             return Compiled(**json.load(file))
     say(f"compiling for {topology}; this takes minutes")
     start = time.monotonic()
-    compiled = _compile(lowered, topology, arguments)
+    compiled = _compile(lowered, topology, arguments, say)
     compiled = dataclasses.replace(compiled, seconds=time.monotonic() - start)
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
@@ -111,9 +116,17 @@ def compile_cached(
     return compiled
 
 
-def _compile(lowered: jax.stages.Lowered, topology: Topology, arguments: int) -> Compiled:
+def _compile(
+    lowered: jax.stages.Lowered, topology: Topology, arguments: int, say: Callable[[str], Any]
+) -> Compiled:
     try:
         program = lowered.compile()
+        try:
+            text = program.as_text()
+        except jax.errors.JaxRuntimeError:
+            say("libtpu cannot print this program; compiling again, without its SparseCores")
+            program = lowered.compile(compiler_options=_WITHOUT_SPARSE_CORES)
+            text = program.as_text()
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message:
@@ -122,7 +135,7 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology, arguments: int) ->
         return Compiled("", arguments, needed_bytes(message), 0, 0.0)
     memory: Any = program.memory_analysis()
     return Compiled(
-        text=program.as_text() or "",
+        text=text or "",
         arguments=memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
