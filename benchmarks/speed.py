@@ -2,10 +2,11 @@
 
 Command: python benchmarks/speed.py [--models cait_xxs24 ...] [--image-size 224 ...] [--batch-sizes 1 8 32]
          [--dtype float32] [--attention NAME ...] [--remat none ...] [--blocks stacked ...]
-         [--torch-python=PYTHON [--compiled]] [--rounds=5] [--out=runs/benchmark_speed]
+         [--torch-python=PYTHON [--compiled]] [--cpu-devices=1] [--rounds=5] [--out=runs/benchmark_speed]
   PYTHON is that of an environment with timm, torch and safetensors; without it our side alone is timed.
 
-One device, images and weights already on it. A training step is forward, cross-entropy, backward and AdamW. Both
+One device, images and weights already on it; with --cpu-devices our side makes several of one CPU, each with its
+part of the batch. A training step is forward, cross-entropy, backward and AdamW. Both
 sides have the same drawn weights, which timm loads strictly, and their logits are compared before anything is
 timed. Rounds alternate between the sides, of which each waits while another is timed; rates are of the median
 round. float32 is float32 on both sides, in matrix products too. In bfloat16 parameters stay float32 and PyTorch
@@ -16,8 +17,8 @@ OMP_WAIT_POLICY=PASSIVE then. Best is a machine with nothing else on it; the JSO
 
 "Of peak" is the arithmetic of the network (multiply-accumulates of `cait_jax.models.cost`, times 3 for training)
 over what the device does in a large product of square matrices in the same dtype, the better of both sides.
-Memory is what weights, optimiser, images and everything in between need: ours as the compiler says it, timm's on
-GPUs as PyTorch's allocator counts it.
+Memory is what weights, optimiser, images and everything in between need: ours as the compiler says it, of all
+devices, timm's on GPUs as PyTorch's allocator counts it.
 """
 
 import argparse
@@ -50,6 +51,7 @@ from cait_jax.kernels import default_implementation
 from cait_jax.models.cait import CaiT
 from cait_jax.models.cost import macs
 from cait_jax.models.zoo import VARIANTS
+from cait_jax.sharding import batch_divided, make_mesh, over_batch, replicated
 from cait_jax.train.optimizer import make_optimizer
 from cait_jax.weights.published import from_published, to_published, variables_template
 
@@ -124,8 +126,10 @@ class Side:
 class Ours:
     """Our side: functions by name, compiled."""
 
-    def __init__(self, weights: dict[str, np.ndarray], images: np.ndarray) -> None:
+    def __init__(self, weights: dict[str, np.ndarray], images: np.ndarray, devices: int) -> None:
         self.weights, self.images = weights, images
+        self.mesh = make_mesh(jax.devices()[:devices])
+        self.whole, self.rows = replicated(self.mesh), over_batch(self.mesh)
         self.functions: dict[str, Callable[[], Any]] = {}
 
     def logits(self, model: CaiT) -> np.ndarray:
@@ -134,8 +138,11 @@ class Ours:
 
     def prepare(self, name: str, model: CaiT, mode: str, batch: int) -> dict[str, Any]:
         """Builds a function and calls it thrice."""
-        variables = jax.device_put(from_published(self.weights, model))
-        images = jnp.asarray(np.resize(self.images, (batch, *self.images.shape[1:])))
+        if batch % self.mesh.size:
+            raise NotRun(f"{self.mesh.size} devices cannot share them evenly")
+        variables = jax.device_put(from_published(self.weights, model), self.whole)
+        images = np.resize(self.images, (batch, *self.images.shape[1:]))
+        images = jax.device_put(images, self.rows)
         make = self._forward if mode == "forward" else self._training
         try:
             start = time.perf_counter()
@@ -163,15 +170,19 @@ class Ours:
         """Forgets the functions and what they hold."""
         self.functions.clear()
 
-    @staticmethod
-    def _forward(model: CaiT, variables: Any, images: Any) -> tuple[Callable[[], Any], int | None]:
-        compiled = jax.jit(model.apply).lower(variables, images).compile()
-        return lambda: compiled(variables, images), needed(compiled)
+    def _forward(
+        self, model: CaiT, variables: Any, images: Any
+    ) -> tuple[Callable[[], Any], int | None]:
+        forward = batch_divided(lambda variables, images: model.apply(variables, images), self.mesh)
+        jitted = jax.jit(forward, in_shardings=(self.whole, self.rows), out_shardings=self.rows)
+        compiled = jitted.lower(variables, images).compile()
+        return lambda: compiled(variables, images), needed(compiled, self.mesh.size)
 
-    @staticmethod
-    def _training(model: CaiT, variables: Any, images: Any) -> tuple[Callable[[], Any], int | None]:
+    def _training(
+        self, model: CaiT, variables: Any, images: Any
+    ) -> tuple[Callable[[], Any], int | None]:
         optimizer = make_optimizer(optax.constant_schedule(1e-4))
-        labels = jnp.arange(len(images)) % model.num_classes
+        labels = jax.device_put(np.arange(len(images)) % model.num_classes, self.rows)
 
         def step(params: Any, opt_state: Any, count: Any, images: Any, labels: Any) -> Any:
             key = jax.random.fold_in(jax.random.key(0), count)
@@ -187,14 +198,21 @@ class Ours:
             return optax.apply_updates(params, updates), opt_state, count + 1, loss
 
         params = variables["params"]
-        state = [params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32)]
-        compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*state, images, labels).compile()
+        start = jax.jit(optimizer.init, out_shardings=self.whole)(params)
+        state = [params, start, jax.device_put(np.int32(0), self.whole)]
+        jitted = jax.jit(
+            batch_divided(step, self.mesh),
+            donate_argnums=(0, 1, 2),
+            in_shardings=(self.whole,) * 3 + (self.rows,) * 2,
+            out_shardings=self.whole,
+        )
+        compiled = jitted.lower(*state, images, labels).compile()
 
         def call() -> Any:
             *state[:], loss = compiled(*state, images, labels)
             return loss, state
 
-        return call, needed(compiled)
+        return call, needed(compiled, self.mesh.size)
 
 
 class Timm:
@@ -253,12 +271,12 @@ class Timm:
         return self.ask("time", name=name, calls=calls)["seconds"]
 
 
-def needed(compiled: Any) -> int | None:
-    """Bytes that a compiled program has at its peak, its arguments among them, where the platform tells."""
+def needed(compiled: Any, devices: int) -> int | None:
+    """Bytes that a compiled program has at its peak on all devices, its arguments among them, where told."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
-    return (
+    return devices * (
         analysis.argument_size_in_bytes
         + analysis.output_size_in_bytes
         + analysis.temp_size_in_bytes
@@ -294,7 +312,13 @@ def drawn_weights(model: CaiT) -> dict[str, np.ndarray]:
 
 
 def compare(
-    case: Case, variants: list[Variant], timm: Timm | None, folder: Path, compiled: bool
+    case: Case,
+    variants: list[Variant],
+    timm: Timm | None,
+    folder: Path,
+    *,
+    compiled: bool,
+    devices: int,
 ) -> tuple[Ours, dict[str, float], bool]:
     """Makes both sides of the same weights, and refuses to go on if their logits differ.
 
@@ -305,7 +329,7 @@ def compare(
     weights = drawn_weights(model)
     shape = (COMPARED, *model.image_size, model.in_channels)
     images = np.random.default_rng(1).standard_normal(shape, np.float32)
-    ours = Ours(weights, images)
+    ours = Ours(weights, images, devices)
     logits: dict[str, np.ndarray] = {}
     if timm is not None:
         export_timm(folder, model, from_published(weights, model))
@@ -404,7 +428,14 @@ def measure_case(
     variants = [Variant(*way) for way in ways]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        ours, distances, compiled = compare(case, variants, timm, Path(folder), args.compiled)
+        ours, distances, compiled = compare(
+            case,
+            variants,
+            timm,
+            Path(folder),
+            compiled=args.compiled,
+            devices=args.cpu_devices,
+        )
     operations = 2 * macs(dataclasses.replace(variants[0], attention="xla").network(case))
     for mode, batch in itertools.product(args.modes, args.batch_sizes):
         sides: dict[str, Side] = {}
@@ -495,10 +526,16 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", choices=("stacked", "unrolled"), default=["stacked"])
     parser.add_argument("--torch-python", help="the Python of an environment with timm")
     parser.add_argument("--compiled", action="store_true", help="timm under torch.compile too")
+    parser.add_argument(
+        "--cpu-devices", type=int, default=1, help="devices that our side makes of one CPU"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a measurement, at least")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_speed"))
     args = parser.parse_args()
+    if args.cpu_devices > 1:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     if args.torch_python:
         # Both sides live on one device; by default JAX would take most of its memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -524,6 +561,7 @@ def run(args: argparse.Namespace, timm: Timm | None) -> None:
         "jax": jax.__version__,
         "flax": importlib.metadata.version("flax"),
         "theirs": None if timm is None else timm.ask("describe"),
+        "cpu_devices": args.cpu_devices,
         "rounds": args.rounds,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "operations_per_second": {},
