@@ -19,7 +19,7 @@ from cait_jax.plan.chips import Topology
 
 _NEEDED = re.compile(r"\(?(\d+(?:\.\d+)?)([KMGT])\)?")
 # v5p and v6e gather and scatter on SparseCores, and libtpu 0.0.52 fails to print a program that does.
-_WITHOUT_SPARSE_CORES = {
+_WITHOUT_SPARSE_CORES: dict[str, str | bool] = {
     "xla_tpu_offload_gather_to_sparsecore": "false",
     "xla_tpu_enable_offloading_scatter_to_sparsecore": "false",
 }
