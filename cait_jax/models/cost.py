@@ -1,5 +1,6 @@
 """What a model costs, counted from its shapes without running it."""
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +13,10 @@ from cait_jax.models.zoo import Network
 
 def parameter_count(model: Network) -> int:
     """Trainable numbers of a model; the running statistics of batch norms are not among them."""
-    variables = jax.eval_shape(model.init, jax.random.key(0), _one_image(model))
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    return sum(leaf.size for leaf in jax.tree.leaves(_variables(model)["params"]))
 
 
+@functools.cache
 def macs(model: Network) -> int:
     """Multiply-accumulates of one image's forward pass.
 
@@ -28,9 +29,7 @@ def macs(model: Network) -> int:
     Returns:
       The number for one image of the model's `image_size`; in GMACs, over 1e9.
     """
-    image = _one_image(model)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    return macs_of(jax.make_jaxpr(model.apply)(variables, image).jaxpr)
+    return macs_of(jax.make_jaxpr(model.apply)(_variables(model), _one_image(model)).jaxpr)
 
 
 def residual_bytes(model: Network, batch_size: int) -> int:
@@ -43,7 +42,7 @@ def residual_bytes(model: Network, batch_size: int) -> int:
       batch_size: images at a time.
     """
     images = jax.ShapeDtypeStruct((batch_size, *model.image_size, model.in_channels), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), _one_image(model))["params"]
+    params = _variables(model)["params"]
 
     def backward(params: Any, images: Any) -> Any:
         def forward(params: Any) -> Any:
@@ -59,6 +58,11 @@ def residual_bytes(model: Network, batch_size: int) -> int:
 
     kept = jax.tree.leaves(jax.eval_shape(backward, params, images))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+
+
+@functools.cache
+def _variables(model: Network) -> Any:
+    return jax.eval_shape(model.init, jax.random.key(0), _one_image(model))
 
 
 def _one_image(model: Network) -> jax.ShapeDtypeStruct:

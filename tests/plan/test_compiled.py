@@ -14,43 +14,43 @@ from cait_jax.plan.compiled import compile_cached, tpu_devices
 from cait_jax.plan.program import read_program
 
 
-class Unprintable:
-    def as_text(self):
-        raise jax.errors.JaxRuntimeError(
-            "INTERNAL: async-update instruction should have 1 operands"
-        )
+@pytest.fixture
+def asked(monkeypatch):
+    """What a compiler was asked that prints nothing unless it is asked for something."""
+    asked = []
+    really, prints = jax.stages.Lowered.compile, jax.stages.Compiled.as_text
+
+    def compile_(lowered, compiler_options=None):
+        asked.append(compiler_options)
+        return really(lowered)
+
+    def as_text(program):
+        if asked[-1] is None:
+            raise jax.errors.JaxRuntimeError("INTERNAL: an instruction should have 1 operand")
+        return prints(program)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+    return asked
 
 
-class Lowered:
-    """Of which the compiler prints nothing unless it is asked otherwise."""
-
-    def __init__(self, printable):
-        self.real = jax.jit(jnp.cos).lower(jnp.zeros(4))
-        self.printable, self.asked = printable, []
-
-    def as_text(self):
-        return self.real.as_text()
-
-    def compile(self, compiler_options=None):
-        self.asked.append(compiler_options or {})
-        return self.real.compile() if compiler_options and self.printable else Unprintable()
-
-
-def test_what_cannot_be_printed_is_compiled_without_sparse_cores(tmp_path):
-    said, lowered = [], Lowered(printable=True)
+def test_what_cannot_be_printed_is_compiled_without_sparse_cores(asked, tmp_path):
+    said, lowered = [], jax.jit(jnp.cos).lower(jnp.zeros(4))
     found = compile_cached(lowered, parse_topology("v6e:2x2"), tmp_path, 0, said.append)
     assert "cosine" in found.text
-    first, second = lowered.asked
-    assert not first
+    first, second = asked
+    assert first is None
     assert set(second.values()) == {"false"}
     assert said[1:] == [
         "libtpu cannot print this program; compiling again, without its SparseCores"
     ]
 
 
-def test_what_cannot_be_printed_at_all_is_said(tmp_path):
-    with pytest.raises(UserError, match="TPU's compiler fails for v6e:2x2: INTERNAL: async-update"):
-        compile_cached(Lowered(printable=False), parse_topology("v6e:2x2"), tmp_path, 0, print)
+def test_what_cannot_be_printed_at_all_is_said(asked, monkeypatch, tmp_path):
+    monkeypatch.setattr("cait_jax.plan.compiled._WITHOUT_SPARSE_CORES", None)
+    lowered = jax.jit(jnp.cos).lower(jnp.zeros(4))
+    with pytest.raises(UserError, match="TPU's compiler fails for v6e:2x2: INTERNAL: an instr"):
+        compile_cached(lowered, parse_topology("v6e:2x2"), tmp_path, 0, [].append)
     assert not [*tmp_path.iterdir()]
 
 
