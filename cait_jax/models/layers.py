@@ -18,6 +18,8 @@ Share = float | Float[Array, ""]
 # Marks what a matrix product gave, for `remat="elementwise"`.
 PRODUCT = "product"
 LINEAR_INIT = nn.initializers.normal(stddev=0.02)
+# Going back it is computed anew from what went in: its own derivative keeps two float32 arrays as large.
+LayerNorm: Any = nn.remat(nn.LayerNorm, prevent_cse=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +53,8 @@ class Numerics:
         )
 
     def norm(self, name: str) -> nn.LayerNorm:
-        """A LayerNorm with the epsilon of every network here.
-
-        Going back it is computed anew from what went in: its own derivative keeps two float32 arrays as large.
-        """
-        return nn.remat(nn.LayerNorm, prevent_cse=False)(
+        """A LayerNorm with the epsilon of every network here."""
+        return LayerNorm(
             epsilon=1e-6,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
