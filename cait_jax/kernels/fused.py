@@ -49,26 +49,21 @@ def _differentiable(platform: str, precision: Any, interpret: bool) -> Callable[
         del pre_bias
         return forward(q, k, v, pre, post, post_bias)[0]
 
-    def keep(*arguments: Any) -> tuple[Any, Any]:
-        q, k, v, pre, _, post, post_bias = arguments
+    def keep(
+        q: Any, k: Any, v: Any, pre: Any, pre_bias: Any, post: Any, post_bias: Any
+    ) -> tuple[Any, Any]:
         out, kept = forward(q, k, v, pre, post, post_bias)
-        return out, (arguments, kept)
+        return out, (kept, pre, pre_bias, post, post_bias)
 
     def gradients(residuals: Any, gradient: Any) -> tuple[Any, ...]:
-        (q, k, v, pre, pre_bias, post, post_bias), kept = residuals
-        dq, dk, dv, d_pre, d_post = backward(q, k, v, pre, post, post_bias, kept, gradient)
-        # The bias adds itself to every weight of a query: to the output, times the sum of all values.
-        wide = jnp.promote_types(v.dtype, jnp.float32)
-        values, errors = v.sum(axis=1, dtype=wide), gradient.sum(axis=1, dtype=wide)
-        d_post_bias = (values * errors).sum(axis=(0, 2))
+        kept, pre, pre_bias, post, post_bias = residuals
+        *by_token, d_pre, d_post, d_bias = backward(kept, pre, post, post_bias, gradient)
         return (
-            dq,
-            dk,
-            dv,
+            *by_token,
             d_pre.sum(axis=0).astype(pre.dtype),
             jnp.zeros_like(pre_bias),
             d_post.sum(axis=0).astype(post.dtype),
-            d_post_bias.astype(post_bias.dtype),
+            d_bias.sum(axis=0).astype(post_bias.dtype),
         )
 
     attention.defvjp(keep, gradients)

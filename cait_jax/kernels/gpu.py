@@ -26,7 +26,7 @@ def forward(
     """The attention, as `talking_heads_attention` has it; without `pre_bias`, as nothing hangs on it.
 
     Args:
-      q: (batch, tokens, heads, dim), scaled.
+      q: (batch, tokens, heads, dim).
       k: likewise.
       v: likewise.
       pre_weight: (from, to).
@@ -36,7 +36,8 @@ def forward(
       interpret: whether Pallas computes it without a GPU.
 
     Returns:
-      The output, and the logarithm of each softmax's sum, (batch, heads, tokens with padding) float32.
+      The output, and what `backward` needs: q, k, v and the logarithm of each softmax's sum, (batch, heads,
+      tokens with padding) float32.
     """
     batch, tokens, heads, dim = q.shape
     flat = [_padded(x) for x in (q, k, v)]
@@ -55,27 +56,25 @@ def forward(
         interpret=interpret,
         name="talking_heads",
     )(*map(_wide, (pre_weight, post_weight, post_bias)), *flat)
-    return out[:, :tokens, :, :dim], sums
+    return out[:, :tokens, :, :dim], (q, k, v, sums)
 
 
 def backward(
-    q: Any, k: Any, v: Any, pre_weight: Any, post_weight: Any, post_bias: Any, sums: Any, gradient: Any, *,
+    kept: tuple[Any, ...], pre_weight: Any, post_weight: Any, post_bias: Any, gradient: Any, *,
     precision: Any, interpret: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Gradients of q, k, v and both weights, the weights' by image: (batch, heads, heads) float32.
+    """Gradients of q, k and v, and by image, in float32, those of `pre_weight`, `post_weight` and `post_bias`.
 
     Args:
-      q: as for `forward`, with the next five.
-      k: likewise.
-      v: likewise.
-      pre_weight: likewise.
+      kept: of `forward`.
+      pre_weight: as for `forward`, with the next two.
       post_weight: likewise.
       post_bias: likewise.
-      sums: of `forward`.
       gradient: of the output.
       precision: of matrix products.
       interpret: whether Pallas computes it without a GPU.
     """
+    q, k, v, sums = kept
     batch, tokens, heads, dim = q.shape
     flat = [_padded(x) for x in (q, k, v, gradient)]
     _, padded, _, wide = flat[0].shape
@@ -112,7 +111,10 @@ def backward(
         **options,
     )(*weights, *flat, sums, dots)
     by_token = (x[:, :tokens, :, :dim] for x in (dq, dk, dv))
-    return *by_token, *(x.sum(axis=1)[:, :heads, :heads] for x in (d_pre, d_post))
+    by_head = (x.sum(axis=1)[:, :heads, :heads] for x in (d_pre, d_post))
+    # The bias adds itself to every weight of a query: to the output, times the sum of all values.
+    values, errors = (x.sum(axis=1, dtype=jnp.float32) for x in (v, gradient))
+    return *by_token, *by_head, (values * errors).sum(axis=-1)
 
 
 def _wide(weight: Any) -> Any:

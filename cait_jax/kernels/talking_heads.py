@@ -55,7 +55,7 @@ def talking_heads_attention(
     keys, and the output is `(sum_g p[g] * post_weight[g, f] + post_bias[f]) @ v[f]`. Maps are float32 or wider.
 
     Args:
-      q: queries, already scaled.
+      q: queries, already scaled where `pre_weight` is not.
       k: keys.
       v: values.
       pre_weight: (from, to).

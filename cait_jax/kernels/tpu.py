@@ -42,6 +42,11 @@ class Tiling:
     dim: int
 
     @property
+    def width(self) -> int:
+        """Channels of all heads."""
+        return self.heads * self.dim
+
+    @property
     def padded(self) -> int:
         """Tokens with those that fill up the last tile."""
         return self.queries * self.tiles
@@ -51,9 +56,16 @@ class Tiling:
         """Queries of a tile, in whole registers."""
         return -(-self.queries // ROWS) * ROWS
 
-    def of_head(self, head: int) -> slice:
-        """The channels of a head."""
-        return slice(head * self.dim, (head + 1) * self.dim)
+    def queries_of(self, tile: Any) -> Any:
+        """The rows of a tile among all tokens."""
+        if self.tiles == 1:
+            return slice(None)
+        return pl.ds(pl.multiple_of(tile * self.queries, ROWS), self.queries)
+
+    def of_head(self, head: int, part: int = 0) -> slice:
+        """The channels of a head; with all side by side, part 0 is of queries, 1 of keys, 2 of values."""
+        start = part * self.width + head * self.dim
+        return slice(start, start + self.dim)
 
 
 def tiling(tokens: int, heads: int, dim: int, arrays: int) -> Tiling:
@@ -80,11 +92,11 @@ def tiling(tokens: int, heads: int, dim: int, arrays: int) -> Tiling:
 def forward(
     q: Any, k: Any, v: Any, pre_weight: Any, post_weight: Any, post_bias: Any, *, precision: Any,
     interpret: bool,
-) -> tuple[Any, None]:  # fmt: skip
+) -> tuple[Any, Any]:  # fmt: skip
     """The attention, as `talking_heads_attention` has it; without `pre_bias`, as nothing hangs on it.
 
     Args:
-      q: (batch, tokens, heads, dim), scaled.
+      q: (batch, tokens, heads, dim).
       k: likewise.
       v: likewise.
       pre_weight: (from, to).
@@ -94,77 +106,72 @@ def forward(
       interpret: whether Pallas computes it without a TPU.
 
     Returns:
-      The output, and what `backward` needs beside the arguments: nothing.
+      The output, and what `backward` needs: q, k and v side by side, (batch, tokens, 3 * heads * dim).
     """
     batch, tokens, heads, dim = q.shape
     cut = tiling(tokens, heads, dim, arrays=3)
-    tile, whole = _blocks(cut)
-    kernel = functools.partial(_forward_kernel, cut=cut, precision=precision)
+    packed = jnp.concatenate([x.reshape(batch, tokens, cut.width) for x in (q, k, v)], axis=-1)
     out = pl.pallas_call(
-        kernel,
+        functools.partial(_forward_kernel, cut=cut, precision=precision),
         grid=(batch, cut.tiles),
-        in_specs=[_SCALARS, _SCALARS, _SCALARS, tile, whole, whole],
-        out_specs=tile,
-        out_shape=jax.ShapeDtypeStruct((batch, cut.padded, heads * dim), v.dtype),
+        in_specs=[_SCALARS, _SCALARS, _SCALARS, _image(cut)],
+        out_specs=_tile(cut),
+        out_shape=jax.ShapeDtypeStruct((batch, cut.padded, cut.width), v.dtype),
         scratch_shapes=[pltpu.VMEM((heads, cut.rows, cut.padded), jnp.float32)],
         cost_estimate=cost_estimate(q.shape, v.dtype, backward=False),
         compiler_params=_parameters(),
         interpret=interpret,
         name="talking_heads",
-    )(*map(_scalars, (pre_weight, post_weight, post_bias)), *(_flat(x, cut) for x in (q, k, v)))
-    return out[:, :tokens].reshape(q.shape), None
+    )(*map(_scalars, (pre_weight, post_weight, post_bias)), _filled(packed, cut))
+    return out[:, :tokens].reshape(q.shape), packed
 
 
 def backward(
-    q: Any, k: Any, v: Any, pre_weight: Any, post_weight: Any, post_bias: Any, kept: None, gradient: Any, *,
-    precision: Any, interpret: bool,
+    packed: Any, pre_weight: Any, post_weight: Any, post_bias: Any, gradient: Any, *, precision: Any,
+    interpret: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Gradients of q, k, v and both weights, the weights' by image: (batch, heads, heads) float32.
+    """Gradients of q, k and v, and by image, in float32, those of `pre_weight`, `post_weight` and `post_bias`.
 
     Args:
-      q: as for `forward`, with the next five.
-      k: likewise.
-      v: likewise.
-      pre_weight: likewise.
+      packed: of `forward`.
+      pre_weight: as for `forward`, with the next two.
       post_weight: likewise.
       post_bias: likewise.
-      kept: of `forward`.
       gradient: of the output, (batch, tokens, heads, dim).
       precision: of matrix products.
       interpret: whether Pallas computes it without a TPU.
     """
-    del kept
-    batch, tokens, heads, dim = q.shape
+    batch, tokens, heads, dim = gradient.shape
     cut = tiling(tokens, heads, dim, arrays=4)
-    tile, whole = _blocks(cut)
-    by_image = pl.BlockSpec((1, heads, heads), lambda b, i: (b, 0, 0), memory_space=pltpu.SMEM)
-    flat = (batch, cut.padded, heads * dim)
+    square, row = (heads, heads), (1, heads)
+    by_image = [
+        pl.BlockSpec((1, *shape), lambda b, i: (b, 0, 0), memory_space=pltpu.SMEM)
+        for shape in (square, square, row)
+    ]
     maps = pltpu.VMEM((heads, cut.rows, cut.padded), jnp.float32)
-    sums = pltpu.VMEM((heads, heads, ROWS, LANES), jnp.float32)
-    *by_token, d_pre, d_post = pl.pallas_call(
+    by_key = pltpu.VMEM((cut.padded, cut.width), jnp.float32)
+    sums = [pltpu.VMEM((*shape, ROWS, LANES), jnp.float32) for shape in (square, square, (heads,))]
+    by_token, d_pre, d_post, d_bias = pl.pallas_call(
         functools.partial(_backward_kernel, cut=cut, precision=precision),
         grid=(batch, cut.tiles),
-        in_specs=[_SCALARS, _SCALARS, _SCALARS, tile, whole, whole, tile],
-        out_specs=[tile, whole, whole, by_image, by_image],
+        in_specs=[_SCALARS, _SCALARS, _SCALARS, _image(cut), _tile(cut)],
+        out_specs=[_image(cut), *by_image],
         out_shape=[
-            *(jax.ShapeDtypeStruct(flat, x.dtype) for x in (q, k, v)),
-            *(jax.ShapeDtypeStruct((batch, heads, heads), jnp.float32),) * 2,
+            jax.ShapeDtypeStruct((batch, cut.padded, 3 * cut.width), packed.dtype),
+            *(jax.ShapeDtypeStruct((batch, *x), jnp.float32) for x in (square, square, row)),
         ],
-        scratch_shapes=[
-            maps, maps, maps,
-            pltpu.VMEM((cut.padded, heads * dim), jnp.float32),
-            pltpu.VMEM((cut.padded, heads * dim), jnp.float32),
-            sums, sums,
-        ],
-        cost_estimate=cost_estimate(q.shape, v.dtype, backward=True),
+        scratch_shapes=[maps, maps, maps, by_key, by_key, *sums],
+        cost_estimate=cost_estimate(gradient.shape, packed.dtype, backward=True),
         compiler_params=_parameters(),
         interpret=interpret,
         name="talking_heads_gradient",
     )(
         *map(_scalars, (pre_weight, post_weight, post_bias)),
-        *(_flat(x, cut) for x in (q, k, v, gradient)),
-    )  # fmt: skip
-    return *(x[:, :tokens].reshape(q.shape) for x in by_token), d_pre, d_post
+        _filled(packed, cut),
+        _filled(gradient.reshape(batch, tokens, cut.width), cut),
+    )
+    parts = jnp.split(by_token[:, :tokens], 3, axis=-1)
+    return *(x.reshape(gradient.shape) for x in parts), d_pre, d_post, d_bias[:, 0]
 
 
 def cost_estimate(shape: tuple[int, ...], dtype: Any, *, backward: bool) -> pl.CostEstimate:
@@ -181,7 +188,8 @@ def cost_estimate(shape: tuple[int, ...], dtype: Any, *, backward: bool) -> pl.C
     products, mixtures = (5, 6) if backward else (2, 2)
     arrays = 4 + 3 if backward else 3 + 1
     one = batch * tokens * heads * dim * jnp.dtype(dtype).itemsize
-    scalars = (2 * heads + 1) * heads * 4 + (2 * batch * heads * heads * 4 if backward else 0)
+    weights = (2 * heads + 1) * heads * 4
+    scalars = weights + (batch * weights if backward else 0)
     return pl.CostEstimate(
         flops=2 * pairs * (products * dim + mixtures * heads),
         transcendentals=pairs,
@@ -202,17 +210,18 @@ def _parameters() -> Any:
     )
 
 
-def _blocks(cut: Tiling) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-    """One tile of queries; all keys, fetched once an image."""
-    width = cut.heads * cut.dim
-    tile = pl.BlockSpec((1, cut.queries, width), lambda b, i: (b, i, 0))
-    whole = pl.BlockSpec((1, cut.padded, width), lambda b, i: (b, 0, 0))
-    return tile, whole
+def _image(cut: Tiling) -> pl.BlockSpec:
+    """Queries, keys and values of an image, moved once."""
+    return pl.BlockSpec((1, cut.padded, 3 * cut.width), lambda b, i: (b, 0, 0))
 
 
-def _flat(x: Any, cut: Tiling) -> Any:
-    """(batch, tokens, heads, dim) to (batch, padded, heads * dim), in which no lane is wasted on a head's end."""
-    x = x.reshape(*x.shape[:2], -1)
+def _tile(cut: Tiling) -> pl.BlockSpec:
+    """What belongs to a tile of queries."""
+    return pl.BlockSpec((1, cut.queries, cut.width), lambda b, i: (b, i, 0))
+
+
+def _filled(x: Any, cut: Tiling) -> Any:
+    """With as many tokens as the tiles have."""
     return jnp.pad(x, ((0, 0), (0, cut.padded - cut.tokens), (0, 0)))
 
 
@@ -228,12 +237,13 @@ def _softmaxes(weight: Any, logits: list[Any], cut: Tiling) -> list[Any]:
 
 
 def _forward_kernel(
-    pre: Any, post: Any, post_bias: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, maps: Any, *,
-    cut: Tiling, precision: Any,
+    pre: Any, post: Any, post_bias: Any, packed_ref: Any, out_ref: Any, maps: Any, *, cut: Tiling,
+    precision: Any,
 ) -> None:  # fmt: skip
+    queries = cut.queries_of(pl.program_id(1))
     for head in range(cut.heads):
-        part = cut.of_head(head)
-        maps[head, : cut.queries] = dot(q_ref[0, :, part], k_ref[0, :, part], (1, 1), precision)
+        q, k = packed_ref[0, queries, cut.of_head(head)], packed_ref[0, :, cut.of_head(head, 1)]
+        maps[head, : cut.queries] = dot(q, k, (1, 1), precision)
 
     def mix_rows(group: Any, carry: None) -> None:
         rows = pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)
@@ -244,10 +254,9 @@ def _forward_kernel(
 
     jax.lax.fori_loop(0, cut.rows // ROWS, mix_rows, None)
     for head in range(cut.heads):
-        part = cut.of_head(head)
-        weights = _hide_keys(maps[head, : cut.queries], cut).astype(v_ref.dtype)
-        out = dot(weights, v_ref[0, :, part], (1, 0), precision)
-        out_ref[0, :, part] = out.astype(out_ref.dtype)
+        weights = _hide_keys(maps[head, : cut.queries], cut).astype(packed_ref.dtype)
+        out = dot(weights, packed_ref[0, :, cut.of_head(head, 2)], (1, 0), precision)
+        out_ref[0, :, cut.of_head(head)] = out.astype(out_ref.dtype)
 
 
 def _hide_keys(maps: Any, cut: Tiling) -> Any:
@@ -259,21 +268,26 @@ def _hide_keys(maps: Any, cut: Tiling) -> Any:
 
 
 def _backward_kernel(
-    pre: Any, post: Any, post_bias: Any, q_ref: Any, k_ref: Any, v_ref: Any, gradient_ref: Any,
-    dq_ref: Any, dk_ref: Any, dv_ref: Any, dpre_ref: Any, dpost_ref: Any,
-    logits: Any, mixed: Any, d_maps: Any, dk: Any, dv: Any, d_pre: Any, d_post: Any, *,
+    pre: Any, post: Any, post_bias: Any, packed_ref: Any, gradient_ref: Any,
+    d_packed_ref: Any, dpre_ref: Any, dpost_ref: Any, dbias_ref: Any,
+    logits: Any, mixed: Any, d_maps: Any, dk: Any, dv: Any, d_pre: Any, d_post: Any, d_bias: Any, *,
     cut: Tiling, precision: Any,
 ) -> None:  # fmt: skip
     tile, heads = pl.program_id(1), range(cut.heads)
+    queries = cut.queries_of(tile)
+
+    def parts(head: int) -> tuple[Any, ...]:
+        q = packed_ref[0, queries, cut.of_head(head)]
+        k, v = (packed_ref[0, :, cut.of_head(head, part)] for part in (1, 2))
+        return q, k, v, gradient_ref[0, :, cut.of_head(head)]
 
     @pl.when(tile == 0)
     def _start() -> None:
-        for total in (dk, dv, d_pre, d_post):
+        for total in (dk, dv, d_pre, d_post, d_bias):
             total[...] = jnp.zeros_like(total)
 
     for head in heads:
-        part = cut.of_head(head)
-        q, k, v, gradient = (ref[0, :, part] for ref in (q_ref, k_ref, v_ref, gradient_ref))
+        q, k, v, gradient = parts(head)
         logits[head, : cut.queries] = dot(q, k, (1, 1), precision)
         d_maps[head, : cut.queries] = dot(gradient, v, (1, 1), precision)
 
@@ -291,6 +305,7 @@ def _backward_kernel(
             d_softmax = mixture(post, d_mixed, head, transposed=True)
             both = softmaxes[head] * d_softmax
             d_logits.append(both - softmaxes[head] * both.sum(axis=1, keepdims=True))
+            d_bias[head] += _folded(d_mixed[head])
             for to in heads:
                 d_post[head, to] += _folded(softmaxes[head] * d_mixed[to])
         for head in heads:
@@ -301,19 +316,22 @@ def _backward_kernel(
 
     jax.lax.fori_loop(0, cut.rows // ROWS, mix_rows, None)
     for head in heads:
-        part = cut.of_head(head)
-        q, k, gradient = (ref[0, :, part] for ref in (q_ref, k_ref, gradient_ref))
+        q, k, _, gradient = parts(head)
+        channels = cut.of_head(head)
         d_logits = d_maps[head, : cut.queries].astype(q.dtype)
         weights = mixed[head, : cut.queries].astype(gradient.dtype)
-        dq_ref[0, :, part] = dot(d_logits, k, (1, 0), precision).astype(dq_ref.dtype)
-        dk[:, part] += dot(d_logits, q, (0, 0), precision)
-        dv[:, part] += dot(weights, gradient, (0, 0), precision)
+        dq = dot(d_logits, k, (1, 0), precision)
+        d_packed_ref[0, queries, channels] = dq.astype(d_packed_ref.dtype)
+        dk[:, channels] += dot(d_logits, q, (0, 0), precision)
+        dv[:, channels] += dot(weights, gradient, (0, 0), precision)
 
     @pl.when(tile == cut.tiles - 1)
     def _finish() -> None:
-        dk_ref[0] = dk[...].astype(dk_ref.dtype)
-        dv_ref[0] = dv[...].astype(dv_ref.dtype)
+        for part, total in ((1, dk), (2, dv)):
+            channels = slice(part * cut.width, (part + 1) * cut.width)
+            d_packed_ref[0, :, channels] = total[...].astype(d_packed_ref.dtype)
         for head in heads:
+            dbias_ref[0, 0, head] = jnp.sum(d_bias[head])
             for to in heads:
                 dpre_ref[0, head, to] = jnp.sum(d_pre[head, to])
                 dpost_ref[0, head, to] = jnp.sum(d_post[head, to])

@@ -67,14 +67,15 @@ class SelfAttention(nn.Module):
         head_dim = width // self.num_heads
         numerics = self.residual.numerics
 
-        # Scaled before heads are told apart: on TPUs an array with head_dim 48 last is filled up to 128.
+        scale = head_dim**-0.5
+        # Parted before heads are told apart: on TPUs an array with head_dim 48 last is filled up to 128.
         q, k, v = jnp.split(self.residual.linear(x, 3 * width, "qkv"), 3, axis=-1)
-        q, k, v = (
-            part.reshape(batch, tokens, self.num_heads, head_dim)
-            for part in (q * head_dim**-0.5, k, v)
-        )
+        if not self.talking_heads:
+            q = q * scale
+        q, k, v = (part.reshape(batch, tokens, self.num_heads, head_dim) for part in (q, k, v))
         if self.talking_heads:
-            pre = HeadMixing(self.num_heads, numerics, name="proj_l").weights()
+            pre_weight, pre_bias = HeadMixing(self.num_heads, numerics, name="proj_l").weights()
+            pre = pre_weight * scale, pre_bias  # a few numbers are scaled instead of every query
             post = HeadMixing(self.num_heads, numerics, name="proj_w").weights()
         dropped = self.attention_dropout > 0.0 and example_ids is not None
         recorded = self.is_initializing() or self.is_mutable_collection("intermediates")
@@ -86,7 +87,7 @@ class SelfAttention(nn.Module):
             out = checkpoint_name(out, PRODUCT)
         else:
             maps = attention_logits(q, k, numerics.precision)
-            record(self, "logits", maps)
+            record(self, "logits", maps * scale if self.talking_heads else maps)
             if self.talking_heads:
                 maps = mix_heads(maps, *pre, numerics.precision)
                 record(self, "mixed_logits", maps)

@@ -18,8 +18,9 @@ Share = float | Float[Array, ""]
 # Marks what a matrix product gave, for `remat="elementwise"`.
 PRODUCT = "product"
 LINEAR_INIT = nn.initializers.normal(stddev=0.02)
-# Going back it is computed anew from what went in: its own derivative keeps two float32 arrays as large.
-LayerNorm: Any = nn.remat(nn.LayerNorm, prevent_cse=False)
+# Going back it is computed anew from what went in, fetched once: its own derivative keeps two float32 arrays as
+# large. (Common subexpressions are left apart, or TPU's compiler fetches the input for each use.)
+LayerNorm: Any = nn.remat(nn.LayerNorm)
 
 
 @dataclasses.dataclass(frozen=True)
