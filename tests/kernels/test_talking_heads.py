@@ -262,6 +262,16 @@ def test_lean_keeps_no_maps_for_the_backward_pass(implementation, kept, small_ca
     assert any(leaf.shape[-3:] == (4, 20, 20) for leaf in jax.tree.leaves(backward)) == kept
 
 
+def test_the_tpus_kernel_keeps_one_array_by_token():
+    """Queries, keys and values side by side, of which little is filled up to whole lanes."""
+    given = arguments(20, 4, batch=2)
+    kept = jax.eval_shape(
+        lambda *given: jax.vjp(attention("pallas_tpu_interpreted"), *given)[1], *given
+    )
+    by_token = [leaf.shape for leaf in jax.tree.leaves(kept) if 20 in leaf.shape]
+    assert by_token == [(2, 20, 3 * 4 * 48)]
+
+
 def kernels_of(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":

@@ -11,6 +11,7 @@ from cait_jax import create_model, forward_intermediates
 from cait_jax.models.cait import CaiT
 from cait_jax.models.cost import macs_of
 from cait_jax.models.layers import keep_mask
+from cait_jax.models.mlp import Mlp
 from cait_jax.models.stacking import stack_blocks, unstack_blocks
 
 NAME = "cait_nano4_patch4_8"
@@ -414,6 +415,15 @@ def test_remat_changes_no_gradient_with_dropout_on(params, remat, stacked):
 
     # Norms and GELU alone are always computed anew, which costs no product.
     assert (products(model) > products(model.clone(remat="none"))) == (remat != "none")
+
+
+def test_an_mlp_keeps_what_went_in_and_its_wide_product_alone():
+    """With JAX's own derivative of GELU it would be five arrays as wide."""
+    mlp, x = Mlp(hidden=40), jnp.ones((2, 5, 10))
+    variables = mlp.init(jax.random.key(0), x)
+    kept = jax.eval_shape(lambda *given: jax.vjp(mlp.apply, *given)[1], variables, x)
+    by_token = [leaf.shape for leaf in jax.tree.leaves(kept) if leaf.shape[:2] == (2, 5)]
+    assert sorted(by_token) == [(2, 5, 10), (2, 5, 40)]
 
 
 def test_stacking_is_undone_by_unstacking(params):

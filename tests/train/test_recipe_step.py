@@ -71,10 +71,9 @@ WHOLE = Recipe(
 
 def test_the_whole_recipe_is_the_same_on_any_devices_and_in_micro_batches():
     one, *_ = one_step(small(), WHOLE)
-    for devices, accumulate in ((8, 1), (2, 4)):
-        other, *_ = one_step(small(), WHOLE, devices, accumulate)
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert other["accuracy"] == one["accuracy"]
+    other, *_ = one_step(small(), WHOLE, devices=4, accumulate=2)
+    assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert other["accuracy"] == one["accuracy"]
     plain, *_ = one_step(small(), Recipe(cross_entropy, mean=MEAN, std=STD))
     assert abs(plain["loss"] - one["loss"]) > 1e-3
 
