@@ -156,7 +156,7 @@ def compiled_step(config, devices=None):
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_under_fsdp_parameters_are_gathered_one_by_one(stacked):
-    """No gathered array holds more than one layer. A loop and an MLP gather anew going back; XLA keeps the others."""
+    """No gathered array holds more than one layer. Loops and MLPs gather anew going back; XLA keeps the others."""
     text, state = compiled_step(small(mesh=(1, 8, 1), depth=4, stacked=stacked))
     exchanged = collectives(read_program(text))
     gathered = [each for each in exchanged if each.kind == "all-gather"]
