@@ -13,8 +13,8 @@ class Largest:
     Attributes:
       batch: images on each chip; 0 if not even one of the sizes tried fits.
       memory: bytes it takes on each chip.
-      fixed: bytes that do not depend on the batch, as fitted.
-      by_image: bytes for each image, as fitted.
+      fixed: bytes that do not depend on the batch, by the line from the smallest size tried to this one.
+      by_image: bytes for each image, likewise.
     """
 
     batch: int
@@ -50,7 +50,9 @@ def largest_batch(
         known[wanted] = memory_of(wanted)
     fitting = [size for size, memory in known.items() if memory <= capacity]
     best = max(fitting, default=0)
-    fixed, by_image = _line(known, capacity)
+    # Near the capacity a compiler tries harder, and at times needs less for more images.
+    plain = {size: memory for size, memory in known.items() if size in (best, min(known))}
+    fixed, by_image = _line(plain if len(plain) == 2 else known, capacity)
     return Largest(best, known.get(best, 0.0), fixed, by_image)
 
 

@@ -107,6 +107,19 @@ def test_a_compiler_that_saves_near_the_limit_is_asked_again():
     assert memory_of(found.batch) <= 300 < memory_of(found.batch + 3)
 
 
+def test_an_image_takes_what_it_takes_far_from_the_limit():
+    """XS24 on v5e, in MB: refused at 339 images and, needing more, at 336."""
+
+    def memory_of(batch):
+        return {339: 17_480.0, 335: 17_530.0, 336: 17_530.0, 328: 15_480.0}.get(
+            batch, 47.88 * batch + 678
+        )
+
+    found = largest_batch(memory_of, 16_910.0, 32)
+    assert 326 <= found.batch < 335
+    assert 40 < found.by_image < 60
+
+
 def test_nothing_fits():
     assert largest_batch(lambda batch: 1000.0 + batch, 500.0, 8).batch == 0
 
