@@ -17,10 +17,12 @@ _KERNELS = {
     "pallas_gpu": ("gpu", False),
     "pallas_gpu_interpreted": ("gpu", True),
 }
-IMPLEMENTATIONS = ("xla", "xla_lean", "xla_chunked", *_KERNELS)
+IMPLEMENTATIONS = ("xla", "xla_lean", "xla_by_image", *_KERNELS)
 # By platform; what is not named here has none that is known to be better.
-_DEFAULTS = {"tpu": "pallas_tpu", "cpu": "xla_chunked"}
-CACHE_BYTES = 2**20  # for the maps of the images that are done at a time
+_DEFAULTS = {"tpu": "pallas_tpu", "cpu": "xla_by_image"}
+SMALL_MAPS = (
+    1024  # numbers in an image's maps, up to which a turn of a loop takes longer than it saves
+)
 
 ByToken = Float[Array, "batch tokens heads dim"]
 ByQuery = Float[Array, "batch queries heads dim"]
@@ -63,8 +65,8 @@ def talking_heads_attention(
       post_weight: (from, to).
       post_bias: by head.
       implementation: `"xla"`: plain. `"xla_lean"`: plain, and nothing of size (heads, queries, keys) is kept for
-        the backward pass, which computes it anew. `"xla_chunked"`: likewise, a few images at a time, so that
-        their maps stay in a CPU's cache; plain where all of them do. `"pallas_tpu"`, `"pallas_gpu"`: kernels in
+        the backward pass, which computes it anew. `"xla_by_image"`: likewise, one image at a time, so that its
+        maps stay in a CPU's cache; plain where maps are small. `"pallas_tpu"`, `"pallas_gpu"`: kernels in
         which nothing of that size leaves the chip; with `_interpreted`, computed by XLA on any device, slowly,
         to test them. None: what `default_implementation` says of JAX's default backend.
       precision: of matrix products, as in `jax.lax.dot_general`.
@@ -87,12 +89,12 @@ def talking_heads_attention(
             return _plain(*arguments, precision=precision)
 
         return lean(q, k, v, *weights)
-    batch, tokens, heads, _ = q.shape
-    if implementation == "xla_chunked":
-        if chunk_size(batch, tokens, heads) == batch:
+    if implementation == "xla_by_image":
+        _, tokens, heads, _ = q.shape
+        if heads * tokens**2 <= SMALL_MAPS:
             return _plain(q, k, v, *weights, precision=precision)
-        chunked = functools.partial(_chunked, precision=precision)
-        return by_device(chunked, 3)(q, k, v, *weights)
+        by_image = functools.partial(_by_image, precision=precision)
+        return by_device(by_image, 3)(q, k, v, *weights)
     if implementation not in _KERNELS:
         raise ValueError(
             f"unknown implementation of attention {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
@@ -101,32 +103,6 @@ def talking_heads_attention(
     return fused_attention(
         q, k, v, *weights, platform=platform, precision=precision, interpret=interpret
     )
-
-
-def chunk_size(batch: int, tokens: int, heads: int) -> int:
-    """Images whose maps fit `CACHE_BYTES`: the largest part of a batch, and one image at least.
-
-    Args:
-      batch: images.
-      tokens: of each.
-      heads: number of heads.
-    """
-    most = max(1, CACHE_BYTES // (heads * tokens * tokens * 4))
-    return max(size for size in range(1, min(batch, most) + 1) if batch % size == 0)
-
-
-def _chunked(q: Any, k: Any, v: Any, *weights: Any, precision: Any) -> Any:
-    batch, tokens, heads, dim = q.shape
-    size = chunk_size(batch, tokens, heads)
-    if size == batch:
-        return _plain(q, k, v, *weights, precision=precision)
-
-    @jax.checkpoint
-    def chunk(chunk: Any) -> Any:
-        return _plain(*chunk, *weights, precision=precision)
-
-    chunks = [x.reshape(-1, size, tokens, heads, dim) for x in (q, k, v)]
-    return jax.lax.map(chunk, chunks).reshape(v.shape)
 
 
 def attention_logits(q: ByQuery, k: ByKey, precision: Any = None) -> Maps:
@@ -152,3 +128,28 @@ def _plain(
     logits = mix_heads(attention_logits(q, k, precision), pre_weight, pre_bias, precision)
     maps = mix_heads(jax.nn.softmax(logits, axis=-1), post_weight, post_bias, precision)
     return weighted_sum(maps, v, precision)
+
+
+def _by_image(q: Any, k: Any, v: Any, *weights: Any, precision: Any) -> Any:
+    @jax.checkpoint
+    def image(by_token: Any) -> Any:
+        return _image(*by_token, *weights, precision=precision)
+
+    return jax.lax.map(image, (q, k, v))
+
+
+def _image(
+    q: Any, k: Any, v: Any, pre_weight: Any, pre_bias: Any, post_weight: Any, post_bias: Any, *, precision: Any
+) -> Any:  # fmt: skip
+    """One image, without an axis for it, beside which CPUs mix heads, and back, far more slowly."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+
+    def mix(maps: Any, weight: Any, bias: Any) -> Any:
+        flat = maps.reshape(len(maps), -1)
+        mixed = jnp.matmul(weight.astype(wide).T, flat, precision=precision)
+        return mixed.reshape(maps.shape) + bias.astype(wide)[:, None, None]
+
+    logits = jnp.einsum("qhc,khc->hqk", q, k, precision=precision, preferred_element_type=wide)
+    maps = jax.nn.softmax(mix(logits, pre_weight, pre_bias), axis=-1)
+    maps = mix(maps, post_weight, post_bias).astype(v.dtype)
+    return jnp.einsum("hqk,khc->qhc", maps, v, precision=precision)

@@ -18,7 +18,6 @@ from cait_jax.kernels import (
     talking_heads_attention,
 )
 from cait_jax.kernels import tpu as tpu_kernels
-from cait_jax.kernels.talking_heads import chunk_size
 from cait_jax.models.zoo import create_model, list_models
 from cait_jax.sharding import batch_divided, make_mesh
 
@@ -72,20 +71,24 @@ def distance(found, expected):
 
 
 @pytest.fixture
-def small_cache(monkeypatch):
-    """In which no two images fit, so that all but single ones are done in chunks."""
-    monkeypatch.setattr(talking_heads, "CACHE_BYTES", 1)
+def no_map_is_small(monkeypatch):
+    """So that `xla_by_image` loops over images."""
+    monkeypatch.setattr(talking_heads, "SMALL_MAPS", 0)
 
 
-@pytest.mark.parametrize(("batch", "size"), [(8, 4), (6, 3), (7, 1), (1, 1)])
-def test_chunks_divide_the_batch_and_fit(batch, size):
-    """Four images of 256 tokens and one head fill a mebibyte."""
-    assert chunk_size(batch, 256, 1) == size
-    assert chunk_size(batch, 8, 2) == batch
+@pytest.mark.parametrize(("tokens", "loops"), [(16, False), (17, True)])
+def test_images_are_looped_over_where_maps_are_large(tokens, loops):
+    """Four heads of 16 tokens are 1,024 numbers."""
+    given = arguments(tokens, 4, batch=3)
+    text = str(jax.make_jaxpr(attention("xla_by_image"))(*given))
+    assert ("scan[" in text) == loops
+    assert (f"f32[3,4,{tokens},{tokens}]" in text) == (not loops)
 
 
 @pytest.mark.parametrize(("tokens", "heads"), ZOO + RAGGED)
-@pytest.mark.parametrize("implementation", ["xla", "xla_lean", "pallas_tpu_interpreted"])
+@pytest.mark.parametrize(
+    "implementation", ["xla", "xla_lean", "xla_by_image", "pallas_tpu_interpreted"]
+)
 def test_the_output_is_that_of_the_definition(implementation, tokens, heads):
     given = arguments(tokens, heads)
     found = jax.jit(attention(implementation))(*given)
@@ -99,7 +102,7 @@ def test_the_gpus_output_is_that_of_the_definition(tokens, heads):
     assert distance(found, reference(*given)) < 3e-6
 
 
-@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+@pytest.mark.parametrize("implementation", ["xla", "xla_by_image", *KERNELS])
 def test_in_bfloat16_the_maps_are_still_float32(implementation):
     given = arguments(50, 4, batch=2, dtype=jnp.bfloat16)
     found = jax.jit(attention(implementation, None))(*given)
@@ -115,8 +118,8 @@ def gradients(implementation, given, cotangent, precision="highest"):
 
 
 @pytest.mark.parametrize(("tokens", "heads"), [(196, 4), *RAGGED])
-@pytest.mark.parametrize("implementation", ["xla_lean", "xla_chunked", *KERNELS])
-def test_every_gradient_is_that_of_the_definition(implementation, tokens, heads, small_cache):
+@pytest.mark.parametrize("implementation", ["xla_lean", "xla_by_image", *KERNELS])
+def test_every_gradient_is_that_of_the_definition(implementation, tokens, heads, no_map_is_small):
     given = arguments(tokens, heads, batch=2)
     cotangent = arguments(tokens, heads, batch=2, seed=1)[1]
     with jax.enable_x64(True):
@@ -160,8 +163,8 @@ def test_a_tile_that_is_filled_up_adds_nothing(implementation, monkeypatch):
             assert distance(one, other) < 1e-5, name
 
 
-@pytest.mark.parametrize("implementation", ["xla_chunked", *KERNELS])
-def test_each_device_does_its_own_images(implementation, small_cache):
+@pytest.mark.parametrize("implementation", ["xla_by_image", *KERNELS])
+def test_each_device_does_its_own_images(implementation, no_map_is_small):
     """On a mesh nothing is exchanged but the gradients of the weights; heads stay together."""
     given, cotangent = arguments(18, 4, batch=8, dim=8), arguments(18, 4, batch=8, dim=8, seed=1)[1]
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
@@ -254,9 +257,9 @@ def test_no_array_of_heads_queries_and_keys_is_written(
 
 
 @pytest.mark.parametrize(
-    ("implementation", "kept"), [("xla", True), ("xla_lean", False), ("xla_chunked", False)]
+    ("implementation", "kept"), [("xla", True), ("xla_lean", False), ("xla_by_image", False)]
 )
-def test_lean_keeps_no_maps_for_the_backward_pass(implementation, kept, small_cache):
+def test_lean_keeps_no_maps_for_the_backward_pass(implementation, kept, no_map_is_small):
     given = arguments(20, 4, batch=2)
     backward = jax.eval_shape(lambda *given: jax.vjp(attention(implementation), *given)[1], *given)
     assert any(leaf.shape[-3:] == (4, 20, 20) for leaf in jax.tree.leaves(backward)) == kept
