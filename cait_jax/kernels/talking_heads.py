@@ -1,6 +1,7 @@
 """Talking-heads attention (Shazeer et al., arXiv 2003.02436) as one function with several implementations."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,14 +21,13 @@ _KERNELS = {
 IMPLEMENTATIONS = ("xla", "xla_lean", "xla_by_image", *_KERNELS)
 # By platform; what is not named here has none that is known to be better.
 _DEFAULTS = {"tpu": "pallas_tpu", "cpu": "xla_by_image"}
-SMALL_MAPS = (
-    1024  # numbers in an image's maps, up to which a turn of a loop takes longer than it saves
-)
+# Numbers in an image's maps, up to which a turn of a loop takes longer than it saves.
+SMALL_MAPS = 1024
 
 ByToken = Float[Array, "batch tokens heads dim"]
-ByQuery = Float[Array, "batch queries heads dim"]
-ByKey = Float[Array, "batch keys heads dim"]
-Maps = Float[Array, "batch heads queries keys"]
+ByQuery = Float[Array, "*batch queries heads dim"]
+ByKey = Float[Array, "*batch keys heads dim"]
+Maps = Float[Array, "*batch heads queries keys"]
 
 
 def default_implementation(platform: str) -> str:
@@ -80,19 +80,14 @@ def talking_heads_attention(
     if implementation is None:
         implementation = default_implementation(jax.default_backend())
     weights = (pre_weight, pre_bias, post_weight, post_bias)
-    if implementation == "xla":
+    _, tokens, heads, _ = q.shape
+    small = implementation == "xla_by_image" and heads * tokens**2 <= SMALL_MAPS
+    if implementation == "xla" or small:
         return _plain(q, k, v, *weights, precision=precision)
     if implementation == "xla_lean":
-
-        @jax.checkpoint
-        def lean(*arguments: Any) -> Any:
-            return _plain(*arguments, precision=precision)
-
+        lean = jax.checkpoint(functools.partial(_plain, precision=precision))
         return lean(q, k, v, *weights)
     if implementation == "xla_by_image":
-        _, tokens, heads, _ = q.shape
-        if heads * tokens**2 <= SMALL_MAPS:
-            return _plain(q, k, v, *weights, precision=precision)
         by_image = functools.partial(_by_image, precision=precision)
         return by_device(by_image, 3)(q, k, v, *weights)
     if implementation not in _KERNELS:
@@ -106,9 +101,11 @@ def talking_heads_attention(
 
 
 def attention_logits(q: ByQuery, k: ByKey, precision: Any = None) -> Maps:
-    """Products of queries and keys, (batch, heads, queries, keys), at least float32."""
+    """Products of queries and keys, (..., heads, queries, keys), at least float32."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    return jnp.einsum("bqhc,bkhc->bhqk", q, k, precision=precision, preferred_element_type=wide)
+    return jnp.einsum(
+        "...qhc,...khc->...hqk", q, k, precision=precision, preferred_element_type=wide
+    )
 
 
 def mix_heads(maps: Maps, weight: Any, bias: Any, precision: Any = None) -> Maps:
@@ -119,37 +116,25 @@ def mix_heads(maps: Maps, weight: Any, bias: Any, precision: Any = None) -> Maps
 
 def weighted_sum(maps: Maps, v: ByKey, precision: Any = None) -> ByQuery:
     """Values of the keys, weighted; in the dtype of `v`."""
-    return jnp.einsum("bhqk,bkhc->bqhc", maps.astype(v.dtype), v, precision=precision)
+    return jnp.einsum("...hqk,...khc->...qhc", maps.astype(v.dtype), v, precision=precision)
 
 
 def _plain(
-    q: Any, k: Any, v: Any, pre_weight: Any, pre_bias: Any, post_weight: Any, post_bias: Any, *, precision: Any
+    q: Any, k: Any, v: Any, pre_weight: Any, pre_bias: Any, post_weight: Any, post_bias: Any, *,
+    precision: Any, mix: Callable[..., Any] = mix_heads,
 ) -> Any:  # fmt: skip
-    logits = mix_heads(attention_logits(q, k, precision), pre_weight, pre_bias, precision)
-    maps = mix_heads(jax.nn.softmax(logits, axis=-1), post_weight, post_bias, precision)
+    logits = mix(attention_logits(q, k, precision), pre_weight, pre_bias, precision)
+    maps = mix(jax.nn.softmax(logits, axis=-1), post_weight, post_bias, precision)
     return weighted_sum(maps, v, precision)
 
 
 def _by_image(q: Any, k: Any, v: Any, *weights: Any, precision: Any) -> Any:
-    @jax.checkpoint
-    def image(by_token: Any) -> Any:
-        return _image(*by_token, *weights, precision=precision)
-
-    return jax.lax.map(image, (q, k, v))
+    lean = jax.checkpoint(functools.partial(_plain, precision=precision, mix=_mix_heads_of_one))
+    return jax.lax.map(lambda image: lean(*image, *weights), (q, k, v))
 
 
-def _image(
-    q: Any, k: Any, v: Any, pre_weight: Any, pre_bias: Any, post_weight: Any, post_bias: Any, *, precision: Any
-) -> Any:  # fmt: skip
-    """One image, without an axis for it, beside which CPUs mix heads, and back, far more slowly."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-
-    def mix(maps: Any, weight: Any, bias: Any) -> Any:
-        flat = maps.reshape(len(maps), -1)
-        mixed = jnp.matmul(weight.astype(wide).T, flat, precision=precision)
-        return mixed.reshape(maps.shape) + bias.astype(wide)[:, None, None]
-
-    logits = jnp.einsum("qhc,khc->hqk", q, k, precision=precision, preferred_element_type=wide)
-    maps = jax.nn.softmax(mix(logits, pre_weight, pre_bias), axis=-1)
-    maps = mix(maps, post_weight, post_bias).astype(v.dtype)
-    return jnp.einsum("hqk,khc->qhc", maps, v, precision=precision)
+def _mix_heads_of_one(maps: Any, weight: Any, bias: Any, precision: Any) -> Any:
+    """`mix_heads` of one image without an axis for it, as one product of matrices: CPUs' fastest, and back."""
+    flat = maps.reshape(len(maps), -1)
+    mixed = jnp.matmul(weight.astype(maps.dtype).T, flat, precision=precision)
+    return mixed.reshape(maps.shape) + bias.astype(maps.dtype)[:, None, None]
