@@ -34,3 +34,10 @@ def by_device(function: Callable[..., Any], divided: int) -> Callable[..., Any]:
         )(*arguments)
 
     return mapped
+
+
+def on_every_device(tree: Any) -> Any:
+    """The arrays of a tree, pinned to be replicated over the mesh that is set; unchanged without one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), tree)

@@ -1,7 +1,7 @@
-"""Mixup (Zhang et al., arXiv 1710.09412) and CutMix (Yun et al., arXiv 1905.04899) of a batch with its reverse.
+"""Mixup (Zhang et al., arXiv 1710.09412) and CutMix (Yun et al., arXiv 1905.04899) of a batch, in groups of rows.
 
-One draw holds for the whole batch, and image i of n is paired with image n - 1 - i. So both functions want the
-global batch, before it is cut into micro batches.
+A group shares one draw, and image i of its n is paired with image n - 1 - i, as timm's `Mixup` does with the
+batch of one process. Both functions take the global batch, before it is split into micro batches.
 """
 
 import dataclasses
@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from cait_jax.axes import on_every_device
 from cait_jax.errors import UserError
 
+Images = Float[Array, "batch height width channels"]
 Labels = Int[Array, "batch"]
 
 
@@ -22,8 +24,9 @@ class Mixing:
     Attributes:
       mixup: alpha of mixup, whose lambda is Beta(alpha, alpha); 0 for no mixup.
       cutmix: alpha of CutMix, likewise.
-      probability: that a batch is mixed.
+      probability: that a group is mixed.
       switch: probability of CutMix, where there are both.
+      rows: size of a group, even; the rows that remain form one more group. 0: the whole batch is one group.
 
     Raises:
       UserError: a value is out of range.
@@ -33,6 +36,12 @@ class Mixing:
     cutmix: float = 0.0
     probability: float = 1.0
     switch: float = 0.5
+    rows: int = 0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is ever mixed."""
+        return bool(self.mixup or self.cutmix) and self.probability > 0
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -42,6 +51,11 @@ class Mixing:
         for name, value in (("probability", self.probability), ("switch", self.switch)):
             if not 0 <= value <= 1:
                 raise UserError(f"the {name} of mixing must be from 0 to 1, not {value:g}")
+        if self.rows < 0 or self.rows % 2:
+            raise UserError(
+                f"the rows of mixing must be an even number, or 0 for the whole batch, not {self.rows}: in an "
+                "odd group one image would be mixed with itself"
+            )
 
 
 def soft_labels(
@@ -60,14 +74,14 @@ def soft_labels(
 
 def mix(
     key: PRNGKeyArray,
-    images: Float[Array, "batch height width channels"],
+    images: Images,
     targets: Float[Array, "batch classes"],
     settings: Mixing,
-) -> tuple[Float[Array, "batch height width channels"], Float[Array, "batch classes"]]:
-    """Mixes a global batch with its reverse.
+) -> tuple[Images, Float[Array, "batch classes"]]:
+    """Mixes each group of a global batch with its reverse.
 
     Args:
-      key: the key of the step and purpose.
+      key: the key of the step and purpose; folded with the group's number where there are several.
       images: normalised or not; mixing is linear.
       targets: a distribution over the classes for each image, as by `soft_labels`.
       settings: how to mix.
@@ -75,9 +89,33 @@ def mix(
     Returns:
       The mixed images, of the same dtype, and their targets, mixed in the proportion of the images' pixels.
     """
-    if not (settings.mixup or settings.cutmix):
+    if not settings.enabled:
         return images, targets
-    share, kept = sample_share(key, (images.shape[1], images.shape[2]), settings)
+    count, size = len(images), (images.shape[1], images.shape[2])
+    rows = settings.rows or count
+    if rows >= count:
+        return _mix_group(sample_share(key, size, settings), images, targets)
+    groups, rest = divmod(count, rows)
+    keys = jax.vmap(lambda group: jax.random.fold_in(key, group))(jnp.arange(groups + bool(rest)))
+    # Whole on every device: divided, each turn of a rejection sampler would be an all-reduce.
+    drawn = on_every_device(jax.vmap(lambda key: sample_share(key, size, settings))(keys))
+
+    def grouped(array: Array) -> Array:
+        return array[: groups * rows].reshape(groups, rows, *array.shape[1:])
+
+    of_groups = jax.tree.map(lambda array: array[:groups], drawn)
+    mixed = jax.vmap(_mix_group)(of_groups, grouped(images), grouped(targets))
+    mixed_images, mixed_targets = (array.reshape(-1, *array.shape[2:]) for array in mixed)
+    if rest:
+        of_last = jax.tree.map(lambda array: array[-1], drawn)
+        last_images, last_targets = _mix_group(of_last, images[-rest:], targets[-rest:])
+        mixed_images = jnp.concatenate([mixed_images, last_images])
+        mixed_targets = jnp.concatenate([mixed_targets, last_targets])
+    return mixed_images, mixed_targets
+
+
+def _mix_group(drawn: tuple[Array, Array], images: Array, targets: Array) -> tuple[Array, Array]:
+    share, kept = drawn
     share = share.astype(images.dtype)[None, :, :, None]
     mixed = share * images + (1 - share) * jnp.flip(images, 0)
     return mixed, kept * targets + (1 - kept) * jnp.flip(targets, 0)

@@ -1,9 +1,9 @@
 """Batches as a function of split, seed and step.
 
-Position `p = step * batch_size + row` of training, counted over all processes, is example
+Position `p = step * batch_size + place` of training, counted over all processes, is example
 `permutation(seed, p // n)[p % n // repeats]` of a split of `n` examples, cropped by draws keyed with
-`seed` and `p`. So neither the number of processes nor that of workers changes a batch, and resuming needs
-the step alone.
+`seed` and `p`. Row r of a batch has `place = grouped_positions(batch_size, mix_rows)[r]`: r, without groups. So
+neither the number of processes nor that of workers changes a batch, and resuming needs the step alone.
 """
 
 import functools
@@ -116,6 +116,7 @@ def train_batches(
     crop_ratio: tuple[float, float] = (0.75, 1.3333),
     order: Order | None = None,
     repeats: int = 1,
+    mix_rows: int = 0,
     beside: Mapping[str, np.ndarray] | None = None,
 ) -> Batches:
     """Yields this process's rows of the training batches from `start_step` on, without end.
@@ -139,6 +140,8 @@ def train_batches(
       repeats: how often each example comes in a row, cropped and augmented anew. An epoch stays as long as
         the split, so it holds the first `1 / repeats` of its order (repeated augmentation, Hoffer et
         al., arXiv 1901.09335).
+      mix_rows: rows that will be mixed with each other (`cait_jax.data.mix`): the copies of an image are put into
+        different groups of so many rows. 0: the rows are in order.
       beside: arrays with a row for each example of the split, such as a teacher's recorded logits.
 
     Returns:
@@ -158,7 +161,7 @@ def train_batches(
             f"a batch of {batch_size} examples is larger than the split, which has {count}; "
             f"choose a batch size of at most {count}"
         )
-    rows = Rows(batch_size, process_index, process_count, start_step)
+    rows = Rows(batch_size, process_index, process_count, start_step, mix_rows)
     chosen = Chosen(order or functools.partial(permutation, seed, count=count), count, repeats)
 
     if isinstance(split, InMemory):

@@ -75,8 +75,9 @@ def get_config() -> ConfigDict:
     config.augment.erase = 0.25  # probability that a box becomes noise
     config.augment.mixup = 0.8  # alpha of mixup; 0: none
     config.augment.cutmix = 1.0  # alpha of CutMix; 0: none
-    config.augment.mix_probability = 1.0  # of mixing a batch at all
+    config.augment.mix_probability = 1.0  # of mixing a group of rows at all
     config.augment.mix_switch = 0.5  # of CutMix where there are both
+    config.augment.mix_rows = 0  # rows that share a draw and are mixed, even; 0: the whole batch
 
     config.loss = ConfigDict()
     config.loss.name = "softmax"  # or "binary": each class a yes or no of its own

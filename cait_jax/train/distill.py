@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from cait_jax.errors import UserError
 from cait_jax.models.layers import Images
+from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import Network
 
 Logits = Float[Array, "batch classes"]
@@ -35,8 +36,10 @@ def make_teacher(
 ) -> Teacher:
     """Makes a function from the student's images to the logits of a teacher that learns nothing.
 
-    The teacher sees the same crop, augmented and mixed alike, in its own normalisation and, resized bicubically
-    with antialiasing, at its own size. It runs as in evaluation.
+    The teacher sees the student's augmented and mixed images, in its own normalisation and in evaluation mode. A
+    convolutional teacher sees them at the student's size, as in the published code (`losses.py` of
+    facebookresearch/deit); a transformer, whose positions are of one size, gets them resized to that (bicubic,
+    antialiased).
 
     The function is a pytree (`jax.tree_util.Partial`) that holds the variables as leaves. Give it to a jitted
     function as an argument: closed over, the variables would be constants of the compiled program.
@@ -83,13 +86,14 @@ def make_teacher(
     scale, shift = from_std / to_std, (from_mean - to_mean) / to_std
     unchanged = bool(np.all(scale == 1) and np.all(shift == 0))
     network = model.clone(dtype=jnp.dtype(dtype))
+    any_size = isinstance(network, RegNetY)
 
     def logits_of(variables: Mapping[str, Any], images: Images) -> Logits:
         images = jnp.asarray(images)
         if not unchanged:
             images = _affine(images, scale, shift)
         size = (images.shape[0], *network.image_size, images.shape[-1])
-        if images.shape != size:
+        if images.shape != size and not any_size:
             images = jax.image.resize(images, size, "cubic", antialias=True)
         logits: Any = network.apply(variables, images)
         return jax.lax.stop_gradient(logits)

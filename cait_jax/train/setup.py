@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from cait_jax.data.ahead import Ahead
 from cait_jax.data.augment import Augmentation
 from cait_jax.data.balance import Balanced
 from cait_jax.data.mix import Mixing
+from cait_jax.data.order import copies_in_a_group
 from cait_jax.data.pipeline import Batches, eval_batches, train_batches
 from cait_jax.data.randaugment import parse_policy
 from cait_jax.data.sources import Split, load_split
@@ -42,6 +44,8 @@ from cait_jax.train.phases import Phase, head_then_blocks, in_phases, phase_mask
 from cait_jax.train.start import given_logits, given_params, given_teacher
 from cait_jax.train.state import TrainState, create_state
 from cait_jax.train.step import Recipe, TrainStep, make_train_step
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +104,7 @@ class Setup:
             crop_ratio=tuple(config.augment.crop_aspect),
             order=Balanced(self._labels, config.seed) if config.data.balanced else None,
             repeats=config.data.repeats,
+            mix_rows=config.augment.mix_rows if _mixing(config).enabled else 0,
             beside=None if self.teacher_logits is None else {"teacher": self.teacher_logits},
         )
 
@@ -190,6 +195,7 @@ def set_up(
         devices, data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
     )
     check_batch_size(config.batch_size, batch_parts(mesh), config.optimizer.accumulate)
+    _warn_of_shared_draws(config)
     size = config.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
 
@@ -375,17 +381,41 @@ def _recipe(config: ConfigDict, model: Any, phases: Sequence[Phase]) -> Recipe:
         ),
         erase=augment.erase,
         label_smoothing=config.loss.label_smoothing,
-        mixing=Mixing(
-            mixup=augment.mixup,
-            cutmix=augment.cutmix,
-            probability=augment.mix_probability,
-            switch=augment.mix_switch,
-        ),
+        mixing=_mixing(config),
         trainable=learns,
         sharpness_radius=config.optimizer.sharpness_radius,
         accumulate=config.optimizer.accumulate,
         ema_decay=config.optimizer.ema_decay,
     )
+
+
+def _mixing(config: ConfigDict) -> Mixing:
+    augment = config.augment
+    return Mixing(
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        probability=augment.mix_probability,
+        switch=augment.mix_switch,
+        rows=augment.mix_rows,
+    )
+
+
+def _warn_of_shared_draws(config: ConfigDict) -> None:
+    """Logs how many rows are mixed by one draw with another copy of their image."""
+    if not _mixing(config).enabled:
+        return
+    rows, repeats = config.augment.mix_rows, config.data.repeats
+    shared = copies_in_a_group(config.batch_size, rows, repeats)
+    if shared:
+        _log.warning(
+            "%d of the %d rows of a batch share their mixup or CutMix draw with another copy of their image: "
+            "data.repeats=%d needs as many groups, and augment.mix_rows=%d makes %d",
+            shared,
+            config.batch_size,
+            repeats,
+            rows,
+            -(-config.batch_size // (rows or config.batch_size)),
+        )
 
 
 def abstract_state(setup: Setup) -> Any:

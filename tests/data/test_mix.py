@@ -9,6 +9,8 @@ import pytest
 
 from cait_jax.data.mix import Mixing, cutmix_box, mix, sample_share, soft_labels
 from cait_jax.errors import UserError
+from cait_jax.plan.collectives import collectives
+from cait_jax.plan.program import read_program
 from cait_jax.sharding import make_mesh, over_batch, replicated
 from cait_jax.train.step import mean_over_micro_batches
 
@@ -49,6 +51,36 @@ def test_mixing_is_the_formula():
             np.testing.assert_allclose(found_targets[i], expected, rtol=0, atol=1e-6)
         np.testing.assert_allclose(found.mean(0), batch.mean(0), rtol=0, atol=1e-6)
         np.testing.assert_allclose(found_targets.sum(1), 1, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [8, 10])
+def test_groups_have_draws_of_their_own_and_mix_within(count):
+    settings = Mixing(mixup=0.8, cutmix=1.0, rows=4)
+    batch = images(count)
+    targets = soft_labels(jnp.arange(count) % 5, 5, 0.1)
+    key = jax.random.key(2)
+    found, found_targets = mixed(key, batch, targets, settings)
+    shares_drawn = []
+    for group, start in enumerate(range(0, count, 4)):
+        part = slice(start, min(start + 4, count))
+        share, kept = sample_share(jax.random.fold_in(key, group), (6, 5), settings)
+        shares_drawn.append(float(kept))
+        expected = (
+            share[None, ..., None] * batch[part] + (1 - share[None, ..., None]) * batch[part][::-1]
+        )
+        np.testing.assert_allclose(found[part], expected, rtol=0, atol=1e-6)
+        expected = kept * targets[part] + (1 - kept) * targets[part][::-1]
+        np.testing.assert_allclose(found_targets[part], expected, rtol=0, atol=1e-6)
+    assert len(set(shares_drawn)) == len(shares_drawn)
+
+
+def test_a_group_as_large_as_the_batch_is_the_batch():
+    batch, targets = images(), soft_labels(LABELS, 5)
+    whole = mixed(jax.random.key(4), batch, targets, BOTH)
+    for rows in (8, 12):
+        found = mixed(jax.random.key(4), batch, targets, Mixing(mixup=0.8, cutmix=1.0, rows=rows))
+        for expected, got in zip(whole, found, strict=True):
+            np.testing.assert_array_equal(got, expected)
 
 
 def test_lambda_of_mixup_is_beta():
@@ -105,23 +137,43 @@ def test_nothing_asked_for_changes_nothing():
     assert found_targets is targets
 
 
-def test_one_device_and_eight_mix_alike():
-    batch, targets = images(), soft_labels(LABELS, 5, 0.1)
+@pytest.mark.parametrize("settings", [BOTH, Mixing(mixup=0.8, cutmix=1.0, rows=2)])
+def test_one_device_and_eight_mix_alike(settings):
+    batch, targets = images(16), soft_labels(jnp.tile(LABELS, 2), 5, 0.1)
     mesh = make_mesh()
     assert mesh.size == 8
     rows = over_batch(mesh)
     sharded = jax.jit(
-        functools.partial(mix, settings=BOTH),
+        functools.partial(mix, settings=settings),
         in_shardings=(replicated(mesh), rows, rows),
         out_shardings=(rows, rows),
     )
     for seed in range(4):
         key = jax.random.key(seed)
-        one = mixed(key, batch, targets, BOTH)
+        one = mixed(key, batch, targets, settings)
         eight = sharded(key, jax.device_put(batch, rows), jax.device_put(targets, rows))
         for expected, found in zip(one, eight, strict=True):
             assert len(found.sharding.device_set) == 8
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "local"), [(4, True), (8, True), (16, False), (0, False)])
+def test_groups_within_a_device_are_mixed_without_communication(rows, local):
+    mesh = make_mesh()
+    sharding = over_batch(mesh)
+    sharded = jax.jit(
+        functools.partial(mix, settings=Mixing(mixup=0.8, cutmix=1.0, rows=rows)),
+        in_shardings=(replicated(mesh), sharding, sharding),
+        out_shardings=(sharding, sharding),
+    )
+    with jax.set_mesh(mesh):
+        lowered = sharded.lower(
+            jax.random.key(0),
+            jax.ShapeDtypeStruct((64, 6, 5, 3), jnp.float32),
+            jax.ShapeDtypeStruct((64, 5), jnp.float32),
+        )
+    sent = collectives(read_program(lowered.compile().as_text()))
+    assert (not sent) == local, sent
 
 
 def test_micro_batches_of_a_mixed_batch_hold_what_the_batch_holds():
@@ -157,6 +209,8 @@ def test_the_dtype_of_the_images_stays():
         ({"cutmix": -1.0}, "alpha of cutmix"),
         ({"probability": 1.5}, "probability of mixing must be from 0 to 1, not 1.5"),
         ({"switch": -0.5}, "switch of mixing"),
+        ({"rows": -2}, "even number, or 0 for the whole batch, not -2"),
+        ({"rows": 63}, "even number"),
     ],
 )
 def test_settings_out_of_range(settings, message):

@@ -66,7 +66,9 @@ def test_nothing_is_learnt_through_the_teacher(teacher_model, variables):
     assert not any(leaf.any() for leaf in jax.tree.leaves(of_teacher))
 
 
-def test_a_smaller_image_is_resized_to_a_regnets_size():
+@pytest.mark.parametrize("size", [8, 24])
+def test_a_regnet_sees_the_students_own_images(size):
+    """Also in a run at 384 or 448 pixels with a teacher of 224."""
     model = create_model(
         "regnety_160", image_size=16, w0=8, wa=8.0, wm=2.0, depth=1, group_width=8, num_classes=3
     )
@@ -75,11 +77,20 @@ def test_a_smaller_image_is_resized_to_a_regnets_size():
     variables = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.1, 1, leaf.shape)), template)
     same = {"student_mean": IMAGENET["mean"], "student_std": IMAGENET["std"]}
     teacher = make_teacher(model, variables, **IMAGENET, **same, dtype="float32")
-    images = normalise(jnp.asarray(pixels(8)), *IMAGENET.values())
-    resized = jax.image.resize(images, (2, 16, 16, 3), "cubic", antialias=True)
-    found, expected = teacher(images), model.apply(variables, resized)
+    images = normalise(jnp.asarray(pixels(size)), *IMAGENET.values())
+    found, expected = teacher(images), model.apply(variables, images)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert np.ptp(expected) > 0
+    resized = jax.image.resize(images, (2, 16, 16, 3), "cubic", antialias=True)
+    assert np.abs(model.apply(variables, resized) - expected).max() > 1e-2
+
+
+def test_a_transformer_sees_images_of_its_own_size(teacher_model, variables):
+    same = {"student_mean": IMAGENET["mean"], "student_std": IMAGENET["std"]}
+    teacher = make_teacher(teacher_model, variables, **IMAGENET, **same, dtype="float32")
+    images = normalise(jnp.asarray(pixels(16)), *IMAGENET.values())
+    resized = jax.image.resize(images, (2, 8, 8, 3), "cubic", antialias=True)
+    expected = teacher_model.apply(variables, resized)
+    np.testing.assert_allclose(teacher(images), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_teachers_that_do_not_fit(teacher_model, variables):

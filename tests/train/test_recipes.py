@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from cait_jax import create_model
+from cait_jax.data.order import copies_in_a_group
 from cait_jax.data.sources import Encoded
 from cait_jax.data.synthetic import SyntheticJpegs
 from cait_jax.models.zoo import VARIANTS
@@ -220,3 +221,25 @@ def test_data_sets_are_those_of_tfds(tmp_path):
         features = tfds.builder(name, data_dir=tmp_path).info.features
         assert features["label"].num_classes == DATA[name][0]
         assert features["image"].shape[-1] == DATA[name][1]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_recipe_mixes_copies_of_an_image_by_one_draw(name):
+    config = module(name).get_config()
+    augment = config.augment
+    if augment.mixup or augment.cutmix:
+        assert not copies_in_a_group(config.batch_size, augment.mix_rows, config.data.repeats)
+    if config.data.name == "imagenet2012":
+        assert augment.mix_rows == 64
+
+
+def test_copies_that_share_a_draw_are_logged(caplog):
+    config = module("digits").get_config()
+    config.augment.mixup, config.data.repeats = 0.8, 3
+    config.augment.mix_rows = 32  # two groups of 64 rows
+    set_up(config)
+    assert "42 of the 64 rows of a batch share their mixup or CutMix draw" in caplog.text
+    caplog.clear()
+    config.augment.mix_rows = 20
+    set_up(config)
+    assert not caplog.records
