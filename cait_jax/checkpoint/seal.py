@@ -38,10 +38,23 @@ def seal(path: Path, step: int, metrics: dict[str, float | None]) -> None:
     for directory in (path, *(p for p in path.rglob("*") if p.is_dir())):
         fsync(directory)
     fsync(path.parent)
+    _put_manifest(path, {"step": step, "metrics": metrics, "files": files})
 
-    body = {"step": step, "metrics": metrics, "files": files}
+
+def record_metrics(path: Path, metrics: dict[str, float | None]) -> None:
+    """Replaces the metrics in the manifest of a sealed step.
+
+    Raises:
+      BrokenError: the step is not sealed.
+      OSError: if the disk refuses; the manifest is as it was then.
+    """
+    _put_manifest(path, {**read_manifest(path), "metrics": metrics})
+
+
+def _put_manifest(path: Path, body: dict[str, Any]) -> None:
     temporary = path / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({"sha256": _digest(body), **body}, indent=1), encoding="utf-8")
+    text = json.dumps({"sha256": _digest(body), **body}, indent=1, allow_nan=False)
+    temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
     temporary.replace(path / MANIFEST)
     fsync(path)

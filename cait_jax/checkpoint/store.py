@@ -36,6 +36,7 @@ from cait_jax.checkpoint.seal import (
     is_sealed,
     one_line,
     read_manifest,
+    record_metrics,
     seal,
 )
 from cait_jax.errors import UserError
@@ -157,6 +158,38 @@ class Checkpoints:
             target=self._finish, args=(manager, step, values), name="checkpoint_seal", daemon=True
         )
         self._thread.start()
+
+    def record(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Adds the metrics of the step that was saved or restored last, once it is sealed.
+
+        So a state can be saved before it is evaluated. Returns at once; a failure is raised by the next `save`,
+        `wait` or `close`.
+
+        Args:
+          step: its number.
+          metrics: of this step, replacing those given to `save`.
+        """
+        if jax.process_index() != 0:
+            return
+        values, saving = _finite(metrics), self._thread
+
+        def amend() -> None:
+            if saving is not None:
+                saving.join()
+            if self._failure is None:
+                try:
+                    record_metrics(self._path(step), values)
+                except Exception as error:
+                    self._failure = step, error
+
+        self._thread = threading.Thread(target=amend, name="checkpoint_metrics", daemon=True)
+        self._thread.start()
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The metrics of a sealed step, NaN where one was not finite; empty if none were given."""
+        self._settle()
+        metrics = read_manifest(self._path(step))["metrics"]
+        return {name: math.nan if value is None else value for name, value in metrics.items()}
 
     def latest_step(self) -> int | None:
         """The newest sealed step, by its manifest alone; None without one."""

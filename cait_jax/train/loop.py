@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from cait_jax.train.config import as_json, check_resumable
 from cait_jax.train.interrupt import StopRequest
 from cait_jax.train.processes import check_shared, local_folder
 from cait_jax.train.report import Report, rewind
+from cait_jax.train.resume import check_same_data, describe_data
 from cait_jax.train.setup import Setup, abstract_state, set_up
 from cait_jax.train.state import TrainState
 
@@ -69,16 +70,21 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
     with Checkpoints(
         workdir / "checkpoints", keep=config.checkpoint.keep, best_metric="eval/accuracy"
     ) as checkpoints:
+        data = describe_data(setup.train_split, setup.eval_split)
         if checkpoints.latest_step() is not None:
-            check_resumable(checkpoints.meta()["config"], config, str(workdir))
+            saved = checkpoints.meta()
+            check_resumable(saved["config"], config, str(workdir))
+            check_same_data(saved, data, str(workdir))
         meta: dict[str, Any] = {}
         restored = checkpoints.restore(abstract_state(setup))
         if restored is None:
             start, state = 0, setup.start()
         else:
             start, state, meta = restored
+        # The evaluation that was due when the restored state was saved, unless it was not finished.
+        evaluated = start == 0 or not _evaluates(setup, start) or bool(checkpoints.metrics(start))
         if jax.process_index() == 0:
-            rewind(workdir / "metrics.jsonl", start)
+            rewind(workdir / "metrics.jsonl", start, evaluated=evaluated)
         with Report(
             workdir,
             total_steps=setup.total_steps,
@@ -88,14 +94,27 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
             primary=jax.process_index() == 0,
         ) as report:
             metrics = meta.get("metrics", {})
-            if start >= setup.total_steps:
+            if evaluated and restored is not None and _evaluates(setup, start):
+                metrics = checkpoints.metrics(start)
+            if start >= setup.total_steps and evaluated:
                 report.message(
                     f"the run in {workdir} is finished ({start} steps, {_summary(metrics)}): to start "
                     "anew, give another --workdir or remove this one"
                 )
                 return Run(setup.model, state, metrics, finished=True)
-            report.message(_greeting(setup, state, workdir, start))
-            return _run(setup, state, start, metrics, checkpoints, report)
+            if start < setup.total_steps:
+                report.message(_greeting(setup, state, workdir, start))
+            return _run(setup, state, start, metrics, data, checkpoints, report, evaluated)
+
+
+def _evaluates(setup: Setup, step: int) -> bool:
+    """Whether the state after a step is evaluated."""
+    return _to_evaluation(setup, step) == 0
+
+
+def _to_evaluation(setup: Setup, step: int) -> int:
+    every = max(1, round(setup.config.eval.every_epochs * setup.steps_per_epoch))
+    return min(-step % every, setup.total_steps - step)
 
 
 def _run(
@@ -103,18 +122,19 @@ def _run(
     state: TrainState,
     start: int,
     metrics: dict[str, float],
+    data: Mapping[str, Any],
     checkpoints: Checkpoints,
     report: Report,
+    evaluated: bool,
 ) -> Run:
     config, total = setup.config, setup.total_steps
-    eval_every = max(1, round(config.eval.every_epochs * setup.steps_per_epoch))
     save_every = config.checkpoint.every_steps
     sharding = over_batch(setup.mesh)
     last_saved = start
     pending: tuple[int, Any] | None = None
 
-    def finish(_: object = None) -> None:
-        """Reads the pending step's metrics, if there is one; called when the devices have other work."""
+    def finish() -> None:
+        """Reads the pending step's metrics, if there is one; in the loop, when the next step is dispatched."""
         nonlocal pending
         if pending is None:
             return
@@ -132,6 +152,18 @@ def _run(
             report.write(step, values)
             report.log(step, values)
 
+    def evaluate(step: int, batches: Ahead) -> None:
+        """Evaluates the saved state of a step, and adds the result to its lines and its checkpoint."""
+        nonlocal metrics
+        metrics = _evaluate(setup, state, batches)
+        report.write(step, metrics)
+        report.log(step, metrics)
+        report.sync()
+        checkpoints.record(step, metrics)
+
+    if not evaluated:
+        report.message(f"step {start} is saved and its evaluation was not finished: evaluating it")
+        evaluate(start, setup.eval_batches())
     batches = setup.batches(start)
     eval_batches: Ahead | None = None
     try:
@@ -140,22 +172,15 @@ def _run(
                 state, step_metrics = setup.train_step(state, put_batch(next(batches), sharding))
                 finish()
                 pending = (step, step_metrics)
-                to_evaluation = min(-step % eval_every, total - step)
+                to_evaluation = _to_evaluation(setup, step)
                 if eval_batches is None and to_evaluation <= _LOAD_AHEAD_STEPS:
                     eval_batches = setup.eval_batches()
                 evaluating = to_evaluation == 0
-                saving = evaluating or step % save_every == 0
                 stopping = stop.reached(step)
-                if not saving and not stopping:
+                if not (evaluating or stopping or step % save_every == 0):
                     continue
 
-                if evaluating and eval_batches is not None:
-                    metrics = _evaluate(setup, state, eval_batches, meanwhile=finish)
-                    eval_batches = None
                 finish()
-                if evaluating:
-                    report.write(step, metrics)
-                    report.log(step, metrics)
                 report.sync()
                 checkpoints.save(
                     step,
@@ -165,8 +190,8 @@ def _run(
                         "metrics": metrics,
                         "class_names": list(setup.train_split.class_names),
                         "channels": setup.model.in_channels,
+                        "data": data,
                     },
-                    metrics if evaluating else None,
                 )
                 last_saved = step
                 if stopping and step < total:
@@ -174,6 +199,9 @@ def _run(
                         f"stopped after step {step} of {total}: the same command goes on from there"
                     )
                     return Run(setup.model, state, metrics, finished=False)
+                if evaluating and eval_batches is not None:
+                    evaluate(step, eval_batches)
+                    eval_batches = None
     finally:
         batches.close()
         if eval_batches is not None:
@@ -181,13 +209,11 @@ def _run(
     return Run(setup.model, state, metrics, finished=True)
 
 
-def _evaluate(
-    setup: Setup, state: TrainState, batches: Ahead, meanwhile: Callable[[int], object]
-) -> dict[str, float]:
+def _evaluate(setup: Setup, state: TrainState, batches: Ahead) -> dict[str, float]:
     weights = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
     return {
         f"eval/{prefix}{name}": value
-        for prefix, values in setup.evaluate(weights, batches, meanwhile).items()
+        for prefix, values in setup.evaluate(weights, batches).items()
         for name, value in values.items()
     }
 

@@ -22,10 +22,11 @@ TIMING_KEYS = ("time", "train/images_per_second")
 _SHORT = {"learning_rate": "lr", "gradient_norm": "grad_norm"}
 _FORMATS = {"loss": ".4f", "accuracy": ".3f", "lr": ".1e", "grad_norm": ".2f"}
 _TRAIN = "train/"
+_EVAL = "eval/"
 _REDRAW_SECONDS = 0.1
 
 
-def rewind(path: str | os.PathLike[str], step: int) -> None:
+def rewind(path: str | os.PathLike[str], step: int, *, evaluated: bool = True) -> None:
     """Cuts from a `metrics.jsonl` every line after `step`, and a torn last line.
 
     The file is replaced at once: a kill leaves the old one or the new. A missing one is fine.
@@ -33,11 +34,18 @@ def rewind(path: str | os.PathLike[str], step: int) -> None:
     Args:
       path: the file.
       step: the last step whose lines stay.
+      evaluated: whether the evaluation of `step` itself stays.
     """
     file = Path(path)
     if not file.exists():
         return
-    kept = b"".join(line + b"\n" for line, row in _rows(file) if row["step"] <= step)
+
+    def stays(row: dict[str, Any]) -> bool:
+        if row["step"] == step and not evaluated:
+            return not any(key.startswith(_EVAL) for key in row)
+        return row["step"] <= step
+
+    kept = b"".join(line + b"\n" for line, row in _rows(file) if stays(row))
     if kept == file.read_bytes():
         return
     temporary = file.with_name(f"{file.name}.tmp")

@@ -263,6 +263,40 @@ def test_keeps_the_latest_and_the_best(tmp_path):
     assert Checkpoints(tmp_path).best_step() is None
 
 
+def test_metrics_recorded_after_a_save_count_as_those_given_with_it(tmp_path):
+    options = {"keep": 1, "best_metric": "accuracy"}
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        for step, value in {1: 0.9, 2: 0.1, 3: 0.3}.items():
+            checkpoints.save(step, make_state(step), {})
+            checkpoints.record(step, {"accuracy": value, "loss": float("nan")})
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        assert checkpoints.best_step() == 1
+        assert checkpoints.metrics(3)["accuracy"] == 0.3
+        assert np.isnan(checkpoints.metrics(3)["loss"])
+        checkpoints.record(3, {"accuracy": 0.95})  # of a step that was restored
+        checkpoints.wait()
+        assert checkpoints.best_step() == 3
+        step, restored, _ = checkpoints.restore(make_state())
+    assert step == 3
+    assert_same_bits(restored, make_state(3))
+
+
+def test_metrics_that_cannot_be_recorded_are_said_and_the_step_stays(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), {})
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        checkpoints.record(1, {"accuracy": 0.5})
+        with pytest.raises(UserError, match=r"step 1 .*No space left"):
+            checkpoints.wait()
+    assert checkpoints.metrics(1) == {}
+    step, restored, _ = checkpoints.restore(make_state())
+    checkpoints.close()
+    assert step == 1
+    assert_same_bits(restored, make_state(1))
+
+
 def test_best_can_be_the_least_and_of_equals_is_the_newest(tmp_path):
     options = {"best_metric": "loss", "best_mode": "min", "keep": 9}
     with Checkpoints(tmp_path, **options) as checkpoints:

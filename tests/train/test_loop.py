@@ -14,6 +14,7 @@ from trees import assert_same_bits
 
 from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
+from cait_jax.data.decode import BrokenImage
 from cait_jax.train import NonFiniteError, loop, train
 from cait_jax.train.report import Report, read_metrics
 from cait_jax.train.setup import Setup
@@ -99,6 +100,51 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monk
     assert untimed(tmp_path) == untimed(workdir)
 
 
+@pytest.mark.parametrize("failing", [4, 6])
+def test_a_state_is_saved_before_an_evaluation_that_fails(
+    finished, config, tmp_path, monkeypatch, failing
+):
+    """As by a picture that cannot be decoded; the same command evaluates it and goes on to the same bits."""
+    _, workdir, run = finished
+    evaluate = loop._evaluate
+
+    def fails(setup, state, batches):
+        if state.step == failing:
+            batches.close()
+            raise BrokenImage("image 7 (cut.jpg) cannot be decoded")
+        return evaluate(setup, state, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_evaluate", fails)
+        for _ in range(2):
+            with pytest.raises(BrokenImage, match=r"cut\.jpg"):
+                train(config, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == failing
+        assert checkpoints.metrics(failing) == {}
+    # A kill after the evaluation's line was written and before it was recorded leaves the line.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": {failing}, "eval/loss": 1.0}}\n')
+    resumed = train(config, tmp_path)
+    assert resumed.finished
+    assert resumed.metrics == run.metrics
+    assert_same_bits(resumed.state, run.state)
+    assert untimed(tmp_path) == untimed(workdir)
+
+
+def test_a_stop_does_not_wait_for_the_evaluation_that_is_due(
+    finished, config, tmp_path, monkeypatch
+):
+    _, workdir, run = finished
+    stop_after(3, monkeypatch)  # read when step 4 is dispatched
+    stopped = train(config, tmp_path)
+    assert (int(stopped.state.step), stopped.metrics) == (4, {})
+    monkeypatch.undo()
+    resumed = train(config, tmp_path)
+    assert_same_bits(resumed.state, run.state)
+    assert untimed(tmp_path) == untimed(workdir)
+
+
 def test_resuming_with_other_settings_is_refused(finished, config):
     _, workdir, _ = finished
     config.optimizer.learning_rate = 0.5
@@ -144,7 +190,7 @@ def test_nothing_is_saved_of_a_step_whose_loss_is_found_bad_in_its_evaluation(co
 
 
 def test_metrics_of_a_step_are_read_when_the_devices_have_other_work(config, tmp_path, monkeypatch):
-    """Before them the next step is dispatched, or a batch of the evaluation, unless a step only saves."""
+    """Before them the next step is dispatched, unless the step is saved."""
     order = []
     set_up, progress = loop.set_up, Report.progress
 
@@ -173,8 +219,8 @@ def test_metrics_of_a_step_are_read_when_the_devices_have_other_work(config, tmp
     train(config, tmp_path)
     assert order == [
         "dispatch", "dispatch", "read 1", "dispatch", "read 2", "read 3",
-        "dispatch", "evaluate", "read 4", "evaluate",
-        "dispatch", "dispatch", "read 5", "evaluate", "read 6", "evaluate",
+        "dispatch", "read 4", "evaluate", "evaluate",
+        "dispatch", "dispatch", "read 5", "read 6", "evaluate", "evaluate",
     ]  # fmt: skip
 
 

@@ -1,0 +1,67 @@
+"""What a run's checkpoint records of its data, and the check that a resumed run still has the same."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from cait_jax.data.folder import FolderRecords
+from cait_jax.data.sources import Encoded, Split
+from cait_jax.errors import UserError
+
+
+def describe_data(train: Split, evaluation: Split) -> dict[str, Any]:
+    """What identifies the data of a run, in what JSON can hold.
+
+    Returns:
+      Of each split the class names in the order of their labels, the number of examples and, where examples are
+      files, the SHA-256 of their names and labels in order.
+    """
+    return {"train": _describe(train), "eval": _describe(evaluation)}
+
+
+def _describe(split: Split) -> dict[str, Any]:
+    found: dict[str, Any] = {"class_names": list(split.class_names), "examples": len(split)}
+    if isinstance(split, Encoded) and isinstance(split.records, FolderRecords):
+        pairs = zip(split.records.files, split.records.labels, strict=True)
+        listed = "".join(f"{name}\0{label}\0" for name, label in pairs)
+        found["files_sha256"] = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
+    return found
+
+
+def check_same_data(meta: Mapping[str, Any], now: Mapping[str, Any], workdir: str) -> None:
+    """Refuses to resume a run on data that would make it another run.
+
+    Args:
+      meta: of the checkpoint. One of before `data` was recorded has the class names of training alone.
+      now: of `describe_data`.
+      workdir: of the run.
+
+    Raises:
+      UserError: naming the first difference.
+    """
+    known = {"train": {"class_names": meta["class_names"]}} if "class_names" in meta else {}
+    known = meta.get("data", known)
+    for split, before in known.items():
+        difference = _difference(before, now[split])
+        if difference:
+            which = "training" if split == "train" else "evaluation"
+            raise UserError(
+                f"the run in {workdir} was started on other {which} data: {difference}; put the data back as they "
+                "were to resume it, or give another --workdir to start anew"
+            )
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    old, new = before["class_names"], now["class_names"]
+    if len(old) != len(new):
+        odd = sorted(set(old) ^ set(new))
+        named = f", such as {odd[0]!r}" if odd else ""
+        return f"it had {len(old)} classes and has {len(new)} now{named}"
+    for label, names in enumerate(zip(old, new, strict=True)):
+        if names[0] != names[1]:
+            return f"class {label} was {names[0]!r} and is {names[1]!r} now"
+    if before.get("examples", now["examples"]) != now["examples"]:
+        return f"it had {before['examples']} images and has {now['examples']} now"
+    if before.get("files_sha256") not in (None, now.get("files_sha256")):
+        return "its files have other names or are in other classes now"
+    return ""

@@ -1,0 +1,84 @@
+"""What a checkpoint records of its data, and what a resumed run refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cait_jax import UserError
+from cait_jax.data.folder import load_folder
+from cait_jax.data.sources import InMemory
+from cait_jax.train.resume import check_same_data, describe_data
+
+
+def pictures(root, *classes, count=2):
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (4, 4)).save(root / name / f"{i}.png")
+
+
+def described(root):
+    return describe_data(load_folder(root, "train"), load_folder(root, "val"))
+
+
+@pytest.fixture
+def root(tmp_path):
+    pictures(tmp_path / "train", "apple", "pear")
+    pictures(tmp_path / "val", "apple", "pear")
+    return tmp_path
+
+
+def test_the_same_data_go_on(root):
+    saved = json.loads(json.dumps({"data": described(root)}))
+    check_same_data(saved, described(root), "runs/a")
+    check_same_data({}, described(root), "runs/a")  # of before anything was recorded
+
+
+def rename_a_class(root):
+    for split in ("train", "val"):
+        (root / split / "apple").rename(root / split / "quince")
+
+
+def add_a_class(root):
+    pictures(root / "train", "fig")
+
+
+def add_an_image(root):
+    Image.new("RGB", (4, 4)).save(root / "train" / "pear" / "9.png")
+
+
+def remove_an_image_of_evaluation(root):
+    (root / "val" / "pear" / "1.png").unlink()
+
+
+def move_an_image(root):
+    (root / "train" / "pear" / "1.png").rename(root / "train" / "apple" / "2.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (rename_a_class, "training data: class 0 was 'apple' and is 'pear' now"),
+        (add_a_class, "training data: it had 2 classes and has 3 now, such as 'fig'"),
+        (add_an_image, "training data: it had 4 images and has 5 now"),
+        (remove_an_image_of_evaluation, "evaluation data: it had 4 images and has 3 now"),
+        (move_an_image, "training data: its files have other names or are in other classes now"),
+    ],
+)
+def test_changed_data_are_refused(root, change, difference):
+    before = {"data": described(root)}
+    change(root)
+    with pytest.raises(UserError, match=f"the run in runs/a was started on other {difference};"):
+        check_same_data(before, described(root), "runs/a")
+
+
+def test_a_run_of_before_knows_its_class_names():
+    def split(*names):
+        return InMemory(np.zeros((3, 1, 1, 1), np.uint8), np.zeros(3, np.int32), names)
+
+    now = describe_data(split("a", "b"), split("a", "b"))
+    check_same_data({"class_names": ["a", "b"]}, now, "runs/a")
+    with pytest.raises(UserError, match="class 1 was 'c' and is 'b' now"):
+        check_same_data({"class_names": ["a", "c"]}, now, "runs/a")
