@@ -28,6 +28,7 @@ __all__ = [
     "decode_image",
     "missing_decoder",
     "random_resized_crop",
+    "read_header",
     "sample_box",
     "simple_random_crop",
 ]
@@ -52,6 +53,7 @@ _ATTEMPTS = 10
 # In fast crops a JPEG is shrunk while decoding only as far as the box stays this many times the crop.
 _JPEG_MARGIN = 2
 _PADDING = 4
+_REASONS = {"not identified by this driver": "its header is damaged or cut short"}
 
 
 def decode_image(data: bytes, *, channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
@@ -70,6 +72,19 @@ def decode_image(data: bytes, *, channels: int = 3) -> UInt8[np.ndarray, "h w c"
     """
     with _broken_image():
         return _pixels(to_eight_bits(_open(data), channels))
+
+
+def read_header(data: bytes) -> None:
+    """Reads an image's header and no pixels.
+
+    Args:
+      data: the image, or a beginning of it that is long enough for its format.
+
+    Raises:
+      BrokenImage: it has none that can be read, or promises more than `MAX_PIXELS` pixels.
+    """
+    with _broken_image():
+        _open(data)
 
 
 def center_crop(
@@ -268,7 +283,7 @@ def _broken_image() -> Iterator[None]:
     except (MemoryError, BrokenImage):
         raise
     except Exception as error:  # Pillow's decoders report broken files in any type
-        raise BrokenImage(str(error) or type(error).__name__) from error
+        raise BrokenImage(_REASONS.get(str(error), str(error)) or type(error).__name__) from error
 
 
 def _open(image: bytes | Image.Image) -> Image.Image:

@@ -35,7 +35,7 @@ _START_OF_SCAN, _COMMENT = 0xDA, 0xFE
 _START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PNG_GREY, _PNG_RGB = 0, 2
 _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-_NO_IMAGE = "not a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF or HEIF image"
+_NO_IMAGE = "not a JPEG, PNG or WebP image, nor a GIF, BMP, TIFF, PPM, AVIF or HEIF"
 
 
 class BrokenImage(UserError):

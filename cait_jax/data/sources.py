@@ -181,6 +181,13 @@ def read_record(split: Encoded, index: int) -> Mapping[str, Any]:
     return record
 
 
+def record_name(index: int, record: Mapping[str, Any]) -> str:
+    """What messages call a record: its place in the split and its file, where that is known."""
+    name = record.get("file_name", b"")
+    name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+    return f"image {index} ({name})" if name else f"image {index}"
+
+
 def is_made_here(name: str) -> bool:
     """Whether `name` stands for images that need no files: the digits, or synthetic ones."""
     return name == "digits" or _is_synthetic(name)

@@ -403,7 +403,7 @@ def test_broken_images(data, decoder):
 
 
 def test_what_is_no_image_is_told_what_would_be():
-    known = "not a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF or HEIF image"
+    known = "not a JPEG, PNG or WebP image, nor a GIF, BMP, TIFF, PPM, AVIF or HEIF"
     for data in (b"%PDF-1.7", b"\0\0\0\x18ftypisom\0\0\2\0isomiso2"):
         with pytest.raises(BrokenImage, match=known):
             decode_image(data)
