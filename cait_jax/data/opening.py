@@ -31,7 +31,7 @@ _Check = Callable[[tuple[int, int]], None]
 _Reader = Callable[[bytes, _Check], Image.Image]
 
 _SILENT = ("ignore", None, UserWarning, re.compile(r"PIL\."), 0)
-_START_OF_SCAN, _COMMENT = 0xDA, 0xFE
+_START_OF_SCAN, _JPEG_LS, _COMMENT = 0xDA, 0xF7, 0xFE
 _START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PNG_GREY, _PNG_RGB = 0, 2
 _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
@@ -102,6 +102,8 @@ def _pixels_of_jpeg(data: bytes) -> bytes:
             raise BrokenImage(
                 f"a JPEG of {content[0]} bits a sample, which cannot be read; save it with 8 bits"
             )
+        if marker == _JPEG_LS:
+            raise BrokenImage("a JPEG-LS, which cannot be read; save it as PNG")
         if end > len(data) or _is_pixels(marker, content):
             kept.append(data[at:end])
         at = end

@@ -4,6 +4,9 @@ Pillow refuses most depths above 8, and of some gives wrong levels without a wor
 planes or with white as zero, signed integers.
 """
 
+import contextlib
+import ctypes
+import functools
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,7 +37,10 @@ def open_tiff(data: bytes, check: Callable[[tuple[int, int]], None]) -> Image.Im
       UserError: the depth is none that can be read, or the file is damaged.
       Exception: as Pillow's reader reports broken files.
     """
+    _silence_libtiff()
     tags = _tags(data)
+    if _WIDTH not in tags or _HEIGHT not in tags:
+        raise UserError("its header is damaged or cut short")
     if _for_pillow(tags):
         try:
             image = TiffImagePlugin.TiffImageFile(io.BytesIO(data))
@@ -46,6 +52,17 @@ def open_tiff(data: bytes, check: Callable[[tuple[int, int]], None]) -> Image.Im
         return image
     check((tags[_WIDTH], tags[_HEIGHT]))
     return _scaled(_levels(data, tags), tags)
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """Drops what Pillow's libtiff writes to standard error, which names no file; Pillow raises errors itself."""
+    with contextlib.suppress(OSError, AttributeError):  # linked into Pillow without its symbols
+        library = ctypes.CDLL(Image.core.__file__)
+        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p
+            function(None)
 
 
 def _tags(data: bytes) -> Mapping[int, Any]:

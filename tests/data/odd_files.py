@@ -106,3 +106,13 @@ def bmp(pixels, masks=None, *, header=124):
     head = head.ljust(header, b"\0")
     offset = 14 + header
     return struct.pack("<2sIHHI", b"BM", offset + len(data), 0, 0, offset) + head + data
+
+
+def segment(marker, content):
+    """A segment of a JPEG."""
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def jpeg_with(data, *segments):
+    """A JPEG with more segments at its beginning."""
+    return data[:2] + b"".join(segments) + data[2:]
