@@ -41,7 +41,8 @@ def scaled(levels: Any, white: int | float, *, inverted: bool = False) -> UInt8[
     """
     if white == 65535 and levels.dtype.kind == "u" and not inverted:
         return (levels >> 8).astype(np.uint8)  # as Pillow reduces colours of 16 bits
-    levels = np.clip(np.nan_to_num(levels.astype(np.float64), nan=0.0), 0, white)
+    with np.errstate(invalid="ignore"):  # NaNs that signal
+        levels = np.clip(np.nan_to_num(levels.astype(np.float64), nan=0.0), 0, white)
     return np.rint((white - levels if inverted else levels) * (255 / white)).astype(np.uint8)
 
 

@@ -333,7 +333,7 @@ def _decode_all(
 ) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, "n"]]:
     from tqdm import tqdm
 
-    from cait_jax.data.decode import decode_image
+    from cait_jax.data.decode import BrokenImage, decode_image
 
     images = np.empty((len(records), *image_size, channels), np.uint8)
     labels = np.empty(len(records), np.int32)
@@ -341,7 +341,12 @@ def _decode_all(
     def decode(indices: range) -> int:
         # By the chunk: array_record takes longer to read one record than to decode a small image.
         for index, record in zip(indices, records.__getitems__(list(indices)), strict=True):
-            images[index] = decode_image(record["image"], channels=channels)
+            try:
+                images[index] = decode_image(record["image"], channels=channels)
+            except BrokenImage as error:
+                raise BrokenImage(
+                    f"{record_name(index, record)} cannot be decoded: {error}"
+                ) from error
             labels[index] = record["label"]
         return len(indices)
 

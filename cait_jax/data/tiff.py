@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import io
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,7 +57,8 @@ def open_tiff(data: bytes, check: Callable[[tuple[int, int]], None]) -> Image.Im
 
 @functools.cache
 def _silence_libtiff() -> None:
-    """Drops what Pillow's libtiff writes to standard error, which names no file; Pillow raises errors itself."""
+    """Drops what Pillow's libtiff and its reader write, which name no file; both raise errors beside."""
+    logging.getLogger(TiffImagePlugin.__name__).setLevel(logging.CRITICAL)
     with contextlib.suppress(OSError, AttributeError):  # linked into Pillow without its symbols
         library = ctypes.CDLL(Image.core.__file__)
         for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):

@@ -293,6 +293,8 @@ NOISY = {
     "12 bits, cut": tiff(RAMP, 12, compression=8, data=DEFLATED[:-30]),
     "unknown tag": tiff(RAMP * 256, 16, tags=[(33550, 11, (1.0, 2.0, 3.0)), (65000, 3, (1,))]),
     "no ExtraSamples": tiff(np.concatenate([PIXELS, PIXELS[..., :1]], -1), 16),
+    "75 samples": tiff(RAMP, 8, tags=[(277, 3, (75,))]),
+    "NaN that signals": tiff(RAMP, 32, data=b"\1\0\x80\x7f" * RAMP.size, tags=[(339, 3, (3,))]),
     "profile": png(PIXELS, 8, 2, (b"iCCP", b"p\0\0junk")),
     "animation": png(PIXELS, 8, 2, (b"acTL", bytes(8))),
     "EXIF": jpeg_with(JPEG, segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\1\3\0\1\0\0\0\6\0\0\0")),
