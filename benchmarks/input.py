@@ -8,12 +8,16 @@ interpreter that has TensorFlow; it reads the same JPEG files from a TFRecord fi
 distribution, and resizes them with antialiasing. Rounds of all sides alternate, figures are medians, and the
 time is that of the processor over all threads, which other work on the machine hardly changes. Images are
 JPEGs of the split as it is, crops 224 pixels wide, batches of 50. Training flips on the device, so
-`train_batches` does not, and tf.data does.
+`train_batches` does not, and tf.data does. Both ways to resize (`data.resize`) are timed, and how far crops made
+in other ways are from Pillow's: fast, JPEGs shrunk while decoding, `reducing_gap`, and those of kornia-rs and
+cykooz-resizer (fast_image_resize) where they are installed.
 
 With --cifar, a batch of CIFAR-10 from memory is set against the step of `configs/cifar10_small.py`.
 """
 
 import argparse
+import contextlib
+import functools
 import itertools
 import json
 import platform
@@ -22,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +42,14 @@ def of_stages(split: Any) -> dict[str, Callable[[int], float | None]]:
     """
     import cv2
     import numpy as np
-    from PIL import Image
 
-    from cait_jax.data import decode, train_batches
-    from cait_jax.data.decode import random_resized_crop, sample_box
+    from cait_jax.data import train_batches
+    from cait_jax.data.decode import RESIZES, decode_image, random_resized_crop
 
     cv2.setNumThreads(1)
     indices = list(range(len(split)))
     files = [split.records[i]["image"] for i in indices]
-    decoded = [decode.decode_image(data) for data in files]
+    decoded = [decode_image(data) for data in files]
     crops = [random_resized_crop(data, rng(0, i), image_size=SIZE) for i, data in enumerate(files)]
 
     def read(turn: int) -> None:
@@ -59,21 +62,11 @@ def of_stages(split: Any) -> dict[str, Callable[[int], float | None]]:
 
     def decode_by_pillow(turn: int) -> None:
         for data in files:
-            decode.decode_image(data)
+            decode_image(data)
 
-    def boxes(turn: int) -> Iterator[np.ndarray]:
+    def resize(way: Callable[[Any], Any], turn: int) -> None:
         for i, pixels in enumerate(decoded):
-            draws = {"scale": SCALE, "ratio": RATIO}
-            top, left, height, width = sample_box(rng(turn, i), pixels.shape[:2], **draws)
-            yield pixels[top : top + height, left : left + width]
-
-    def resize_by_opencv(turn: int) -> None:
-        for box in boxes(turn):
-            decode._resize(box, SIZE)
-
-    def resize_by_pillow(turn: int) -> None:
-        for box in boxes(turn):
-            np.asarray(Image.fromarray(box).resize(SIZE, Image.Resampling.BICUBIC))
+            way(box_of(pixels, rng(turn, i)))
 
     def flip(turn: int) -> None:
         for crop in crops:
@@ -83,22 +76,19 @@ def of_stages(split: Any) -> dict[str, Callable[[int], float | None]]:
         for start in range(0, len(crops), BATCH):
             np.stack(crops[start : start + BATCH])
 
-    def crop(turn: int) -> None:
+    def crop(way: str, turn: int) -> None:
+        draws = {"scale": SCALE, "ratio": RATIO, "resize": way}
         for i, data in enumerate(files):
-            random_resized_crop(data, rng(turn, i), image_size=SIZE, scale=SCALE, ratio=RATIO)
+            random_resized_crop(data, rng(turn, i), image_size=SIZE, **draws)
 
-    def crop_by_pillow(turn: int) -> None:
-        ours, decode._decode_jpeg = decode._decode_jpeg, lambda *_: None
-        crop(turn)
-        decode._decode_jpeg = ours
+    def opencv_and_pillow(turn: int) -> None:
+        for i, data in enumerate(files):
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+            resizers()["Pillow"](box_of(pixels, rng(turn, i)))
 
-    def whole(turn: int) -> float:
-        options = {
-            "batch_size": BATCH,
-            "image_size": SIZE,
-            "crop_scale": SCALE,
-            "crop_ratio": RATIO,
-        }
+    def whole(way: str, turn: int) -> float:
+        crop = functools.partial(random_resized_crop, scale=SCALE, ratio=RATIO, resize=way)
+        options = {"batch_size": BATCH, "image_size": SIZE, "crop": crop}
         with train_batches(split, seed=turn, **options) as batches:
             next(batches)  # threads start, and the order of the epoch is drawn
             start = time.process_time()
@@ -106,32 +96,63 @@ def of_stages(split: Any) -> dict[str, Callable[[int], float | None]]:
                 pass
             return time.process_time() - start
 
-    stages = {
+    bound = functools.partial
+    return {
         "read a record": read,
         "decode, OpenCV": decode_by_opencv,
         "decode, Pillow": decode_by_pillow,
-        "crop and resize, OpenCV": resize_by_opencv,
-        "crop and resize, Pillow": resize_by_pillow,
+        **{f"crop and resize, {name}": bound(resize, way) for name, way in resizers().items()},
         "flip": flip,
         "batch": batch,
-        "decode, crop, resize: ours": crop,
-        "decode, crop, resize: Pillow": crop_by_pillow,
-        "train_batches, whole": whole,
+        **{f"decode, crop, resize: {way}": bound(crop, way) for way in RESIZES},
+        "decode, crop, resize: OpenCV and Pillow": opencv_and_pillow,
+        **{f"train_batches, {way}": bound(whole, way) for way in RESIZES},
     }
-    try:
-        import simplejpeg
-    except ImportError:
-        return stages
 
-    def crop_by_simplejpeg(turn: int) -> None:
-        for i, data in enumerate(files):
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            draws = {"scale": SCALE, "ratio": RATIO}
-            top, left, down, across = sample_box(rng(turn, i), (height, width), **draws)
-            pixels = simplejpeg.decode_jpeg(data)
-            decode._resize(pixels[top : top + down, left : left + across], SIZE)
 
-    return {**stages, "decode, crop, resize: simplejpeg and OpenCV": crop_by_simplejpeg}
+def box_of(pixels: Any, random: Any) -> Any:
+    """A random box of an image, as an array."""
+    from cait_jax.data.decode import sample_box
+
+    top, left, height, width = sample_box(random, pixels.shape[:2], scale=SCALE, ratio=RATIO)
+    return pixels[top : top + height, left : left + width]
+
+
+def resizers() -> dict[str, Callable[[Any], Any]]:
+    """Ways to resize a box of pixels to `SIZE`; the first is the one to be equal to."""
+    import numpy as np
+    from PIL import Image
+
+    from cait_jax.data import decode
+
+    def pillow(box: Any, **options: Any) -> Any:
+        image = Image.fromarray(box)
+        return np.asarray(image.resize(SIZE[::-1], Image.Resampling.BICUBIC, **options))
+
+    ways = {
+        "Pillow": pillow,
+        "Pillow, reducing_gap=3": functools.partial(pillow, reducing_gap=3.0),
+        "OpenCV": lambda box: decode._resize(Image.fromarray(box), SIZE[::-1], "fast"),
+    }
+    with contextlib.suppress(ImportError):
+        from kornia_rs.imgproc import resize
+
+        ways["kornia-rs"] = lambda box: resize(
+            np.ascontiguousarray(box), SIZE, "bicubic", antialias=True
+        )
+    with contextlib.suppress(ImportError):
+        import cykooz_resizer as fir
+
+        resizer = fir.Resizer()
+        options = fir.ResizeOptions(fir.ResizeAlg.convolution(fir.FilterType.catmull_rom))
+
+        def fast_image_resize(box: Any) -> Any:
+            out = Image.new("RGB", SIZE[::-1])
+            resizer.resize_pil(Image.fromarray(box), out, options)
+            return np.asarray(out)
+
+        ways["fast_image_resize"] = fast_image_resize
+    return ways
 
 
 def rng(turn: int, number: int) -> Any:
@@ -140,22 +161,52 @@ def rng(turn: int, number: int) -> Any:
     return np.random.Generator(np.random.Philox(key=[turn, number]))
 
 
-def grey_levels_apart(split: Any) -> float:
-    """The mean difference of our crops from Pillow's."""
+def grey_levels_apart(split: Any) -> dict[str, dict[str, float]]:
+    """How far crops are from Pillow's: mean, percentiles, the greatest, and the greatest 99.9th of one crop."""
+    import io
+
     import numpy as np
+    from PIL import Image
 
-    from cait_jax.data import decode
-    from cait_jax.data.decode import random_resized_crop
+    from cait_jax.data.decode import decode_image, random_resized_crop
 
-    def crop(index: int) -> Any:
-        image = split.records[index]["image"]
-        return random_resized_crop(image, rng(0, index), image_size=SIZE).astype(int)
+    files = [split.records[i]["image"] for i in range(len(split))]
+    boxes = [box_of(decode_image(data), rng(0, i)) for i, data in enumerate(files)]
+    reference, *others = resizers().items()
+    expected = [reference[1](box).astype(int) for box in boxes]
+    found = {name: [way(box) for box in boxes] for name, way in others}
+    for way in ("exact", "fast"):
+        draws = {"scale": SCALE, "ratio": RATIO, "resize": way}
+        found[f"random_resized_crop, {way}"] = [
+            random_resized_crop(data, rng(0, i), image_size=SIZE, **draws)
+            for i, data in enumerate(files)
+        ]
 
-    ours = [crop(i) for i in range(len(split))]
-    opencv, decode._decode_jpeg = decode._decode_jpeg, lambda *_: None
-    theirs = [crop(i) for i in range(len(split))]
-    decode._decode_jpeg = opencv
-    return float(np.mean([np.abs(a - b).mean() for a, b in zip(ours, theirs, strict=True)]))
+    def differences(crops: Any, expected: Any) -> dict[str, float]:
+        apart = [np.abs(crop - other) for crop, other in zip(crops, expected, strict=True)]
+        every = np.concatenate([crop.ravel() for crop in apart])
+        return {
+            "mean": float(every.mean()),
+            "p99": float(np.percentile(every, 99)),
+            "p99.9": float(np.percentile(every, 99.9)),
+            "max": float(every.max()),
+            "p99.9 of the worst crop": float(max(np.percentile(crop, 99.9) for crop in apart)),
+        }
+
+    def eighth(data: bytes, scale: int) -> Any:
+        """A whole JPEG shrunk by 8, of which by `scale` while it is decoded."""
+        image = Image.open(io.BytesIO(data))
+        size = (image.width // 8, image.height // 8)
+        box = (0, 0, image.width / scale, image.height / scale)
+        image.draft("RGB", (image.width // scale, image.height // scale))
+        return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=box))
+
+    result = {name: differences(crops, expected) for name, crops in found.items()}
+    whole = [eighth(data, 1).astype(int) for data in files]
+    for scale in (2, 4):
+        name = f"a JPEG shrunk by 8, by {scale} in decoding"
+        result[name] = differences([eighth(data, scale) for data in files], whole)
+    return result
 
 
 # The other side. This part runs under an interpreter that may have nothing but TensorFlow.
@@ -314,18 +365,19 @@ def main() -> None:
         "medians": medians,
         "grey_levels_from_pillow": grey_levels_apart(split),
     }
-    print(
-        f"mean difference from Pillow's crops: {result['grey_levels_from_pillow']:.2f} grey levels"
-    )
+    print("grey levels from Pillow's crops")
+    for name, levels in result["grey_levels_from_pillow"].items():
+        print(f"{name:44} {', '.join(f'{key} {value:.3g}' for key, value in levels.items())}")
     if other is not None:
         result["tensorflow"] = other.version
         result["ratios_to_tf_data"] = {
-            method: medians["train_batches, whole"]
+            f"{way} over {method}": medians[f"train_batches, {way}"]
             / medians[f"tf.data, whole, antialiased {method}"]
+            for way in ("exact", "fast")
             for method in ("bicubic", "bilinear")
         }
-        for method, ratio in result["ratios_to_tf_data"].items():
-            print(f"train_batches over tf.data ({method}, antialiased): {ratio:.2f}")
+        for pair, ratio in result["ratios_to_tf_data"].items():
+            print(f"train_batches over tf.data, antialiased: {pair}: {ratio:.2f}")
     if args.cifar:
         found = result["cifar10"] = cifar10(args.data_dir, args.rounds)
         print(

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cait_jax.data.order import CROPPING, Chosen, Order, Rows, permutation, philox
-from cait_jax.data.sources import Encoded, InMemory, Split, read_record
+from cait_jax.data.sources import Encoded, InMemory, Split, read_record, record_name
 from cait_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -112,8 +112,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
-    crop_scale: tuple[float, float] = (0.08, 1.0),
-    crop_ratio: tuple[float, float] = (0.75, 1.3333),
+    crop: Callable[..., UInt8[np.ndarray, "h w c"]] | None = None,
     order: Order | None = None,
     repeats: int = 1,
     mix_rows: int = 0,
@@ -126,7 +125,7 @@ def train_batches(
     `Batches.broken` counts them.
 
     Args:
-      split: what to draw from. Images in memory come whole; encoded ones as random resized crops.
+      split: what to draw from. Images in memory come whole; encoded ones cropped at random.
       seed: decides order and crops.
       batch_size: rows of the global batch.
       image_size: height and width of the images in pixels.
@@ -134,8 +133,8 @@ def train_batches(
       process_index: which process this is.
       process_count: into how many processes the global batch is divided.
       workers: processes that decode; with 0 threads of this one do. Images in memory need none.
-      crop_scale: the least and greatest part of the image's area in a crop.
-      crop_ratio: the least and greatest width over height of a crop.
+      crop: from an encoded image and a generator to a crop, with the keywords `image_size`, `channels` and
+        `exif`; `decode.random_resized_crop` if not given. Picklable if there are workers.
       order: from an epoch to the order of its examples; `permutation` with this seed if not given.
       repeats: how often each example comes in a row, cropped and augmented anew. An epoch stays as long as
         the split, so it holds the first `1 / repeats` of its order (repeated augmentation, Hoffer et
@@ -170,10 +169,8 @@ def train_batches(
     from cait_jax.data.decode import random_resized_crop
 
     crop = functools.partial(
-        random_resized_crop,
+        crop or random_resized_crop,
         image_size=image_size,
-        scale=crop_scale,
-        ratio=crop_ratio,
         channels=split.channels,
         exif=split.exif,
     )
@@ -397,10 +394,8 @@ def _example(
     try:
         image = crop(record["image"])
     except BrokenImage as error:
-        name = record.get("file_name", b"")
-        name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
-        which = f"image {index} ({name})" if name else f"image {index}"
-        raise BrokenImage(f"{which} cannot be decoded: {error}") from error
+        name = record_name(index, record)
+        raise BrokenImage(f"{name} cannot be decoded: {error}") from error
     example = {"image": image, "label": np.array(record["label"], np.int32)}
     if split.multi_label:
         example["labels"] = np.zeros(split.num_classes, np.bool_)

@@ -24,8 +24,8 @@ class Preprocessing:
     antialiased) to cover `image_size / crop_ratio`, cropped in the middle and normalised to
     `(pixel / 255 - mean) / std`.
 
-    Every method takes images as paths, as encoded bytes (JPEG, PNG, WebP, GIF, BMP or TIFF; the first
-    frame counts), as PIL images, or as arrays, uint8 (h, w), (h, w, 1), (h, w, 3) or, with an alpha
+    Every method takes images as paths, as encoded bytes (the formats of `decode_image`; the first frame
+    counts), as PIL images, or as arrays, uint8 (h, w), (h, w, 1), (h, w, 3) or, with an alpha
     channel, (h, w, 4).
 
     Attributes:

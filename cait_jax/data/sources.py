@@ -181,6 +181,13 @@ def read_record(split: Encoded, index: int) -> Mapping[str, Any]:
     return record
 
 
+def record_name(index: int, record: Mapping[str, Any]) -> str:
+    """What messages call a record: its place in the split and its file, where that is known."""
+    name = record.get("file_name", b"")
+    name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+    return f"image {index} ({name})" if name else f"image {index}"
+
+
 def is_made_here(name: str) -> bool:
     """Whether `name` stands for images that need no files: the digits, or synthetic ones."""
     return name == "digits" or _is_synthetic(name)
@@ -326,7 +333,7 @@ def _decode_all(
 ) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, "n"]]:
     from tqdm import tqdm
 
-    from cait_jax.data.decode import decode_image
+    from cait_jax.data.decode import BrokenImage, decode_image
 
     images = np.empty((len(records), *image_size, channels), np.uint8)
     labels = np.empty(len(records), np.int32)
@@ -334,7 +341,12 @@ def _decode_all(
     def decode(indices: range) -> int:
         # By the chunk: array_record takes longer to read one record than to decode a small image.
         for index, record in zip(indices, records.__getitems__(list(indices)), strict=True):
-            images[index] = decode_image(record["image"], channels=channels)
+            try:
+                images[index] = decode_image(record["image"], channels=channels)
+            except BrokenImage as error:
+                raise BrokenImage(
+                    f"{record_name(index, record)} cannot be decoded: {error}"
+                ) from error
             labels[index] = record["label"]
         return len(indices)
 

@@ -58,11 +58,13 @@ def get_config() -> ConfigDict:
     config.data.std = (0.229, 0.224, 0.225)  # of each channel, likewise
     config.data.repeats = 3  # how often an image comes in a row, augmented anew
     config.data.balanced = False  # every class equally often, however many images it has
+    config.data.resize = "exact"  # Pillow's bicubic, as published; "fast": OpenCV's, which differs
     config.data.workers = 0  # processes that decode images; 0: threads of this one
 
     config.augment = ConfigDict()
     config.augment.crop_area = (0.08, 1.0)  # random resized crop: share of the image's area
     config.augment.crop_aspect = (0.75, 4 / 3)  # random resized crop: width over height
+    config.augment.simple_crop = False  # DeiT III's crop instead: short side resized, shifted by 4
     config.augment.flip = True  # mirror left and right, with probability 1/2
     config.augment.pad_crop = 0  # pixels of padding before a crop at the image's own size
     config.augment.rotate = 0.0  # largest rotation in degrees

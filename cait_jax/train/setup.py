@@ -37,6 +37,7 @@ from cait_jax.sharding import (
     shared_size,
 )
 from cait_jax.train.config import check_values
+from cait_jax.train.crops import training_crop
 from cait_jax.train.losses import label_loss, teacher_loss
 from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from cait_jax.train.parts import by_part, layer_decay, trainable
@@ -100,8 +101,7 @@ class Setup:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=config.data.workers,
-            crop_scale=tuple(config.augment.crop_area),
-            crop_ratio=tuple(config.augment.crop_aspect),
+            crop=training_crop(config, self.train_split),
             order=Balanced(self._labels, config.seed) if config.data.balanced else None,
             repeats=config.data.repeats,
             mix_rows=config.augment.mix_rows if _mixing(config).enabled else 0,
@@ -215,6 +215,7 @@ def set_up(
                 f"--config.data.{key} has {len(data[key])} values, and {data.name} has "
                 f"{train_split.channels} channel(s): give one value, or one a channel"
             )
+    training_crop(config, train_split)
     model: Any = create_model(
         image_size=size,
         num_classes=train_split.num_classes,

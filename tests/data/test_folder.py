@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import os
 import pickle
@@ -11,7 +12,7 @@ from PIL import Image
 from tfds_files import encode, noise, write_cifar10
 
 from cait_jax.data import eval_batches, load_split, train_batches
-from cait_jax.data.decode import BrokenImage
+from cait_jax.data.decode import BrokenImage, random_resized_crop
 from cait_jax.data.folder import expand_images, folder_splits, load_folder, path_fraction
 from cait_jax.data.sources import split_names
 from cait_jax.errors import UserError
@@ -237,8 +238,8 @@ def test_batches_of_a_folder_stand_upright(tmp_path):
     split = load(tmp_path)
     with eval_batches(split, batch_size=1, image_size=(6, 8)) as batches:
         np.testing.assert_array_equal(next(batches)["image"][0], seen)
-    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (8 / 6, 8 / 6)}
-    with train_batches(split, seed=0, batch_size=1, image_size=(6, 8), **whole) as batches:
+    whole = functools.partial(random_resized_crop, scale=(1.0, 1.0), ratio=(8 / 6, 8 / 6))
+    with train_batches(split, seed=0, batch_size=1, image_size=(6, 8), crop=whole) as batches:
         np.testing.assert_array_equal(next(batches)["image"][0], seen)
 
 

@@ -334,7 +334,7 @@ def test_in_training_the_next_in_order_stands_in_for_a_broken_image(encoded, cap
     assert messages == [
         f"image {by_reading} cannot be read: chunk data hash mismatch; another stands in for it",
         f"image {by_decoding} ({by_decoding}.jpg) cannot be decoded: not a JPEG, PNG or WebP image, nor a "
-        "GIF, BMP or TIFF; another stands in for it",
+        "GIF, BMP, TIFF, PPM, AVIF or HEIF; another stands in for it",
         f"image {empty} cannot be read: its record is empty; another stands in for it",
         messages[3],
     ]

@@ -182,7 +182,9 @@ def test_damaged_records(data_dir, damage):
 
 def test_undecodable_image_in_memory(tmp_path):
     write_cifar10(tmp_path, {"train": [*TRAIN, (b"not an image", 0)]})
-    assert "not a JPEG, PNG or WebP image" in message_of(load_cifar10, tmp_path)
+    message = message_of(load_cifar10, tmp_path)
+    assert f"(image {len(TRAIN)} (" in message
+    assert "cannot be decoded: not a JPEG, PNG or WebP image" in message
 
 
 def test_split_without_labels(tmp_path):

@@ -349,6 +349,8 @@ def test_cifar10_trains_in_memory(tmp_path):
         ("loss.label_smoothing", 1.0, "label_smoothing is 1.0 and must be in [0, 1)"),
         ("eval.crop_ratio", 1.1, "--config.eval.crop_ratio is 1.1 and must be in (0, 1]"),
         ("augment.crop_area", (0.5, 0.1), "must be two increasing numbers in (0, 1]"),
+        ("data.resize", "exat", "--config.data.resize is 'exat'; nearest: exact"),
+        ("augment.simple_crop", True, "and those of digits are in memory"),
         ("data.workers", -1, "--config.data.workers is -1 and must be 0 or more"),
     ],
 )

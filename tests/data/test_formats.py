@@ -1,0 +1,44 @@
+import subprocess
+import sys
+
+from PIL import features
+
+from cait_jax.data import decode, formats
+from cait_jax.data.formats import SUFFIXES, missing_decoder, readable_suffixes
+
+
+def test_suffixes_are_known_in_lower_case():
+    assert SUFFIXES[".jfif"] == SUFFIXES[".jpe"] == SUFFIXES[".jpg"] == "JPEG"
+    assert SUFFIXES[".heic"] == SUFFIXES[".hif"] == "HEIF"
+    assert SUFFIXES[".avif"] == "AVIF"
+    assert all(suffix == suffix.lower() and suffix[0] == "." for suffix in SUFFIXES)
+    assert decode.SUFFIXES is SUFFIXES
+
+
+def test_what_is_missing_for_heif(monkeypatch):
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
+    assert missing_decoder(".HEIC") == missing_decoder(".hif") == 'pip install "cait-jax[heif]"'
+    assert ".heic" not in readable_suffixes()
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: object())
+    assert missing_decoder(".heic") is None
+    assert ".heic" in readable_suffixes()
+
+
+def test_what_is_missing_for_avif(monkeypatch):
+    monkeypatch.setattr(features, "get_supported", lambda: ["webp", "avif"])
+    assert missing_decoder(".avif") is None
+    monkeypatch.setattr(features, "get_supported", lambda: ["webp"])
+    assert missing_decoder(".avif") == 'pip install "pillow>=11.3"'
+    assert ".avif" not in readable_suffixes()
+
+
+def test_nothing_is_missing_for_others():
+    assert missing_decoder(".jfif") is None
+    assert missing_decoder(".dcm") is None
+
+
+def test_suffixes_load_no_decoder():
+    code = "import sys, cait_jax.data.formats; print({'PIL', 'cv2', 'numpy'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "PIL" not in run.stdout
+    assert "cv2" not in run.stdout
