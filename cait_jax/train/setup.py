@@ -36,9 +36,10 @@ from cait_jax.sharding import (
 )
 from cait_jax.train.config import check_values
 from cait_jax.train.losses import label_loss, teacher_loss
-from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from cait_jax.train.optimizer import make_optimizer
 from cait_jax.train.parts import by_part, layer_decay, trainable
 from cait_jax.train.phases import Phase, head_then_blocks, in_phases, phase_mask, phase_rates
+from cait_jax.train.schedule import Decay, epoch_schedule, step_schedule
 from cait_jax.train.start import given_logits, given_params, given_teacher
 from cait_jax.train.state import TrainState, create_state
 from cait_jax.train.step import Recipe, TrainStep, make_train_step
@@ -55,6 +56,7 @@ class Setup:
       eval_split: the examples for evaluation.
       total_steps: steps of the whole run.
       steps_per_epoch: training examples over batch size, not rounded.
+      schedule: step to learning rate.
       train_step: the step, jitted, its state donated.
       trace: of the step, from shapes with shardings, such as `abstract_state` and `abstract_batch`: its jaxpr,
         and what lowers and compiles it.
@@ -71,6 +73,7 @@ class Setup:
     eval_split: Split
     total_steps: int
     steps_per_epoch: float
+    schedule: optax.Schedule
     train_step: TrainStep
     trace: Callable[[Any, Any], jax.stages.Traced]
     eval_step: Callable[..., Any]
@@ -219,7 +222,7 @@ def set_up(
     steps_per_epoch = len(train_split) / config.batch_size
     phases = _phases(config, steps_per_epoch)
     total_steps = config.steps or _length(config, phases, steps_per_epoch)
-    schedule = phase_rates(phases) if phases else _schedule(config, total_steps, steps_per_epoch)
+    schedule = phase_rates(phases) if phases else _schedule(config, total_steps, len(train_split))
     optimizer = _optimizer(config, schedule, phases)
     recipe = _recipe(config, model, phases)
     teacher = (teacher_of or given_teacher)(config, model)
@@ -250,6 +253,7 @@ def set_up(
         eval_split=eval_split,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
+        schedule=schedule,
         train_step=lambda state, batch: step(state, batch, teacher),
         trace=lambda state, batch: step.trace(state, batch, teacher),
         eval_step=jit_eval_step(
@@ -296,15 +300,23 @@ def _length(config: ConfigDict, phases: Sequence[Phase], steps_per_epoch: float)
     return max(1, round(config.epochs * steps_per_epoch))
 
 
-def _schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
-    optimizer = config.optimizer
+def _schedule(config: ConfigDict, total_steps: int, examples: int) -> optax.Schedule:
+    optimizer, batch_size = config.optimizer, config.batch_size
     reference = optimizer.reference_batch
-    return learning_rate_schedule(
-        peak=optimizer.learning_rate * (config.batch_size / reference if reference else 1.0),
-        total_steps=total_steps,
-        warmup_steps=round(optimizer.warmup_epochs * steps_per_epoch),
+    decay = Decay(
+        kind=optimizer.schedule,
+        peak=optimizer.learning_rate * (batch_size / reference if reference else 1.0),
+        epochs=total_steps * batch_size / examples if config.steps else config.epochs,
+        warmup_epochs=optimizer.warmup_epochs,
         warmup_from=optimizer.warmup_learning_rate,
         final=optimizer.final_learning_rate,
+        decay_epochs=optimizer.decay_epochs,
+        decay_rate=optimizer.decay_rate,
+    )
+    if optimizer.per_epoch:
+        return epoch_schedule(decay, examples=examples, batch_size=batch_size)
+    return step_schedule(
+        decay, examples=examples, batch_size=batch_size, total_steps=total_steps
     )
 
 
