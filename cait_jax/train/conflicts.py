@@ -29,6 +29,12 @@ _CONFLICTS: tuple[tuple[Callable[[Settings], Any], str], ...] = (
         "--config.distill.weights and --config.distill.logits both say what the teacher is: give one",
     ),
     (
+        lambda of: of["optimizer.schedule"] != "step"
+        and (of["optimizer.decay_epochs"] is not None or of["optimizer.decay_rate"] is not None),
+        "--config.optimizer.decay_epochs and --config.optimizer.decay_rate are for "
+        "--config.optimizer.schedule=step: set that, or leave them out",
+    ),
+    (
         lambda of: of["phases.head_epochs"] and of["optimizer.train"] != "all",
         "--config.phases.head_epochs and --config.optimizer.train both say what learns: set "
         "--config.optimizer.train=all, or --config.phases.head_epochs=0",

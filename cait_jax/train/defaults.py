@@ -100,8 +100,8 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_learning_rate = 1e-6  # learning rate of step 0
     config.optimizer.schedule = "cosine"  # after the warm-up; or "step"
     config.optimizer.final_learning_rate = 1e-5  # where the cosine ends
-    config.optimizer.decay_epochs = 30.0  # of "step": epochs between drops, from the run's start
-    config.optimizer.decay_rate = 0.1  # of "step": the rate is multiplied by it
+    config.optimizer.decay_epochs = placeholder(float)  # of "step": epochs between drops; None: 30
+    config.optimizer.decay_rate = placeholder(float)  # of "step": factor of a drop; None: 0.1
     config.optimizer.per_epoch = False  # one rate an epoch, as in DeiT's published code
     config.optimizer.weight_decay = 0.05  # of kernels only, times the learning rate
     config.optimizer.b1 = 0.9  # decay of the first moment

@@ -86,8 +86,9 @@ def soft_distillation(
 ) -> Float[Array, "batch"]:
     """Learns the label and the teacher's distribution (Hinton et al.; Touvron et al., arXiv 2012.12877, eq. 2).
 
-    The defaults are those of DeiT's published code, with 3 and 0.1 in the paper. The divergence is a sum over classes, as in
-    the equation; the code divides it by the number of classes as well (facebookresearch/deit, `losses.py`).
+    The defaults, temperature 1 and weight 0.5, are those of DeiT's published code; its paper has 3 and 0.1. The divergence is a
+    sum over classes, as in the equation; the code divides it by the number of classes as well (facebookresearch/deit,
+    `losses.py`).
 
     Args:
       label_loss: the loss against the label, of any kind.

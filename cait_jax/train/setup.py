@@ -303,6 +303,7 @@ def _length(config: ConfigDict, phases: Sequence[Phase], steps_per_epoch: float)
 def _schedule(config: ConfigDict, total_steps: int, examples: int) -> optax.Schedule:
     optimizer, batch_size = config.optimizer, config.batch_size
     reference = optimizer.reference_batch
+    drops = {"decay_epochs": optimizer.decay_epochs, "decay_rate": optimizer.decay_rate}
     decay = Decay(
         kind=optimizer.schedule,
         peak=optimizer.learning_rate * (batch_size / reference if reference else 1.0),
@@ -310,8 +311,7 @@ def _schedule(config: ConfigDict, total_steps: int, examples: int) -> optax.Sche
         warmup_epochs=optimizer.warmup_epochs,
         warmup_from=optimizer.warmup_learning_rate,
         final=optimizer.final_learning_rate,
-        decay_epochs=optimizer.decay_epochs,
-        decay_rate=optimizer.decay_rate,
+        **{key: value for key, value in drops.items() if value is not None},
     )
     if optimizer.per_epoch:
         return epoch_schedule(decay, examples=examples, batch_size=batch_size)
