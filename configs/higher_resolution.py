@@ -1,18 +1,19 @@
 """Fine-tuning at a higher resolution, after training at 224 pixels.
 
-CaiT. The author gave numbers once, for M48 at 448 pixels, distilled (facebookresearch/deit, issue 108): batch 256, rate 5e-6, 60
-epochs, weight decay 0.05, 5 epochs of warm-up, drop path 0.3, repeated augmentation, smoothing, RandAugment, erasing,
-mixup and CutMix as before, decay-epochs 10 and decay-rate 0.5.
+CaiT. The author gave numbers once, for M48 at 448 pixels, distilled (facebookresearch/deit, issue 108): batch
+256, rate 5e-6, 60 epochs, weight decay 0.05, 5 epochs of warm-up, drop path 0.3, repeated augmentation,
+smoothing, RandAugment, erasing, mixup and CutMix as before, decay-epochs 10 and decay-rate 0.5.
 
 Assumed here:
 - The same numbers for all models and for 384 pixels; drop path stays that of each model, but for M48.
 - 5e-6 is the rate itself, not one for a batch of 512.
-- The rate is constant after the warm-up. The last two of his numbers belong to a step schedule, which would end at 1.6e-7:
-  `--config.optimizer.schedule=step --config.optimizer.decay_epochs=10 --config.optimizer.decay_rate=0.5`. With the code's
-  default, a cosine to 1e-5, they are not read, and the rate would rise.
+- The rate is constant after the warm-up. The last two of his numbers belong to a step schedule, which would
+  end at 1.6e-7: `--config.optimizer.schedule=step --config.optimizer.decay_epochs=10
+  --config.optimizer.decay_rate=0.5`. With the code's default, a cosine to 1e-5, they are not read, and the
+  rate would rise.
 
-DeiT-B at 384 pixels is the command in its README_deit.md: batch 512, rate and min-lr 5e-6, 30 epochs, weight decay 1e-8, all
-else by default.
+DeiT-B at 384 pixels is the command in its README_deit.md: batch 512, rate and min-lr 5e-6, 30 epochs, weight
+decay 1e-8, all else by default.
 """
 
 from ml_collections import ConfigDict

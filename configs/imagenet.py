@@ -8,8 +8,8 @@ from configs import common
 def recipe(name: str) -> ConfigDict:
     """The recipe for a model, with the schedule of the published code: one rate an epoch, changed after it.
 
-    Activations are bfloat16; parameters, optimiser and averages are float32. The backward pass rematerialises everything
-    but matrix products. docs/recipe.md lists what differs from the authors' code.
+    Activations are bfloat16; parameters, optimiser and averages are float32. The backward pass rematerialises
+    everything but matrix products. docs/recipe.md lists what differs from the authors' code.
 
     Args:
       name: of `cait_jax.list_models()`.

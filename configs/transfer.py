@@ -1,6 +1,7 @@
 """Transfer of released weights to another data set, at 224 pixels.
 
-The numbers are the author's for DeiT's base model (facebookresearch/deit, issues 45 and 105); he named none for CaiT.
+The numbers are the author's for DeiT's base model (facebookresearch/deit, issues 45 and 105); he named none
+for CaiT.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +24,7 @@ def pretrained() -> ConfigDict:
 
 
 def with_sgd() -> ConfigDict:
-    """The author's settings for CIFAR-10 and Cars: SGD with Nesterov momentum, 1000 epochs, no erasing, no drop path."""
+    """The author's settings for CIFAR-10 and Cars: SGD, 1000 epochs, no erasing, no drop path."""
     config = pretrained()
     config.epochs = 1000.0
     config.model.drop_path = 0.0

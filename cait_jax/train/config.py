@@ -31,7 +31,16 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "data.repeats",
         ),
     ),
-    "more than 0": (lambda value: value > 0, ("epochs", "eval.every_epochs", "optimizer.decay_epochs", "optimizer.eps", "distill.temperature")),
+    "more than 0": (
+        lambda value: value > 0,
+        (
+            "epochs",
+            "eval.every_epochs",
+            "optimizer.decay_epochs",
+            "optimizer.eps",
+            "distill.temperature",
+        ),
+    ),
     "0 or more": (
         lambda value: value >= 0,
         (
@@ -58,7 +67,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "optimizer.ema_decay",
         ),
     ),
-    "in (0, 1]": (lambda value: 0 < value <= 1, ("eval.crop_ratio", "optimizer.layer_decay", "optimizer.decay_rate")),
+    "in (0, 1]": (
+        lambda value: 0 < value <= 1,
+        ("eval.crop_ratio", "optimizer.layer_decay", "optimizer.decay_rate"),
+    ),
     "in [0, 1]": (lambda value: 0 <= value <= 1, ("augment.erase", "distill.weight")),
     "two increasing numbers in (0, 1]": (
         lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1,

@@ -29,8 +29,10 @@ _CONFLICTS: tuple[tuple[Callable[[Settings], Any], str], ...] = (
         "--config.distill.weights and --config.distill.logits both say what the teacher is: give one",
     ),
     (
-        lambda of: of["optimizer.schedule"] != "step"
-        and (of["optimizer.decay_epochs"] is not None or of["optimizer.decay_rate"] is not None),
+        lambda of: (
+            of["optimizer.schedule"] != "step"
+            and (of["optimizer.decay_epochs"] is not None or of["optimizer.decay_rate"] is not None)
+        ),
         "--config.optimizer.decay_epochs and --config.optimizer.decay_rate are for "
         "--config.optimizer.schedule=step: set that, or leave them out",
     ),
@@ -45,8 +47,10 @@ _CONFLICTS: tuple[tuple[Callable[[Settings], Any], str], ...] = (
         "--config.phases.head_epochs=0",
     ),
     (
-        lambda of: of["model.layer_scale_init"] is not None
-        and of["model.residual"] not in (None, "layerscale", "scalar"),
+        lambda of: (
+            of["model.layer_scale_init"] is not None
+            and of["model.residual"] not in (None, "layerscale", "scalar")
+        ),
         "--config.model.layer_scale_init is for --config.model.residual=layerscale or scalar: leave it out",
     ),
     (

@@ -1,6 +1,7 @@
 """Every key of a config, with one comment each. A recipe starts from these and states only what differs.
 
-The defaults are the paper's ImageNet recipe (Touvron et al., arXiv 2103.17239, after DeiT's).
+The defaults are the paper's ImageNet recipe (Touvron et al., arXiv 2103.17239, after DeiT's) with a rate for
+every step; `configs/imagenet.py` adds the authors' rate for every epoch.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +36,7 @@ def get_config() -> ConfigDict:
     config.model.drop_path_growth = placeholder(str)  # constant over the depth, or linear
     config.model.embedding_dropout = 0.0  # dropout after the position embedding
     config.model.attention_dropout = 0.0  # dropout on attention weights
-    config.model.projection_dropout = placeholder(float)  # after attention's projection; None: dropout
+    config.model.projection_dropout = placeholder(float)  # after attention's; None: dropout
     config.model.dropout = 0.0  # dropout in MLPs
     config.model.dtype = "float32"  # of the computation: bfloat16, float32 or float64
     config.model.param_dtype = "float32"  # of parameters, optimiser state and EMA
@@ -112,7 +113,7 @@ def get_config() -> ConfigDict:
     config.optimizer.layer_decay = 1.0  # learning rate of a layer over that of the one above
     config.optimizer.train = "all"  # or head, class_attention, a number of last blocks
     config.optimizer.sharpness_radius = 0.0  # rho of sharpness-aware minimisation; 0: none
-    config.optimizer.clip_norm = placeholder(float)  # largest gradient norm; 0: none; None: lamb's 1
+    config.optimizer.clip_norm = placeholder(float)  # of the gradient; 0: none; None: lamb 1
     config.optimizer.accumulate = 1  # micro batches a step, their gradients averaged
     config.optimizer.ema_decay = 0.99996  # of the average of the parameters; 0: none is kept
 

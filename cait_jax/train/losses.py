@@ -59,9 +59,9 @@ def hard_distillation(
 ) -> Float[Array, "batch"]:
     """Learns the label and the class the teacher would choose (Touvron et al., arXiv 2012.12877, eq. 3).
 
-    DeiT has two heads: `label_loss` is of the class head's output, `logits` are the distillation head's (section 4).
-    CaiT has one, and both are of its output. That is an assumption: CaiT's paper gives no loss, no public code of its
-    distillation was found, and DeiT's raises for a network of a single output.
+    DeiT has two heads: `label_loss` is of the class head's output, `logits` are the distillation head's
+    (section 4). CaiT has one, and both are of its output. That is an assumption: no public code of CaiT's
+    distillation was found, and DeiT's raises for a network with a single output.
 
     Args:
       label_loss: the loss against the label, of any kind.
@@ -86,9 +86,9 @@ def soft_distillation(
 ) -> Float[Array, "batch"]:
     """Learns the label and the teacher's distribution (Hinton et al.; Touvron et al., arXiv 2012.12877, eq. 2).
 
-    The defaults, temperature 1 and weight 0.5, are those of DeiT's published code; its paper has 3 and 0.1. The divergence is a
-    sum over classes, as in the equation; the code divides it by the number of classes as well (facebookresearch/deit,
-    `losses.py`).
+    The defaults, temperature 1 and weight 0.5, are those of DeiT's published code; its paper has 3 and 0.1.
+    The divergence is a sum over classes, as in the equation; the code divides it by the number of classes as
+    well (facebookresearch/deit, `losses.py`).
 
     Args:
       label_loss: the loss against the label, of any kind.

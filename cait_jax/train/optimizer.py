@@ -44,9 +44,10 @@ def make_optimizer(
 
     Args:
       schedule: step to learning rate.
-      name: one of `OPTIMIZERS`: `"adamw"` (Loshchilov and Hutter, arXiv 1711.05101), the paper's; `"lamb"` (You et
-        al., arXiv 1904.00962) as timm's `Lamb` has it: only what decays is scaled by its trust ratio, everything else
-        takes Adam's step, and without weight decay so does every array; `"lion"` (Chen et al., arXiv 2302.06675); `"sgd"` with momentum.
+      name: one of `OPTIMIZERS`: `"adamw"` (Loshchilov and Hutter, arXiv 1711.05101), the paper's; `"lamb"`
+        (You et al., arXiv 1904.00962) as timm's `Lamb` has it: only what decays is scaled by its trust ratio,
+        everything else takes Adam's step, and without weight decay so does every array; `"lion"` (Chen et
+        al., arXiv 2302.06675); `"sgd"` with momentum.
       b1: decay of the first moment; of Lion what its step takes of the old moment. Not for SGD.
       b2: decay of the second moment; Lion's decay of its only one, usually 0.99. Not for SGD.
       eps: added to the root of the second moment, of AdamW and LAMB; None: 1e-8, of LAMB 1e-6 (timm's default).
@@ -54,7 +55,8 @@ def make_optimizer(
       nesterov: of SGD: look ahead along the momentum.
       weight_decay: of kernels. Decoupled and multiplied by the learning rate; of SGD a part of the gradient
         (L2), as the paper's transfers have it.
-      clip_norm: largest global norm of the gradient; 0: no clipping; None: no clipping, of LAMB 1 (timm's default).
+      clip_norm: largest global norm of the gradient; 0: no clipping; None: no clipping, of LAMB 1 (timm's
+        default).
 
     Returns:
       The transformation; it needs the parameters in `update`.

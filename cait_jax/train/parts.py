@@ -1,8 +1,8 @@
 """Parts of a network that learn more slowly, or not at all: layer-wise rates and freezing.
 
-Two numberings: `layer_ids` for layer-wise rates, which are timm's; `block_numbers` for freezing, in the order of computation.
-They differ in CaiT's class-attention blocks. Stacked blocks are arrays with a leading depth axis, and a number, factor or
-mark then has one value for each slice.
+Two numberings: `layer_ids` for layer-wise rates, which are timm's; `block_numbers` for freezing, in the order
+of computation. They differ in CaiT's class-attention blocks. Stacked blocks are arrays with a leading depth
+axis, and a number, factor or mark then has one value for each slice.
 """
 
 import re
@@ -29,8 +29,8 @@ OfParams = Callable[[Any], Any]
 def layer_ids(params: Any) -> Any:
     """Layer ids for layer-wise rates, equal to those of timm's `group_matcher` for CaiT, ViT and DeiT.
 
-    Embeddings and tokens are 0, self-attention blocks 1 to `depth`, heads `depth + 1`. Class-attention blocks share the last ids
-    of self-attention, the last of them `depth`; so does the last norm.
+    Embeddings and tokens are 0, self-attention blocks 1 to `depth`, heads `depth + 1`. Class-attention blocks
+    share the last ids of self-attention, the last of them `depth`; so does the last norm.
 
     Args:
       params: a parameter tree, stacked or not; arrays, or their shapes.
@@ -49,8 +49,8 @@ def layer_ids(params: Any) -> Any:
 def block_numbers(params: Any) -> Any:
     """Numbers blocks in the order of computation, which is what freezing counts by.
 
-    As `layer_ids`, but class-attention blocks are `depth + 1` and up, the last norm has the number of the last of them, and heads
-    one above.
+    As `layer_ids`, but class-attention blocks are `depth + 1` and up, the last norm has the number of the
+    last of them, and heads one above.
     """
     depth, class_depth = _depths(params)
     return _numbered(params, class_attention=depth + 1, last=depth + class_depth)

@@ -19,8 +19,8 @@ class Decay:
     """Linear warm-up followed by a decay, with times in epochs.
 
     Attributes:
-      kind: `"cosine"`, from `peak` to `final`; or `"step"`, times `decay_rate` every `decay_epochs` epochs, which are
-        counted from the start of the run.
+      kind: `"cosine"`, from `peak` to `final`; or `"step"`, times `decay_rate` every `decay_epochs` epochs,
+        which are counted from the start of the run.
       peak: rate at the end of the warm-up.
       epochs: length of the run.
       warmup_epochs: length of the warm-up, which is part of `epochs`.
@@ -65,8 +65,8 @@ class Decay:
 def epoch_schedule(decay: Decay, *, examples: int, batch_size: int) -> optax.Schedule:
     """The schedule of DeiT's published code (facebookresearch/deit, `main.py`): one rate an epoch.
 
-    Its scheduler is called after each epoch with the number of that epoch. So epochs 0 and 1 both have the first rate of
-    the warm-up, and epoch e > 1 has `decay.after(e - 1)`.
+    Its scheduler is called after each epoch with the number of that epoch. So epochs 0 and 1 both have the
+    first rate of the warm-up, and epoch e > 1 has `decay.after(e - 1)`.
 
     Args:
       decay: warm-up and decay.

@@ -25,8 +25,8 @@ class Released:
       crop_ratio: side of the centre crop over the short side of the resized image.
       mean: of each channel, on a scale from 0 to 1.
       std: of each channel, likewise.
-      top1: accuracy on ImageNet-1k's validation images in percent, with this size and crop; None where no figure is
-        certain.
+      top1: accuracy on ImageNet-1k's validation images in percent, with this size and crop; None where no
+        figure is certain.
       source: where `top1` is from.
       revision: commit of the repository; empty: the newest.
       sha256: of the file, in hexadecimal; empty: not checked.
@@ -89,9 +89,11 @@ def _vit() -> Iterator[Released]:
         yield Released(name, weights, 224, 0.9, *_HALF, top1, _TIMM)
 
 
-# The teacher of DeiT and CaiT, at the resolution it teaches and was trained at, with the crop of DeiT's code. (timm measures
-# it at 288 pixels, where it has 83.690 with a crop of 1.0.)
-_REGNETY = Released("regnety_160", "timm/regnety_160.deit_in1k", 224, 0.875, *_IMAGENET, 82.9, _DEIT)
+# The teacher of DeiT and CaiT, at the resolution it teaches and was trained at, with the crop of DeiT's
+# code. (timm measures it at 288 pixels, where it has 83.690 with a crop of 1.0.)
+_REGNETY = Released(
+    "regnety_160", "timm/regnety_160.deit_in1k", 224, 0.875, *_IMAGENET, 82.9, _DEIT
+)
 
 RELEASED: Mapping[str, Released] = {
     row.name: row for row in (*_cait(), *_deit(), *_vit(), _REGNETY)

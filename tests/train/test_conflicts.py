@@ -18,12 +18,18 @@ PHASES = {"phases.head_epochs": 5.0}
         (THREE, "three_augment replaces RandAugment, which is on"),
         (JITTER, "color_jitter has no place beside RandAugment"),
         ({"distill.weights": "teacher.pth"}, "distill.weights is given and nothing learns from it"),
-        ({"distill.kind": "hard", "distill.weights": "a.pth", "distill.logits": "a.npz"}, "give one"),
+        (
+            {"distill.kind": "hard", "distill.weights": "a.pth", "distill.logits": "a.npz"},
+            "give one",
+        ),
         ({"optimizer.decay_epochs": 10.0}, "are for --config.optimizer.schedule=step"),
         ({"optimizer.decay_rate": 0.5}, "are for --config.optimizer.schedule=step"),
         (PHASES | {"optimizer.train": "head"}, "both say what learns"),
         (PHASES | {"optimizer.layer_decay": 0.75}, "layer_decay has no effect on phases"),
-        ({"model.residual": "rezero", "model.layer_scale_init": 0.1}, "residual=layerscale or scalar"),
+        (
+            {"model.residual": "rezero", "model.layer_scale_init": 0.1},
+            "residual=layerscale or scalar",
+        ),
         ({"optimizer.nesterov": True, "optimizer.momentum": 0.0}, "nesterov needs momentum"),
     ],
 )

@@ -1,7 +1,7 @@
 """Decay mask and chain of the paper's recipe, and the other optimisers.
 
-`fixtures/lamb.npz` holds the parameters of `drawn` after 1, 20 and 200 steps of timm 1.0.31's `Lamb(lr=0.01)` in float64, with a
-weight decay of 0.05 for kernels and none for the rest.
+`fixtures/lamb.npz` holds the parameters of `drawn` after 1, 20 and 200 steps of timm 1.0.31's `Lamb(lr=0.01)`
+in float64, with a weight decay of 0.05 for kernels and none for the rest.
 """
 
 from pathlib import Path
@@ -22,6 +22,7 @@ from cait_jax.train.optimizer import (
 )
 
 LAMB = Path(__file__).parents[1] / "fixtures" / "lamb.npz"
+
 
 @pytest.fixture(scope="module")
 def params():
@@ -213,7 +214,9 @@ def test_lamb_without_decay_is_adam():
     params = {"layer": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([6.0, 8.0])}}
     gradient = jax.tree.map(lambda leaf: 0.01 * leaf, params)
     settings = {"weight_decay": 0.0, "eps": 1e-3}
-    lamb, adam = (make_optimizer(lambda _: 0.1, name=name, **settings) for name in ("lamb", "adamw"))
+    lamb, adam = (
+        make_optimizer(lambda _: 0.1, name=name, **settings) for name in ("lamb", "adamw")
+    )
     for optimizer in (lamb, adam):
         updates, _ = optimizer.update(gradient, optimizer.init(params), params)
         expected = jax.tree.map(lambda g: -0.1 * g / (g + 1e-3), gradient)

@@ -1,7 +1,8 @@
 """What each part of a network is, and that what is frozen keeps its bits.
 
-`fixtures/layer_ids.json` holds, by the beginning of a parameter's name in timm 1.0.31, the layer id of `group_parameters` and the
-`lr_scale` of `param_groups_layer_decay(layer_decay=0.75)`, for networks of patches of 4, width 8 and two heads.
+`fixtures/layer_ids.json` holds, by the beginning of a parameter's name in timm 1.0.31, the layer id of
+`group_parameters` and the `lr_scale` of `param_groups_layer_decay(layer_decay=0.75)`, for networks of patches
+of 4, width 8 and two heads.
 """
 
 import functools

@@ -1,9 +1,9 @@
 """Learning rates against timm's schedulers, and at the borders of epochs.
 
-`fixtures/schedules.json` holds the rate that each epoch began with when a loop called `scheduler.step(epoch)` after every epoch, as
-DeiT's `main.py` does, with the schedulers of timm 0.3.2's `create_scheduler` (1.0.31 gives the same numbers); and, as
-`step_by_update`, the rate of each of 225 updates with timm 1.0.31's `StepLRScheduler(t_in_epochs=False, warmup_prefix=False)`
-for 1,437 examples in batches of 64.
+`fixtures/schedules.json` holds the rate that each epoch began with when a loop called `scheduler.step(epoch)`
+after every epoch, as DeiT's `main.py` does, with the schedulers of timm 0.3.2's `create_scheduler` (1.0.31
+gives the same numbers); and, as `step_by_update`, the rate of each of 225 updates with timm 1.0.31's
+`StepLRScheduler(t_in_epochs=False, warmup_prefix=False)` for 1,437 examples in batches of 64.
 """
 
 import json
