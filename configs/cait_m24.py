@@ -1,4 +1,4 @@
-"""CaiT-M24 on ImageNet-1k at 224 pixels, from scratch: the paper's recipe, whole.
+"""CaiT-M24 on ImageNet-1k at 224 pixels, from scratch, by the paper's recipe (docs/recipe.md).
 
 Command: python train.py --config=configs/cait_m24.py --config.data.data_dir=DIR
 Hardware and time: none recorded; not yet run to its end here.

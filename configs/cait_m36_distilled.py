@@ -1,5 +1,7 @@
 r"""CaiT-M36 on ImageNet-1k at 224 pixels, taught by RegNetY-16GF: the paper's names with an upsilon.
 
+That label and teacher share the one head, half of the loss each, is an assumption: no public code of it was found.
+
 Command: python train.py --config=configs/cait_m36_distilled.py --config.data.data_dir=DIR
 Hardware and time: none recorded; not yet run to its end here.
 Expected at 224 pixels: none recorded. Fine-tuned at 384 pixels, still distilled, the released cait_m36_384 has
@@ -15,5 +17,5 @@ from configs import cait_m36
 
 def get_config() -> ConfigDict:
     config = cait_m36.get_config()
-    config.distill.kind = "hard"  # half of the loss, on the one head, by the default teacher
+    config.distill.kind = "hard"  # on the one head, which is an assumption: see docs/recipe.md
     return config

@@ -12,4 +12,4 @@ from configs import cait_s24, higher_resolution
 
 
 def get_config() -> ConfigDict:
-    return higher_resolution.at(cait_s24.get_config(), 384)
+    return higher_resolution.cait(cait_s24.get_config(), 384)

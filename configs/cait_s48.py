@@ -1,4 +1,4 @@
-"""CaiT-S48 on ImageNet-1k at 224 pixels, from scratch: the paper's recipe, whole.
+"""CaiT-S48 on ImageNet-1k at 224 pixels, from scratch, by the paper's recipe (docs/recipe.md).
 
 Command: python train.py --config=configs/cait_s48.py --config.data.data_dir=DIR
 Hardware and time: none recorded; not yet run to its end here.

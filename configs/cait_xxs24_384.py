@@ -12,4 +12,4 @@ from configs import cait_xxs24, higher_resolution
 
 
 def get_config() -> ConfigDict:
-    return higher_resolution.at(cait_xxs24.get_config(), 384)
+    return higher_resolution.cait(cait_xxs24.get_config(), 384)

@@ -1,4 +1,4 @@
-"""CaiT-XXS36 on ImageNet-1k at 224 pixels, from scratch: the paper's recipe, whole.
+"""CaiT-XXS36 on ImageNet-1k at 224 pixels, from scratch, by the paper's recipe (docs/recipe.md).
 
 Command: python train.py --config=configs/cait_xxs36.py --config.data.data_dir=DIR
 Hardware and time: none recorded; not yet run to its end here.

@@ -12,4 +12,4 @@ from configs import cait_xxs36, higher_resolution
 
 
 def get_config() -> ConfigDict:
-    return higher_resolution.at(cait_xxs36.get_config(), 384)
+    return higher_resolution.cait(cait_xxs36.get_config(), 384)

@@ -4,7 +4,7 @@ Command: python train.py --config=configs/transfer_flowers.py --config.data.data
 Hardware and time: none recorded; not yet run to its end here.
 Expected: none recorded for this model. Touvron et al., arXiv 2103.17239, have
 99.1 % for the larger CaiT-M36, distilled, at 224 pixels.
-The settings are the authors' for CIFAR-10 and Cars; they named none for this data set.
+The settings are the author's for CIFAR-10 and Cars; none are known for this data set.
 """
 
 from ml_collections import ConfigDict

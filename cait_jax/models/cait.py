@@ -48,6 +48,7 @@ class SelfAttentionBlock(nn.Module):
     drop_path: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    projection_dropout: float = 0.0
     talking_heads: bool = True
     attention: Any = SelfAttention
     residual: Residual = Residual()
@@ -62,7 +63,7 @@ class SelfAttentionBlock(nn.Module):
             self.num_heads,
             self.talking_heads,
             self.attention_dropout,
-            self.dropout,
+            self.projection_dropout,
             residual,
             name="attn",
         )
@@ -136,7 +137,8 @@ class CaiT(nn.Module):
         in the first block to `drop_path` in the last, as in DeiT.
       embedding_dropout: rate after the position embedding.
       attention_dropout: rate on the attention weights.
-      dropout: rate in the MLP and after the attention's projection.
+      projection_dropout: rate after the projection of self-attention; `dropout` if not given.
+      dropout: rate in the MLP.
       dtype: of the computation; softmax and logits are at least float32.
       param_dtype: of the parameters.
       precision: of matrix products; `"highest"` for exact runs.
@@ -172,6 +174,7 @@ class CaiT(nn.Module):
     drop_path_growth: str = "constant"
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
+    projection_dropout: float | None = None
     dropout: float = 0.0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -281,6 +284,7 @@ class CaiT(nn.Module):
                 self.drop_path,
                 self.dropout,
                 self.attention_dropout,
+                self.dropout if self.projection_dropout is None else self.projection_dropout,
                 self.talking_heads,
                 functools.partial(attention, implementation=self.attention),
                 residual,

@@ -5,6 +5,8 @@ from typing import Any
 from cait_jax.kernels.talking_heads import IMPLEMENTATIONS
 from cait_jax.models.residual import ALWAYS_NORMED, SCHEMES
 
+_RATES = ("drop_path", "embedding_dropout", "attention_dropout", "projection_dropout", "dropout")
+
 
 def check_options(model: Any) -> None:
     """Refuses attributes that could only fail later, or compute something else than was meant.
@@ -30,9 +32,10 @@ def check_options(model: Any) -> None:
         raise ValueError(f"depth {model.depth} must be at least 1")
     if model.num_classes < 0:
         raise ValueError(f"num_classes {model.num_classes} must be 0 or more; 0 gives features")
-    for name in ("drop_path", "embedding_dropout", "attention_dropout", "dropout"):
-        if not 0.0 <= getattr(model, name) < 1.0:
-            raise ValueError(f"{name} {getattr(model, name)} must lie in [0, 1)")
+    for name in _RATES:
+        rate = getattr(model, name)
+        if rate is not None and not 0.0 <= rate < 1.0:
+            raise ValueError(f"{name} {rate} must lie in [0, 1)")
     for name, known in (
         ("remat", ("none", "elementwise", "attention", "block")),
         ("residual", SCHEMES),

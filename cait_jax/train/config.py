@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, nearest
+from cait_jax.train.conflicts import check_conflicts
 
 # What may change between the start of a run and its resumption: it changes no number of the run.
 FREE_KEYS = ("report", "mesh", "data.data_dir", "data.workers")
@@ -30,7 +31,16 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "data.repeats",
         ),
     ),
-    "more than 0": (lambda value: value > 0, ("epochs", "eval.every_epochs")),
+    "more than 0": (
+        lambda value: value > 0,
+        (
+            "epochs",
+            "eval.every_epochs",
+            "optimizer.decay_epochs",
+            "optimizer.eps",
+            "distill.temperature",
+        ),
+    ),
     "0 or more": (
         lambda value: value >= 0,
         (
@@ -57,7 +67,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "optimizer.ema_decay",
         ),
     ),
-    "in (0, 1]": (lambda value: 0 < value <= 1, ("eval.crop_ratio", "optimizer.layer_decay")),
+    "in (0, 1]": (
+        lambda value: 0 < value <= 1,
+        ("eval.crop_ratio", "optimizer.layer_decay", "optimizer.decay_rate"),
+    ),
     "in [0, 1]": (lambda value: 0 <= value <= 1, ("augment.erase", "distill.weight")),
     "two increasing numbers in (0, 1]": (
         lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1,
@@ -106,19 +119,20 @@ def check_overrides(config: ConfigDict, keys: Iterable[str]) -> None:
 
 
 def check_values(config: ConfigDict) -> None:
-    """Refuses values that no run could use.
+    """Refuses values that no run could use, and those that exclude each other.
 
     Args:
       config: as `cait_jax/train/defaults.py` describes it.
 
     Raises:
-      UserError: naming the key, its value and what it must be.
+      UserError: naming the key, its value and what it must be, or the keys that exclude each other.
     """
     flat = flatten(config)
     for wanted, (holds, keys) in _RANGES.items():
         for key in keys:
             if flat[key] is not None and not holds(flat[key]):
                 raise UserError(f"--config.{key} is {flat[key]} and must be {wanted}")
+    check_conflicts(flat)
 
 
 def check_resumable(saved: Mapping[str, Any], current: ConfigDict, workdir: str) -> None:

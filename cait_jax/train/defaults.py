@@ -1,6 +1,7 @@
 """Every key of a config, with one comment each. A recipe starts from these and states only what differs.
 
-The defaults are the paper's ImageNet recipe (Touvron et al., arXiv 2103.17239, after DeiT's).
+The defaults are the paper's ImageNet recipe (Touvron et al., arXiv 2103.17239, after DeiT's) with a rate for
+every step; `configs/imagenet.py` adds the authors' rate for every epoch.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +36,8 @@ def get_config() -> ConfigDict:
     config.model.drop_path_growth = placeholder(str)  # constant over the depth, or linear
     config.model.embedding_dropout = 0.0  # dropout after the position embedding
     config.model.attention_dropout = 0.0  # dropout on attention weights
-    config.model.dropout = 0.0  # dropout in MLPs and after the attention's projection
+    config.model.projection_dropout = placeholder(float)  # after attention's; None: dropout
+    config.model.dropout = 0.0  # dropout in MLPs
     config.model.dtype = "float32"  # of the computation: bfloat16, float32 or float64
     config.model.param_dtype = "float32"  # of parameters, optimiser state and EMA
     config.model.precision = placeholder(str)  # of matrix products: None, "high" or "highest"
@@ -87,12 +89,12 @@ def get_config() -> ConfigDict:
     config.loss.threshold = placeholder(float)  # of "binary": targets above it count as 1
 
     config.distill = ConfigDict()
-    config.distill.kind = "none"  # "hard" (the paper's) or "soft"
+    config.distill.kind = "none"  # "hard" (the paper's; on CaiT's one head an assumption) or "soft"
     config.distill.teacher = "regnety_160"  # a released name, a saved directory or a run's workdir
     config.distill.weights = placeholder(str)  # of a named teacher, a file instead of the release
     config.distill.logits = placeholder(str)  # a file of recorded logits instead of a teacher
     config.distill.weight = 0.5  # the teacher's part of the loss
-    config.distill.temperature = 3.0  # of "soft"
+    config.distill.temperature = 1.0  # of "soft"
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw, lamb, lion or sgd
@@ -100,17 +102,21 @@ def get_config() -> ConfigDict:
     config.optimizer.reference_batch = 512  # the peak grows with batch_size over this; 0: not
     config.optimizer.warmup_epochs = 5.0  # linear warm-up, counted in the length of the run
     config.optimizer.warmup_learning_rate = 1e-6  # learning rate of step 0
+    config.optimizer.schedule = "cosine"  # after the warm-up; or "step"
     config.optimizer.final_learning_rate = 1e-5  # where the cosine ends
+    config.optimizer.decay_epochs = placeholder(float)  # of "step": epochs between drops; None: 30
+    config.optimizer.decay_rate = placeholder(float)  # of "step": factor of a drop; None: 0.1
+    config.optimizer.per_epoch = False  # one rate an epoch, as in DeiT's published code
     config.optimizer.weight_decay = 0.05  # of kernels only, times the learning rate
     config.optimizer.b1 = 0.9  # decay of the first moment
     config.optimizer.b2 = 0.999  # decay of the second moment; lion wants 0.99
-    config.optimizer.eps = 1e-8  # added to the root of the second moment; lamb wants 1e-6
+    config.optimizer.eps = placeholder(float)  # beside the second moment; None: 1e-8, lamb 1e-6
     config.optimizer.momentum = 0.9  # of sgd
     config.optimizer.nesterov = False  # of sgd
     config.optimizer.layer_decay = 1.0  # learning rate of a layer over that of the one above
     config.optimizer.train = "all"  # or head, class_attention, a number of last blocks
     config.optimizer.sharpness_radius = 0.0  # rho of sharpness-aware minimisation; 0: none
-    config.optimizer.clip_norm = 0.0  # largest norm of the gradient; 0: no clipping
+    config.optimizer.clip_norm = placeholder(float)  # of the gradient; 0: none; None: lamb 1
     config.optimizer.accumulate = 1  # micro batches a step, their gradients averaged
     config.optimizer.ema_decay = 0.99996  # of the average of the parameters; 0: none is kept
 

@@ -59,8 +59,9 @@ def hard_distillation(
 ) -> Float[Array, "batch"]:
     """Learns the label and the class the teacher would choose (Touvron et al., arXiv 2012.12877, eq. 3).
 
-    CaiT has one head: `label_loss` and `logits` are of the same output. DeiT has two: `label_loss` is of
-    the class head's, `logits` are the distillation head's (section 4).
+    DeiT has two heads: `label_loss` is of the class head's output, `logits` are the distillation head's
+    (section 4). CaiT has one, and both are of its output. That is an assumption: no public code of CaiT's
+    distillation was found, and DeiT's raises for a network with a single output.
 
     Args:
       label_loss: the loss against the label, of any kind.
@@ -80,13 +81,14 @@ def soft_distillation(
     label_loss: Float[Array, "batch"],
     logits: Logits,
     teacher_logits: Logits,
-    temperature: float = 3.0,
-    weight: float = 0.1,
+    temperature: float = 1.0,
+    weight: float = 0.5,
 ) -> Float[Array, "batch"]:
     """Learns the label and the teacher's distribution (Hinton et al.; Touvron et al., arXiv 2012.12877, eq. 2).
 
-    The divergence is a sum over classes, as in the equation. DeiT's published code divides it by their
-    number as well: for its figures divide `weight` accordingly.
+    The defaults, temperature 1 and weight 0.5, are those of DeiT's published code; its paper has 3 and 0.1.
+    The divergence is a sum over classes, as in the equation; the code divides it by the number of classes as
+    well (facebookresearch/deit, `losses.py`).
 
     Args:
       label_loss: the loss against the label, of any kind.

@@ -1,42 +1,14 @@
-"""The learning-rate schedule, the weight-decay mask and the optimisers by name."""
+"""The weight-decay mask and the optimisers by name."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from cait_jax.errors import UserError, nearest
-
-
-def learning_rate_schedule(
-    *,
-    peak: float,
-    total_steps: int,
-    warmup_steps: int,
-    warmup_from: float = 1e-6,
-    final: float = 1e-5,
-) -> optax.Schedule:
-    """Linear warm-up, then a cosine to `final` (DeiT's recipe, arXiv 2012.12877, table 9).
-
-    Args:
-      peak: learning rate at the end of the warm-up.
-      total_steps: steps of the whole run, the warm-up among them; the rate of a step is that of its start,
-        so the last step runs a little above `final`.
-      warmup_steps: steps of the warm-up. Where it is longer than the run, the run ends inside it.
-      warmup_from: learning rate of step 0.
-      final: learning rate that the cosine reaches at `total_steps`.
-
-    Returns:
-      Step to learning rate.
-    """
-    cosine = optax.cosine_decay_schedule(
-        peak, max(total_steps - warmup_steps, 1), alpha=final / peak if peak else 0.0
-    )
-    if warmup_steps == 0:
-        return cosine
-    warmup = optax.linear_schedule(warmup_from, peak, warmup_steps)
-    return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
 def decay_mask(params: Any) -> Any:
@@ -60,11 +32,11 @@ def make_optimizer(
     name: str = "adamw",
     b1: float = 0.9,
     b2: float = 0.999,
-    eps: float = 1e-8,
+    eps: float | None = None,
     momentum: float = 0.9,
     nesterov: bool = False,
     weight_decay: float = 0.05,
-    clip_norm: float = 0.0,
+    clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
     """An optimiser with decay by name and optional clipping.
 
@@ -72,16 +44,19 @@ def make_optimizer(
 
     Args:
       schedule: step to learning rate.
-      name: one of `OPTIMIZERS`: `"adamw"` (Loshchilov and Hutter, arXiv 1711.05101), the paper's; `"lamb"` (You et
-        al., arXiv 1904.00962); `"lion"` (Chen et al., arXiv 2302.06675); `"sgd"` with momentum.
+      name: one of `OPTIMIZERS`: `"adamw"` (Loshchilov and Hutter, arXiv 1711.05101), the paper's; `"lamb"`
+        (You et al., arXiv 1904.00962) as timm's `Lamb` has it: only what decays is scaled by its trust ratio,
+        everything else takes Adam's step, and without weight decay so does every array; `"lion"` (Chen et
+        al., arXiv 2302.06675); `"sgd"` with momentum.
       b1: decay of the first moment; of Lion what its step takes of the old moment. Not for SGD.
       b2: decay of the second moment; Lion's decay of its only one, usually 0.99. Not for SGD.
-      eps: added to the root of the second moment, of AdamW and LAMB; LAMB usually has 1e-6.
+      eps: added to the root of the second moment, of AdamW and LAMB; None: 1e-8, of LAMB 1e-6 (timm's default).
       momentum: of SGD; 0 for none.
       nesterov: of SGD: look ahead along the momentum.
       weight_decay: of kernels. Decoupled and multiplied by the learning rate; of SGD a part of the gradient
         (L2), as the paper's transfers have it.
-      clip_norm: largest global norm of the gradient; 0 for none.
+      clip_norm: largest global norm of the gradient; 0: no clipping; None: no clipping, of LAMB 1 (timm's
+        default).
 
     Returns:
       The transformation; it needs the parameters in `update`.
@@ -91,6 +66,10 @@ def make_optimizer(
     """
     if name not in OPTIMIZERS:
         raise UserError(f"there is no optimizer {name!r}; {nearest(name, OPTIMIZERS)}")
+    if eps is None:
+        eps = 1e-6 if name == "lamb" else 1e-8
+    if clip_norm is None:
+        clip_norm = 1.0 if name == "lamb" else 0.0
     adaptive = {"b1": b1, "b2": b2, "weight_decay": weight_decay}
     options: dict[str, Any] = {
         "adamw": {**adaptive, "eps": eps},
@@ -114,13 +93,46 @@ def _sgd(
 def _lamb(
     schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Any
 ) -> optax.GradientTransformation:
-    """`optax.lamb`, whose ratio of norms is that of an array, with one ratio for each stacked block."""
+    """`optax.lamb` with the trust ratio only where weights decay, and one ratio for each stacked block.
+
+    A ratio for every array would hold back LayerScale: the norm of its gammas starts near 0.
+    """
     return optax.chain(
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        _scale_by_adam(b1=b1, b2=b2, eps=eps),
         optax.add_decayed_weights(weight_decay, mask),
-        _by_block(optax.scale_by_trust_ratio()),
+        optax.masked(_by_block(optax.scale_by_trust_ratio()), mask)
+        if weight_decay
+        else optax.identity(),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with an exact bias correction.
+
+    In float32 its `1 - b2**count` is off by 1e-5 in the first steps, and all of them err in the same direction.
+    """
+
+    def corrected(moments: Any, decay: float, count: Any) -> Any:
+        correction = -jnp.expm1(count * math.log(decay)) if decay else jnp.ones(())
+        return jax.tree.map(lambda moment: moment / correction.astype(moment.dtype), moments)
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        return optax.ScaleByAdamState(
+            jnp.zeros((), jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params)
+        )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        count = optax.safe_increment(state.count)
+        scaled = jax.tree.map(
+            lambda m, v: m / (jnp.sqrt(v) + eps), corrected(mu, b1, count), corrected(nu, b2, count)
+        )
+        return scaled, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _by_block(stateless: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -1,7 +1,8 @@
 """Parts of a network that learn more slowly, or not at all: layer-wise rates and freezing.
 
-A part is a stretch of layers, numbered from the image to the classes. The blocks of a network may lie on
-top of each other in arrays with a leading depth axis; a factor then has one value for each slice.
+Two numberings: `layer_ids` for layer-wise rates, which are timm's; `block_numbers` for freezing, in the order
+of computation. They differ in CaiT's class-attention blocks. Stacked blocks are arrays with a leading depth
+axis, and a number, factor or mark then has one value for each slice.
 """
 
 import re
@@ -25,11 +26,11 @@ _CLASS_STAGE = ("cls_token", "norm", *_HEADS)
 OfParams = Callable[[Any], Any]
 
 
-def layer_numbers(params: Any) -> Any:
-    """Numbers the layers of CaiT, ViT and DeiT.
+def layer_ids(params: Any) -> Any:
+    """Layer ids for layer-wise rates, equal to those of timm's `group_matcher` for CaiT, ViT and DeiT.
 
-    Embeddings and tokens are layer 0, self-attention blocks 1 to `depth`, class-attention blocks the next.
-    The last norm belongs to the last block. The heads are one above.
+    Embeddings and tokens are 0, self-attention blocks 1 to `depth`, heads `depth + 1`. Class-attention blocks
+    share the last ids of self-attention, the last of them `depth`; so does the last norm.
 
     Args:
       params: a parameter tree, stacked or not; arrays, or their shapes.
@@ -41,11 +42,32 @@ def layer_numbers(params: Any) -> Any:
     Raises:
       UserError: for a network of other parts.
     """
+    depth, class_depth = _depths(params)
+    return _numbered(params, class_attention=max(depth - class_depth + 1, 0), last=depth)
+
+
+def block_numbers(params: Any) -> Any:
+    """Numbers blocks in the order of computation, which is what freezing counts by.
+
+    As `layer_ids`, but class-attention blocks are `depth + 1` and up, the last norm has the number of the
+    last of them, and heads one above.
+    """
+    depth, class_depth = _depths(params)
+    return _numbered(params, class_attention=depth + 1, last=depth + class_depth)
+
+
+def _depths(params: Any) -> tuple[int, int]:
+    """Numbers of self-attention and class-attention blocks."""
     if "blocks" in params:
         depth = jax.tree.leaves(params["blocks"])[0].shape[0]
     else:
         depth = sum(_SELF_ATTENTION.fullmatch(name) is not None for name in params)
-    blocks = depth + sum(_CLASS_ATTENTION.fullmatch(name) is not None for name in params)
+    return depth, sum(_CLASS_ATTENTION.fullmatch(name) is not None for name in params)
+
+
+def _numbered(params: Any, *, class_attention: int, last: int) -> Any:
+    """Numbers from that of the first class-attention block and that of the last block."""
+    depth, _ = _depths(params)
 
     def number(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
         name = path[0].key
@@ -54,13 +76,13 @@ def layer_numbers(params: Any) -> Any:
         if name in _EMBEDDINGS:
             return np.asarray(0)
         if name in _HEADS:
-            return np.asarray(blocks + 1)
+            return np.asarray(last + 1)
         if name == "norm":
-            return np.asarray(blocks)
+            return np.asarray(last)
         if found := _SELF_ATTENTION.fullmatch(name):
             return np.asarray(1 + int(found[1]))
         if found := _CLASS_ATTENTION.fullmatch(name):
-            return np.asarray(1 + depth + int(found[1]))
+            return np.asarray(class_attention + int(found[1]))
         raise UserError(
             f"the parameters {name!r} belong to no layer of a transformer: rates by layer and "
             "freezing are for CaiT, ViT and DeiT"
@@ -72,12 +94,14 @@ def layer_numbers(params: Any) -> Any:
 def layer_decay(params: Any, rate: float) -> Any:
     """Factors of the learning rate that shrink from the head down (Bao et al., arXiv 2106.08254).
 
+    Equal to the `lr_scale` of timm's `param_groups_layer_decay`.
+
     Args:
       params: a parameter tree, stacked or not.
       rate: what a layer has over the one above, in (0, 1]; 0.65 to 0.9 where networks are fine-tuned.
 
     Returns:
-      `rate ** (layers above)` as float64 numpy arrays shaped as in `layer_numbers`; 1 for the heads.
+      `rate ** (largest id - id)` as float64 numpy arrays shaped as in `layer_ids`; 1 for the heads.
 
     Raises:
       UserError: for a rate outside (0, 1], or a network without such layers.
@@ -86,9 +110,9 @@ def layer_decay(params: Any, rate: float) -> Any:
         raise UserError(
             f"a layer decay of {rate} makes no sense: choose it in (0, 1], such as 0.75"
         )
-    numbers = layer_numbers(params)
-    last = max(int(leaf.max()) for leaf in jax.tree.leaves(numbers))
-    return jax.tree.map(lambda number: np.asarray(np.power(rate, last - number)), numbers)
+    ids = layer_ids(params)
+    last = max(int(leaf.max()) for leaf in jax.tree.leaves(ids))
+    return jax.tree.map(lambda id_: np.asarray(np.power(rate, last - id_)), ids)
 
 
 def trainable(params: Any, part: str | int) -> Any:
@@ -101,12 +125,12 @@ def trainable(params: Any, part: str | int) -> Any:
         last k blocks, norm and heads. Class-attention blocks are the last blocks.
 
     Returns:
-      Bool numpy arrays shaped as in `layer_numbers`.
+      Bool numpy arrays shaped as in `block_numbers`.
 
     Raises:
       UserError: for a part that the network does not have, or a network without such layers.
     """
-    numbers = layer_numbers(params)
+    numbers = block_numbers(params)
     if part == "all":
         return jax.tree.map(lambda number: np.ones_like(number, bool), numbers)
     heads = [name for name in _HEADS if name in params]

@@ -38,10 +38,10 @@ from cait_jax.sharding import (
 )
 from cait_jax.train.config import check_values
 from cait_jax.train.crops import training_crop
+from cait_jax.train.learning import length_of, optimizer_of, part_of, phases_of, schedule_of
 from cait_jax.train.losses import label_loss, teacher_loss
-from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from cait_jax.train.parts import by_part, layer_decay, trainable
-from cait_jax.train.phases import Phase, head_then_blocks, in_phases, phase_mask, phase_rates
+from cait_jax.train.parts import trainable
+from cait_jax.train.phases import Phase, phase_mask
 from cait_jax.train.start import given_logits, given_params, given_teacher
 from cait_jax.train.state import TrainState, create_state
 from cait_jax.train.step import Recipe, TrainStep, make_train_step
@@ -60,6 +60,7 @@ class Setup:
       eval_split: the examples for evaluation.
       total_steps: steps of the whole run.
       steps_per_epoch: training examples over batch size, not rounded.
+      schedule: step to learning rate.
       train_step: the step, jitted, its state donated.
       trace: of the step, from shapes with shardings, such as `abstract_state` and `abstract_batch`: its jaxpr,
         and what lowers and compiles it.
@@ -76,6 +77,7 @@ class Setup:
     eval_split: Split
     total_steps: int
     steps_per_epoch: float
+    schedule: optax.Schedule
     train_step: TrainStep
     trace: Callable[[Any, Any], jax.stages.Traced]
     eval_step: Callable[..., Any]
@@ -224,10 +226,10 @@ def set_up(
     )
 
     steps_per_epoch = len(train_split) / config.batch_size
-    phases = _phases(config, steps_per_epoch)
-    total_steps = config.steps or _length(config, phases, steps_per_epoch)
-    schedule = phase_rates(phases) if phases else _schedule(config, total_steps, steps_per_epoch)
-    optimizer = _optimizer(config, schedule, phases)
+    phases = phases_of(config, steps_per_epoch)
+    total_steps = length_of(config, phases, steps_per_epoch)
+    schedule = schedule_of(config, phases, total_steps, len(train_split))
+    optimizer = optimizer_of(config, schedule, phases)
     recipe = _recipe(config, model, phases)
     teacher = (teacher_of or given_teacher)(config, model)
 
@@ -257,6 +259,7 @@ def set_up(
         eval_split=eval_split,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
+        schedule=schedule,
         train_step=lambda state, batch: step(state, batch, teacher),
         trace=lambda state, batch: step.trace(state, batch, teacher),
         eval_step=jit_eval_step(
@@ -284,74 +287,10 @@ def _check_trainable(name: str) -> None:
         )
 
 
-def _phases(config: ConfigDict, steps_per_epoch: float) -> tuple[Phase, ...]:
-    phases = config.phases
-    both = head_then_blocks(
-        steps_per_epoch,
-        head_epochs=phases.head_epochs,
-        head_learning_rate=phases.head_learning_rate,
-        blocks=phases.blocks,
-        blocks_epochs=phases.blocks_epochs,
-        blocks_learning_rate=phases.blocks_learning_rate,
-    )
-    return both if phases.head_epochs else ()
-
-
-def _length(config: ConfigDict, phases: Sequence[Phase], steps_per_epoch: float) -> int:
-    if phases:
-        return sum(phase.steps for phase in phases)
-    return max(1, round(config.epochs * steps_per_epoch))
-
-
-def _schedule(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
-    optimizer = config.optimizer
-    reference = optimizer.reference_batch
-    return learning_rate_schedule(
-        peak=optimizer.learning_rate * (config.batch_size / reference if reference else 1.0),
-        total_steps=total_steps,
-        warmup_steps=round(optimizer.warmup_epochs * steps_per_epoch),
-        warmup_from=optimizer.warmup_learning_rate,
-        final=optimizer.final_learning_rate,
-    )
-
-
-def _optimizer(
-    config: ConfigDict, schedule: optax.Schedule, phases: Sequence[Phase]
-) -> optax.GradientTransformation:
-    optimizer = config.optimizer
-    make = functools.partial(
-        make_optimizer,
-        name=optimizer.name,
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        eps=optimizer.eps,
-        momentum=optimizer.momentum,
-        nesterov=optimizer.nesterov,
-        weight_decay=optimizer.weight_decay,
-        clip_norm=optimizer.clip_norm,
-    )
-    if phases:
-        return in_phases(make, phases)
-    part, decay = _part(optimizer.train), optimizer.layer_decay
-    if part == "all" and decay == 1.0:
-        return make(schedule)
-
-    def factors(params: Any) -> Any:
-        learns, rates = trainable(params, part), layer_decay(params, decay)
-        return jax.tree.map(lambda learns, rate: learns * rate, learns, rates)
-
-    return by_part(make(schedule), factors)
-
-
-def _part(name: str) -> str | int:
-    """What learns, as `cait_jax.train.parts.trainable` takes it, from a word of the command line."""
-    return int(name) if name.isdecimal() else name
-
-
 def _recipe(config: ConfigDict, model: Any, phases: Sequence[Phase]) -> Recipe:
     augment, distill = config.augment, config.distill
     policy = augment.rand_augment
-    part = _part(config.optimizer.train)
+    part = part_of(config.optimizer.train)
     learns: Callable[[Any, Any], Any] | None = None
     if phases:
         learns = functools.partial(phase_mask, phases)

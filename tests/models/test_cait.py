@@ -74,6 +74,7 @@ def test_no_classes_gives_the_features_the_head_reads():
         (lambda: small(num_heads=5), "num_heads 5 does not divide width 96"),
         (lambda: small(widht=5), "no attribute 'widht'; nearest: width"),
         (lambda: small(drop_path=1.0), r"drop_path 1.0 must lie in \[0, 1\)"),
+        (lambda: small(projection_dropout=-0.1), r"projection_dropout -0.1 must lie in \[0, 1\)"),
         (
             lambda: small(remat="all"),
             "remat 'all' must be one of none, elementwise, attention, block",
@@ -334,6 +335,18 @@ def test_rates_apply_in_training_only_and_spare_class_attention(params):
         run(0, wet)
     assert ("pos_drop",) in touched
     assert not any(path[0].startswith("blocks_token_only") for path in touched)
+    places = {path[1:] for path in touched if path[0] == "blocks"}
+    drops = {("mlp", "drop1"), ("mlp", "drop2"), ("attn", "attn_drop")}
+    assert places - {("drop_path_1",), ("drop_path_2",)} == drops | {("attn", "proj_drop")}
+
+    touched.clear()
+    with nn.intercept_methods(watch):
+        run(0, wet.clone(projection_dropout=0.0, drop_path=0.0))
+    assert {path[1:] for path in touched if path[0] == "blocks"} == drops
+    touched.clear()
+    with nn.intercept_methods(watch):
+        run(0, model.clone(projection_dropout=0.2, drop_path=0.0))
+    assert touched == {("blocks", "attn", "proj_drop")}
 
 
 def test_drop_path_is_one_rate_a_sample_scaled_and_drawn_twice_a_block():

@@ -1,10 +1,14 @@
 """Losses against their formulas in float64."""
 
+import inspect
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cait_jax.train.defaults import get_config
 from cait_jax.train.losses import (
     binary_cross_entropy,
     correct,
@@ -98,6 +102,20 @@ def test_soft_distillation_is_the_formula(temperature, weight):
     )
     expected = (1 - weight) * of_label + weight * temperature**2 * divergence
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_soft_distillation_defaults_to_the_published_code_everywhere():
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(soft_distillation).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    assert defaults == {"temperature": 1.0, "weight": 0.5}
+    config = get_config().distill
+    assert (config.temperature, config.weight) == (1.0, 0.5)
+    docs = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
+    assert "temperature 1 and weight 0.5" in docs
+    assert "temperature 1 and weight 0.5" in soft_distillation.__doc__
 
 
 @pytest.mark.parametrize("loss", [hard_distillation, soft_distillation])

@@ -1,6 +1,13 @@
-"""What each part of a network is, and that what is frozen keeps its bits."""
+"""What each part of a network is, and that what is frozen keeps its bits.
+
+`fixtures/layer_ids.json` holds, by the beginning of a parameter's name in timm 1.0.31, the layer id of
+`group_parameters` and the `lr_scale` of `param_groups_layer_decay(layer_decay=0.75)`, for networks of patches
+of 4, width 8 and two heads.
+"""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +20,14 @@ from cait_jax.models.stacking import unstack_blocks
 from cait_jax.train.optimizer import OPTIMIZERS, make_optimizer
 from cait_jax.train.parts import (
     apply_updates,
+    block_numbers,
     by_part,
     layer_decay,
-    layer_numbers,
+    layer_ids,
     stop_frozen,
     trainable,
 )
+from cait_jax.weights.published import to_published
 
 TINY = {"image_size": 8, "patch_size": 4, "width": 8, "num_heads": 2, "num_classes": 3}
 FORMS = {"stacked": dict, "single": unstack_blocks}
@@ -70,8 +79,8 @@ def trained(optimizer, params, steps=2):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_layers_are_numbered_from_the_image_to_the_classes(params, form):
-    numbers = values(layer_numbers(FORMS[form](params)))
+def test_blocks_are_numbered_in_the_order_of_computation(params, form):
+    numbers = values(block_numbers(FORMS[form](params)))
     assert numbers["patch_embed/proj/kernel"] == numbers["pos_embed"] == numbers["cls_token"] == 0
     assert [numbers[f"blocks_{i}/attn/qkv/bias"] for i in range(3)] == [1, 2, 3]
     assert [numbers[f"blocks_token_only_{i}/mlp/fc1/kernel"] for i in range(2)] == [4, 5]
@@ -79,17 +88,36 @@ def test_layers_are_numbered_from_the_image_to_the_classes(params, form):
     assert numbers["head/kernel"] == 6
 
 
-def test_layers_of_a_network_with_two_heads(deit):
-    numbers = values(layer_numbers(deit))
-    assert numbers["dist_token"] == 0
-    assert numbers["norm/bias"] == 2
-    assert numbers["head/bias"] == numbers["head_dist/bias"] == 3
+TIMM = json.loads((Path(__file__).parents[1] / "fixtures" / "layer_ids.json").read_text())
+NETWORKS = {
+    "cait": ("cait_xxs24", {"depth": 4}),
+    "cait_short": ("cait_xxs24", {"depth": 1}),
+    "cait_three": ("cait_xxs24", {"depth": 3, "class_depth": 3}),
+    "vit": ("vit_tiny", {"depth": 3}),
+    "deit_distilled": ("deit_tiny_distilled", {"depth": 11}),
+}
 
 
-def test_ten_blocks_one_by_one_keep_their_order():
-    model = create_model("vit_tiny", depth=11, stacked=False, **TINY)
-    numbers = values(layer_numbers(random_params(model)))
-    assert [numbers[f"blocks_{i}/norm1/scale"] for i in range(11)] == list(range(1, 12))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_layer_ids_and_factors_are_timms(name, form):
+    base, settings = NETWORKS[name]
+    params = FORMS[form](random_params(create_model(base, **TINY, **settings)))
+
+    def published(numbers):
+        whole = jax.tree.map(lambda n, leaf: np.broadcast_to(n, leaf.shape), numbers, params)
+        named = to_published({"params": whole})
+        assert all((array == array.flat[0]).all() for array in named.values())
+        return {key: array.flat[0] for key, array in named.items()}
+
+    ids, factors = published(layer_ids(params)), published(layer_decay(params, 0.75))
+    met = set()
+    for key in ids:
+        first, _, rest = key.partition(".")
+        prefix = f"{first}.{rest.partition('.')[0]}" if first.startswith("blocks") else first
+        met.add(prefix)
+        assert (ids[key], factors[key]) == tuple(TIMM[name][prefix]), key
+    assert met == set(TIMM[name])
 
 
 def test_factors_broadcast_without_a_change_of_rank(params):
@@ -111,10 +139,10 @@ def test_layer_decay_scales_each_layers_step(params, name, form):
         by_name(optimizer.update(gradient, optimizer.init(params), params)[0])
         for optimizer in (plain, scaled)
     ]
-    numbers = values(layer_numbers(params))
+    ids = values(layer_ids(params))
     for leaf, step in steps[1].items():
         # Powers of 2 are exact, one operation at a time: compiled, a product and a sum may become one rounding.
-        np.testing.assert_array_equal(step, steps[0][leaf] * 0.5 ** (6 - numbers[leaf]))
+        np.testing.assert_array_equal(step, steps[0][leaf] * 0.5 ** (4 - ids[leaf]))
 
 
 PARTS = {
@@ -202,7 +230,7 @@ def test_what_does_not_exist(params, deit):
     with pytest.raises(UserError, match="num_classes above 0"):
         trainable(headless, "head")
     with pytest.raises(UserError, match="'stem' belong to no layer"):
-        layer_numbers({"stem": {"kernel": jnp.zeros(2)}})
+        layer_ids({"stem": {"kernel": jnp.zeros(2)}})
     for rate in (0.0, 1.1):
         with pytest.raises(UserError, match=r"in \(0, 1\]"):
             layer_decay(params, rate)

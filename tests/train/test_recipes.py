@@ -68,6 +68,7 @@ PARAMETERS = {
     "deit_tiny": 5_717_416,
     "deit_small": 22_050_664,
     "deit_base": 86_567_656,
+    "deit_base_384": 86_859_496,
     "deit_tiny_distilled": 5_910_800,
     "deit_small_distilled": 22_436_432,
     "deit_base_distilled": 87_338_192,
@@ -202,16 +203,65 @@ def test_each_kind_of_step_can_be_traced(name, without_data):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name[-4:] in ("_384", "_448")])
 def test_a_higher_resolution_changes_nothing_of_the_recipe_it_follows(name):
-    """But what the author's numbers for it say."""
+    """But for the author's numbers for it: constant 5e-6, and of DeiT a weight decay of 1e-8."""
     before = name.rpartition("_")[0]
     first, then = (flatten(module(which).get_config()) for which in (before, name))
     changed = {key for key in first if first[key] != then[key]}
     own = {"image_size", "batch_size", "epochs", "init.weights"}
     rates = {"learning_rate", "reference_batch", "final_learning_rate"}
-    drop_path = {"model.drop_path"} if name == "cait_m48_448" else set()
-    assert changed == own | {f"optimizer.{key}" for key in rates} | drop_path
+    more = {"cait_m48_448": {"model.drop_path"}, "deit_base_384": {"optimizer.weight_decay"}}
+    assert changed == own | {f"optimizer.{key}" for key in rates} | more.get(name, set())
+    length = (512, 30, 1e-8) if name == "deit_base_384" else (256, 60, 0.05)
+    assert (then["batch_size"], then["epochs"], then["optimizer.weight_decay"]) == length
+    rate, final = then["optimizer.learning_rate"], then["optimizer.final_learning_rate"]
+    assert (rate, final, then["optimizer.reference_batch"]) == (5e-6, 5e-6, 0)
     assert then["init.weights"] == f"runs/{before}"
     assert then["image_size"] == int(name[-3:])
+
+
+def settings(name, *keys):
+    flat = flatten(module(name).get_config())
+    return [flat[key] for key in keys]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_rate_changes_once_an_epoch_where_the_authors_code_does(name):
+    authors = name.startswith(("cait_", "deit_", "transfer_"))
+    assert settings(name, "optimizer.per_epoch") == [authors]
+
+
+def test_a_run_of_the_recipe_peaks_in_its_seventh_epoch(without_data):
+    setup = set_up(module("cait_xs24").get_config(), devices=jax.devices()[:1])
+    starts = [-(-epoch * 1_281_167 // 1024) for epoch in range(400)]
+    rates = [setup.schedule(step) for step in starts[:9]]
+    expected = [1e-6, 1e-6, 2.008e-4, 4.006e-4, 6.004e-4, 8.002e-4, 9.99618e-4, 9.9945e-4]
+    assert rates[:8] == pytest.approx(expected, rel=1e-5)
+    assert setup.schedule(starts[6] - 1) == rates[5]
+    # 400 epochs of which the last is at 1e-5 plus what the cosine has left two epochs before its end.
+    assert setup.schedule(setup.total_steps - 1) == pytest.approx(1.0061e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("transfer_")])
+def test_sgd_has_nesterov_momentum(name):
+    kind, nesterov, momentum = settings(
+        name, "optimizer.name", "optimizer.nesterov", "optimizer.momentum"
+    )
+    assert (kind, nesterov) == (("adamw", False) if "inat" in name else ("sgd", True))
+    assert momentum == 0.9
+
+
+def test_vit_on_cifar10_is_its_sources():
+    dropout = ("embedding_dropout", "attention_dropout", "dropout", "projection_dropout")
+    assert settings("vit_cifar10", *(f"model.{key}" for key in dropout)) == [0.1, 0.1, 0.1, 0.0]
+    rates = ("warmup_learning_rate", "learning_rate", "final_learning_rate")
+    found = settings("vit_cifar10", "augment.rotate", *(f"optimizer.{key}" for key in rates))
+    assert found == [36.0, 0.0, 1e-3, 1e-8]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("_distilled")])
+def test_distillation_on_one_head_is_called_an_assumption(name):
+    one_head = name.startswith("cait_")
+    assert ("is an assumption" in module(name).__doc__) == one_head
 
 
 def test_data_sets_are_those_of_tfds(tmp_path):

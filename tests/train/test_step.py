@@ -19,7 +19,8 @@ from cait_jax.sharding import (
     replicated,
 )
 from cait_jax.train.losses import cross_entropy
-from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from cait_jax.train.optimizer import make_optimizer
+from cait_jax.train.schedule import warmup_cosine_schedule
 from cait_jax.train.state import create_state
 from cait_jax.train.step import Recipe, make_train_step, mean_over_micro_batches
 
@@ -51,7 +52,7 @@ def run(devices, steps=20, accumulate=1, dtype="float32", **overrides):
         dtype=dtype, param_dtype=dtype, drop_path=0.2, dropout=0.1, attention_dropout=0.1,
         embedding_dropout=0.1, precision="highest", **overrides,
     )  # fmt: skip
-    schedule = learning_rate_schedule(peak=1e-3, total_steps=steps, warmup_steps=2)
+    schedule = warmup_cosine_schedule(peak=1e-3, total_steps=steps, warmup_steps=2)
     optimizer = make_optimizer(schedule, clip_norm=1.0)
     recipe = dataclasses.replace(RECIPE, accumulate=accumulate)
     mesh = make_mesh(devices)
@@ -103,7 +104,7 @@ def test_float64_agrees_to_its_own_rounding_on_eight_devices():
 
 def test_metrics_and_ema(alone):
     metrics, state = alone
-    schedule = learning_rate_schedule(peak=1e-3, total_steps=20, warmup_steps=2)
+    schedule = warmup_cosine_schedule(peak=1e-3, total_steps=20, warmup_steps=2)
     for step, values in enumerate(metrics):
         assert values["learning_rate"] == pytest.approx(float(schedule(step)), rel=1e-6)
         assert 0 <= values["accuracy"] <= 1
@@ -115,7 +116,7 @@ def test_metrics_and_ema(alone):
 def test_the_learning_rate_reported_is_the_one_applied():
     """With SGD at rate 1 times the schedule, the move over the gradient is the rate."""
     model = create_model("cait_nano4_patch4_8", num_classes=10, depth=1, drop_path=0.0)
-    schedule = learning_rate_schedule(peak=1e-1, total_steps=4, warmup_steps=2, warmup_from=1e-3)
+    schedule = warmup_cosine_schedule(peak=1e-1, total_steps=4, warmup_steps=2, warmup_from=1e-3)
     optimizer = optax.sgd(schedule)
     step = jax.jit(make_train_step(model, optimizer, schedule, Recipe(cross_entropy)))
     state = create_state(random_params(model), optimizer, ema=False)

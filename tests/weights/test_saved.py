@@ -89,6 +89,13 @@ def test_other_networks_and_attributes_are_described_whole(tmp_path):
         assert build(json.loads(json.dumps(describe(made)))) == made
 
 
+def test_a_description_of_before_an_attribute_existed_gives_its_default():
+    model = create_model("cait_xxs24", depth=1, dropout=0.1)
+    old = json.loads(json.dumps(describe(model)))
+    del old["attributes"]["projection_dropout"]
+    assert build(old) == model
+
+
 @pytest.mark.parametrize(
     ("attributes", "sentence"),
     [
