@@ -17,7 +17,7 @@ def image_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
     @functools.wraps(function)
     def with_paths(images: tuple[str, ...], **others: Any) -> Any:
-        from cait_jax.data.folder import expand_images
+        from cait_jax.data.image_files import find_images
 
         return function(paths=expand_images(images), **others)
 
