@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -22,8 +23,8 @@ class UserError(ValueError):
 def printable(text: str, *, keep: str = "") -> str:
     r"""Escapes what a terminal would obey or cannot show, as `\xNN` or `\uNNNN`.
 
-    These are control characters, bidirectional overrides (Unicode TR 36) and surrogates; a byte of a file name that
-    is not UTF-8 (PEP 383) becomes `\xNN`. All else stays, so the function may be applied twice.
+    These are control characters, bidirectional overrides (Unicode TR 36) and surrogates; a byte of a file name
+    that is not UTF-8 (PEP 383) becomes `\xNN`. All else stays, so the function may be applied twice.
 
     Args:
       text: names, or what holds names.
@@ -39,6 +40,11 @@ def printable(text: str, *, keep: str = "") -> str:
         return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
     return _UNPRINTABLE.sub(escaped, text)
+
+
+def writable(text: str) -> str:
+    """Escapes what no encoding holds: the bytes of file names that are not UTF-8, and other surrogates."""
+    return _SURROGATES.sub(lambda match: printable(match[0]), text)
 
 
 def composed(name: str) -> str:

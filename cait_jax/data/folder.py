@@ -78,7 +78,7 @@ def load_folder(root: str | Path, split: str | None = None, *, channels: int = 3
 
     Args:
       root: the folder, where `~` is the home directory. Links to folders are followed.
-      split: which split, by its name or by another word for the same, such as `"val"` for `valid`; or a part of one
+      split: which split, by its name or another word for the same, such as `"val"` for `valid`, or a part of one
         in whole percents. Of a folder that is not divided, `"train"`, `"val"`, or `"all"`, which None means too.
       channels: 3 for colour, 1 for luminance.
 
@@ -227,7 +227,7 @@ def _find(folder: Path, split: str | None) -> _Found:
     known = ", ".join(layout.names)
     if split is None:
         raise UserError(f"folder {folder} is divided into {known}; say which split")
-    if purpose not in layout.splits:
+    if purpose is None or purpose not in layout.splits:
         raise UserError(f"folder {folder} has no split {split!r}; it is divided into {known}")
     beside = {f"{name}/": len(images_below(folder / name).paths) for name in layout.beside}
     part = folder / layout.splits[purpose]

@@ -98,9 +98,7 @@ def is_image(name: str) -> bool:
 def is_system(name: str) -> bool:
     """Whether a name is hidden, or one that systems, NAS and editors give to files of their own."""
     folded = name.casefold()
-    return (
-        name.startswith((".", "~$")) or folded in _SYSTEM or folded.endswith(_SYSTEM_SUFFIXES)
-    )
+    return name.startswith((".", "~$")) or folded in _SYSTEM or folded.endswith(_SYSTEM_SUFFIXES)
 
 
 def _suffix_of(path: str) -> str:

@@ -1,6 +1,5 @@
 """How a folder of classes is divided into splits: `SPLIT/CLASS`, or not at all; a mixture is refused."""
 
-import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -53,7 +52,7 @@ def purpose_of(name: str) -> str | None:
 
 
 def class_name(folder: str) -> str:
-    """The class that a folder's name stands for: in Unicode's composed form, bytes that are not UTF-8 as `\\xNN`."""
+    """The class that a folder's name stands for: composed (NFC), bytes that are not UTF-8 as `\\xNN`."""
     return composed(os.fsencode(folder).decode("utf-8", "backslashreplace"))
 
 
@@ -68,8 +67,8 @@ def class_folders(part: Path) -> dict[str, list[str]]:
 def read_layout(folder: Path) -> Layout:
     """Finds the splits of a folder.
 
-    A split is a folder whose name `purpose_of` knows and that has folders itself; without folders it is a class, such
-    as the trains among vehicles, or images without labels. A split's only folder may be called as the split is.
+    A split is a folder whose name `purpose_of` knows and that has folders itself; without folders it is a class,
+    such as the trains among vehicles, or images without labels. A split's only folder may be called as it is.
 
     Raises:
       UserError: it cannot be told what is a split and what is a class; what was found is named.
@@ -150,7 +149,9 @@ def _unwrapped(folder: Path, name: str) -> str:
     path = name
     for _ in range(_DEEPEST):
         match subfolders(folder / path):
-            case [only] if purpose_of(only) == purpose_of(name) and subfolders(folder / path / only):
+            case [only] if purpose_of(only) == purpose_of(name) and subfolders(
+                folder / path / only
+            ):
                 path = f"{path}/{only}"
             case _:
                 break
