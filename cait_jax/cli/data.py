@@ -44,11 +44,11 @@ def prepare_command(name: str, data_dir: str | None, dry_run: bool, json: bool) 
 
     plan = plan_preparation(name, data_dir)
     if not json:
-        click.echo(_plan_in_words(name, plan), err=True)
+        say(_plan_in_words(name, plan), err=True)
     if not dry_run:
         prepare(name, data_dir)
         if not json and not plan.prepared:
-            click.echo(f"{name} is in {plan.folder}")
+            say(f"{name} is in {plan.folder}")
     if json:
         click.echo(
             as_json({key: str(value) if isinstance(value, Path) else value
@@ -142,7 +142,7 @@ def show_command(
         result = {"data": data, "classes": words, "splits": [asdict(s) for s in summaries]}
         click.echo(as_json(result | ({} if sheet is None else {"sheet": str(sheet)})))
         return
-    click.echo(table([_row(summary) for summary in summaries]))
+    say(table([_row(summary) for summary in summaries]))
     shown = ", ".join(printable(word.split(",")[0]) for word in words[:_FEW_CLASSES]) + (
         ", ..." if len(words) > _FEW_CLASSES else ""
     )

@@ -29,7 +29,8 @@ def escape_in_streams() -> None:
 
 def say(text: str, *, err: bool = False) -> None:
     """Prints lines for people."""
-    click.echo(printable(text, keep="\n"), err=err)
+    # Click would take a stream for UTF-8 that says it is ASCII.
+    click.echo(printable(text, keep="\n"), file=sys.stderr if err else sys.stdout)
 
 
 def note(sentence: str) -> None:
@@ -53,7 +54,7 @@ def text_output(path: Path | None) -> Iterator[Callable[[str], None]]:
     if path is None or str(path) == "-":
 
         def printed(text: str) -> None:
-            click.echo(printable(text, keep="\n"), nl=False)
+            click.echo(printable(text, keep="\n"), file=sys.stdout, nl=False)
 
         yield printed
         return
