@@ -136,7 +136,8 @@ def command(
     if train is not None:
         result |= _features_accuracy(loaded, train, examples, knn=knn, probe=probe, **reading)
     if logits is not None:
-        _write_logits(logits, loaded, examples, **reading)
+        names = examples.class_names if by_position else loaded.label_names
+        _write_logits(logits, loaded, examples, names, **reading)
     if confusion is not None:
         _draw_confusion(confusion, result)
     if output is not None:
@@ -236,7 +237,9 @@ def _features_accuracy(
     return result
 
 
-def _write_logits(path: Path, loaded: Loaded, examples: Any, **reading: Any) -> None:
+def _write_logits(
+    path: Path, loaded: Loaded, examples: Any, names: tuple[str, ...] | None, **reading: Any
+) -> None:
     import numpy as np
 
     from cait_jax.evaluation.features import features_of_split
@@ -249,8 +252,8 @@ def _write_logits(path: Path, loaded: Loaded, examples: Any, **reading: Any) -> 
         features_of=logits_of, **reading,
     )  # fmt: skip
     arrays: dict[str, Any] = {"logits": rows}
-    if loaded.label_names is not None:
-        arrays["class_names"] = np.array(loaded.label_names)
+    if names is not None:
+        arrays["class_names"] = np.array(names)
     with path.open("wb") as file:  # NumPy would add a suffix to a name without one
         np.savez(file, **arrays)
 
