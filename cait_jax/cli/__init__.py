@@ -1,10 +1,11 @@
 """The program `cait`: one file a command, found when it is asked for."""
 
 import importlib
+from typing import Any
 
 import click
 
-from cait_jax.errors import UserError
+from cait_jax.errors import UserError, printable
 
 # Command to the module that holds it. Modules import what is heavy inside their command.
 COMMANDS = ("models", "predict", "evaluate", "features", "finetune", "convert", "data", "plan")
@@ -25,12 +26,22 @@ class Commands(click.Group):
             return None
         return importlib.import_module(f"cait_jax.cli.{cmd_name}").command
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the program; names that the terminal cannot show are escaped."""
+        from cait_jax.cli.output import escape_in_streams
+
+        escape_in_streams()
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> object:
         """Runs the command asked for."""
         try:
             return super().invoke(ctx)
         except UserError as error:
             raise click.ClickException(str(error)) from error
+        except click.ClickException as error:  # click's own names what was typed
+            vars(error)["message"] = printable(error.message, keep="\n\t")
+            raise
         except KeyboardInterrupt:
             ctx.exit(130)
 

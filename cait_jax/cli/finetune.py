@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from cait_jax.cli.output import say
+
 
 @click.command(
     "finetune",
@@ -63,6 +65,7 @@ def command(
     from cait_jax.errors import UserError
     from cait_jax.train import NonFiniteError, train
     from cait_jax.train.folder_recipe import folder_config, look_through
+    from cait_jax.train.processes import run_folder_name
 
     logging.set_verbosity(logging.WARNING)  # Orbax says a lot at INFO
     photographs = look_through(directory)
@@ -77,8 +80,9 @@ def command(
         seed=seed,
         devices=jax.device_count(),
     )
-    workdir = workdir or Path("runs") / f"{photographs.directory.name}-{Path(model).name}"
-    click.echo(_plan(photographs, config, model))
+    run_name = run_folder_name(f"{photographs.directory.name}-{Path(model).name}")
+    workdir = workdir or Path("runs") / run_name
+    say(_plan(photographs, config, model))
     try:
         run = train(config, workdir)
     except UserError:
@@ -90,7 +94,7 @@ def command(
         raise click.ClickException(str(error)) from error
     if not run.finished:
         ctx.exit(130)
-    click.echo(
+    say(
         f"accuracy {run.metrics['eval/accuracy']:.1%} on the {photographs.eval_images:,} images of "
         f"{photographs.eval_split}; try it: cait predict IMAGE --model {shlex.quote(str(workdir))}"
     )

@@ -183,6 +183,12 @@ def read_logits(
     return logits
 
 
+def recorded_class_names(path: str | Path) -> tuple[str, ...] | None:
+    """The classes of recorded logits' columns, where their file has `class_names`, as `cait evaluate` writes."""
+    with np.load(path, allow_pickle=False) as stored:
+        return tuple(stored["class_names"].tolist()) if "class_names" in stored.files else None
+
+
 def _stored_logits(path: Path) -> np.ndarray:
     with path.open("rb") as file:  # NumPy would leave its own open where the archive is broken
         stored = np.load(file, allow_pickle=False)

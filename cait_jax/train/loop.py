@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.data.ahead import Ahead
+from cait_jax.data.folder import left_out_of
 from cait_jax.models.cait import CaiT
 from cait_jax.sharding import over_batch, put_batch
 from cait_jax.train.config import as_json, check_resumable
@@ -104,6 +105,9 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
                 return Run(setup.model, state, metrics, finished=True)
             if start < setup.total_steps:
                 report.message(_greeting(setup, state, workdir, start))
+            for split in (setup.train_split, setup.eval_split):
+                if left_out := left_out_of(split):
+                    report.message(left_out)
             return _run(setup, state, start, metrics, data, checkpoints, report, evaluated)
 
 

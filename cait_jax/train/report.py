@@ -14,7 +14,7 @@ from typing import Any, Protocol, SupportsFloat, runtime_checkable
 from tqdm import tqdm
 
 from cait_jax.checkpoint.seal import fsync
-from cait_jax.errors import UserError
+from cait_jax.errors import UserError, printable
 
 TIMING_KEYS = ("time", "train/images_per_second")
 """The keys of `metrics.jsonl` that may differ between two runs of the same config."""
@@ -224,9 +224,10 @@ class Report:
             self._clock.restart(step)
 
     def message(self, text: str) -> None:
-        """Says a sentence, above the bar if there is one."""
+        """Says a sentence, above the bar if there is one; names in it are made `printable`."""
         if not self._primary:
             return
+        text = printable(text, keep="\n")
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:

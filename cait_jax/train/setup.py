@@ -42,7 +42,12 @@ from cait_jax.train.learning import length_of, optimizer_of, part_of, phases_of,
 from cait_jax.train.losses import label_loss, teacher_loss
 from cait_jax.train.parts import trainable
 from cait_jax.train.phases import Phase, phase_mask
-from cait_jax.train.start import given_logits, given_params, given_teacher
+from cait_jax.train.start import (
+    check_teacher_classes,
+    given_logits,
+    given_params,
+    given_teacher,
+)
 from cait_jax.train.state import TrainState, create_state
 from cait_jax.train.step import Recipe, TrainStep, make_train_step
 
@@ -206,6 +211,11 @@ def set_up(
         (split_of or load_split)(data.name, split, image_size=size, data_dir=data.data_dir)
         for split in (data.train_split, data.eval_split)
     )
+    if train_split.class_names != eval_split.class_names:
+        raise UserError(
+            f"splits {data.train_split!r} and {data.eval_split!r} of {data.name} have other classes, so "
+            "a label means another class in each: give both the same folders of classes, or add a split train that has all"
+        )
     if config.batch_size > len(train_split):
         raise UserError(
             f"batch_size {config.batch_size} is larger than the {len(train_split)} examples of "
@@ -232,6 +242,7 @@ def set_up(
     optimizer = optimizer_of(config, schedule, phases)
     recipe = _recipe(config, model, phases)
     teacher = (teacher_of or given_teacher)(config, model)
+    check_teacher_classes(config, train_split.class_names)
 
     def begin(params: Any) -> TrainState:
         return create_state(params, optimizer, ema=recipe.ema_decay > 0)
@@ -268,7 +279,7 @@ def set_up(
         init=jax.jit(init, out_shardings=state_lies),
         begin=jax.jit(begin, out_shardings=state_lies),
         mesh=mesh,
-        teacher_logits=given_logits(config, len(train_split), model.num_classes),
+        teacher_logits=given_logits(config, len(train_split), train_split.class_names),
     )
 
 

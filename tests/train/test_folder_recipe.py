@@ -12,6 +12,7 @@ from cait_jax import UserError, create_model, save_pretrained
 from cait_jax.train.config import check_command_line, check_values
 from cait_jax.train.folder_recipe import Photographs, folder_config, look_through
 from cait_jax.train.setup import set_up
+from configs import digits
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,6 +169,15 @@ def test_a_class_that_would_only_be_measured_is_refused(tmp_path):
     counts = {"many": 60} | {f"single {i}": 1 for i in range(40)}  # a tenth of these is kept
     with pytest.raises(UserError, match="so they cannot be learnt: single"):
         look_through(fill(tmp_path / "photos", **counts))
+
+
+def test_splits_of_other_classes_are_refused(tmp_path):
+    """Without `train` each split's own folders are its classes."""
+    photos = fill(tmp_path / "photos", val__a=20, val__b=20, val__c=20, test__b=2, test__c=2)
+    config = digits.get_config()
+    config.data.name, config.data.train_split, config.data.eval_split = str(photos), "val", "test"
+    with pytest.raises(UserError, match=r"'val' and 'test' of .* have other classes"):
+        set_up(config)
 
 
 def test_the_config_file_takes_a_folder(tmp_path):
