@@ -1,10 +1,15 @@
 """The program `cait`: one file a command, found when it is asked for."""
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import click
 
+from cait_jax import exits
+from cait_jax.cli.words import command_words
 from cait_jax.errors import UserError
+from cait_jax.interface import speaking
 
 # Command to the module that holds it. Modules import what is heavy inside their command.
 COMMANDS = ("models", "predict", "evaluate", "features", "finetune", "convert", "data", "plan")
@@ -28,11 +33,30 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         """Runs the command asked for."""
         try:
-            return super().invoke(ctx)
-        except UserError as error:
-            raise click.ClickException(str(error)) from error
+            with speaking(command_words):
+                try:
+                    return super().invoke(ctx)
+                except Exception as error:
+                    said = str(error) if isinstance(error, UserError) else exits.sentence(error)
+                    if said is None:
+                        raise
         except KeyboardInterrupt:
             ctx.exit(130)
+        self._settle()
+        raise click.ClickException(said)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The program itself: what it says of a mistake is the last line of standard error."""
+        exits.quiet_libraries()
+        self._settle = exits.settle
+        try:
+            return super().__call__(*args, **kwargs)
+        except SystemExit as end:
+            if isinstance(end.code, int) and end.code:
+                exits.leave(end.code)
+            raise
+
+    _settle: Callable[[], None] = staticmethod(lambda: None)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -17,6 +17,8 @@ from cait_jax.models.vit import VisionTransformer
 
 Network = CaiT | RegNetY
 
+FLOAT_DTYPES = ("bfloat16", "float32", "float64")
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -196,7 +198,7 @@ def float_dtype(argument: str, dtype: Any) -> Any:
     Raises:
       UserError: it is none of bfloat16, float32 and float64.
     """
-    known = {name: jnp.dtype(name) for name in ("bfloat16", "float32", "float64")}
+    known = {name: jnp.dtype(name) for name in FLOAT_DTYPES}
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in known:
         raise UserError(f"there is no {argument} {name!r}; {nearest(name, known)}")

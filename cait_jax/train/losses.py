@@ -14,6 +14,9 @@ Logits = Float[Array, "batch classes"]
 Targets = Float[Array, "batch classes"]
 Labels = Int[Array, "batch"]
 
+LABEL_LOSSES = ("softmax", "binary")
+TEACHER_LOSSES = ("none", "hard", "soft")
+
 
 def cross_entropy(logits: Logits, targets: Targets) -> Float[Array, "batch"]:
     """Softmax cross-entropy against distributions over classes, such as smoothed or mixed labels.
@@ -122,7 +125,7 @@ def label_loss(name: str, *, threshold: float | None = None) -> Callable[..., Ar
     if name == "binary":
         return functools.partial(binary_cross_entropy, threshold=threshold)
     if name != "softmax":
-        raise UserError(f"there is no loss.name {name!r}; {nearest(name, ('softmax', 'binary'))}")
+        raise UserError(f"there is no loss.name {name!r}; {nearest(name, LABEL_LOSSES)}")
     if threshold is not None:
         raise UserError("loss.threshold goes with loss.name 'binary', not 'softmax'")
     return cross_entropy
