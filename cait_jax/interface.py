@@ -1,4 +1,4 @@
-"""How a setting is written where the user gives it: a keyword argument, a flag of `train.py` or a command's option.
+"""How a setting is written where the user gives it: as an argument in Python, a flag of `train.py`, an option.
 
 Messages name settings by `setting` and `advise`, so that the same error reads `reset_head=True` in Python,
 `--config.init.reset_head=True` under `train.py`, and in a command names an option only if the command has it.
@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 CONFIG = "config."
-# Arguments of the Python API that a config has under another name.
+_OF_MODEL = (
+    "width", "depth", "num_heads", "patch_size", "mlp_ratio", "residual", "block_norm", "layer_scale_init",
+    "talking_heads", "class_token", "class_depth", "class_mlp_ratio", "distilled", "drop_path",
+    "drop_path_growth", "embedding_dropout", "attention_dropout", "projection_dropout", "dropout", "dtype",
+    "param_dtype", "precision", "remat", "attention", "stacked",
+)  # fmt: skip
+# Arguments of the Python API that a config has as well, and the key there.
 KEY_OF: Mapping[str, str] = {
     "name_or_path": "config.model.name",
     "weights": "config.init.weights",
@@ -20,15 +26,11 @@ KEY_OF: Mapping[str, str] = {
     "ema": "config.init.ema",
     "image_size": "config.image_size",
     "seed": "config.seed",
+    "epochs": "config.epochs",
     "batch_size": "config.batch_size",
     "data_dir": "config.data.data_dir",
     "workers": "config.data.workers",
-    "width": "config.model.width",
-    "depth": "config.model.depth",
-    "num_heads": "config.model.num_heads",
-    "patch_size": "config.model.patch_size",
-    "dtype": "config.model.dtype",
-    "param_dtype": "config.model.param_dtype",
+    **{name: f"config.model.{name}" for name in _OF_MODEL},
 }
 
 _ANY = object()
@@ -43,6 +45,7 @@ class Literal:
     text: str
 
     def __repr__(self) -> str:
+        """The text, without quotes."""
         return self.text
 
 
@@ -61,6 +64,7 @@ class Way:
     value: Any = _ANY
 
     def __str__(self) -> str:
+        """The text with the setting in it, as the user writes it."""
         return self.text.format(setting(self.setting, self.value))
 
 
@@ -86,10 +90,10 @@ def options(of_setting: Mapping[str, str], flag_names: frozenset[str] = frozense
       of_setting: argument to option, such as `{"image_size": "--image-size"}`.
       flag_names: the arguments whose option takes no value.
     """
-    key_of = {key: name for name, key in KEY_OF.items()}
+    argument_of = {key: argument for argument, key in KEY_OF.items()}
 
     def written(name: str, value: Any) -> str | None:
-        argument = key_of.get(name, name.rpartition(".")[2] if name in _SAME_NAME else name)
+        argument = argument_of.get(name, name)
         option = of_setting.get(argument)
         if option is None or value is _ANY or argument in flag_names:
             return option
@@ -97,9 +101,6 @@ def options(of_setting: Mapping[str, str], flag_names: frozenset[str] = frozense
 
     return written
 
-
-# Config keys whose last part is the argument and the option.
-_SAME_NAME = frozenset({"config.epochs"})
 
 _current: Interface = python
 

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from cait_jax.cli.loading import Loaded, dtype_option, model_options
+from cait_jax.cli.numbers import COUNT, WORKERS
 from cait_jax.cli.output import as_json, check_writable, table
 
 _FEW_CLASSES = 20
@@ -28,8 +29,14 @@ _WORST = 5
     "--split", help="A split, or part of one such as 'test[:10%]'; the usual one if not given."
 )
 @click.option("--data-dir", metavar="DIR", help="Where TFDS data sets lie.")
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--workers", default=0, show_default=True, help="Processes that decode; 0: threads.")
+@click.option("--batch-size", default=64, show_default=True, type=COUNT)
+@click.option(
+    "--workers",
+    default=0,
+    show_default=True,
+    type=WORKERS,
+    help="Processes that decode; 0: threads.",
+)
 @click.option("--knn", is_flag=True, help="k-NN accuracy of the features too.")
 @click.option("--probe", is_flag=True, help="Linear-probe accuracy of the features too.")
 @click.option(

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from cait_jax.cli.numbers import COUNT, EPOCHS, SEED, SIDE
+
 
 @click.command(
     "finetune",
@@ -31,12 +33,10 @@ import click
     help="What learns: everything, the new head alone, or first the head and then the last blocks too; "
     "by the number of images if not given.",
 )  # fmt: skip
-@click.option(
-    "--epochs", type=click.FloatRange(0, min_open=True), help="Passes over the training images."
-)
-@click.option("--batch-size", type=click.IntRange(1), help="Images a step.")
-@click.option("--image-size", type=click.IntRange(1), metavar="PIXELS", help="Another resolution.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of every random draw.")
+@click.option("--epochs", type=EPOCHS, help="Passes over the training images.")
+@click.option("--batch-size", type=COUNT, help="Images a step.")
+@click.option("--image-size", type=SIDE, metavar="PIXELS", help="Another resolution.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of every random draw.")
 @click.pass_context
 def command(
     ctx: click.Context,

@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from cait_jax.cli.loading import Loaded
+from cait_jax.cli.numbers import COUNT
 
 
 def image_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds IMAGE arguments and `--batch-size`; the command gets `paths`, the files they name."""
 
     @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-    @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+    @click.option("--batch-size", default=32, show_default=True, type=COUNT)
     @functools.wraps(function)
     def with_paths(images: tuple[str, ...], **others: Any) -> Any:
         from cait_jax.data.folder import expand_images

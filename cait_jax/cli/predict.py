@@ -8,6 +8,7 @@ import click
 
 from cait_jax.cli.images import answers_of, exit_over_broken, image_options
 from cait_jax.cli.loading import dtype_option, model_options
+from cait_jax.cli.numbers import COUNT
 from cait_jax.cli.output import csv_lines, json_line
 
 _HEADS = ("image", "rank", "class", "label", "probability")
@@ -21,9 +22,7 @@ _HEADS = ("image", "rank", "class", "label", "probability")
 @image_options
 @model_options
 @dtype_option
-@click.option(
-    "--top", default=5, show_default=True, type=click.IntRange(1), help="Classes for each image."
-)
+@click.option("--top", default=5, show_default=True, type=COUNT, help="Classes for each image.")
 @click.option("--json", "style", flag_value="json", help="Print JSON lines, one an image.")
 @click.option("--csv", "style", flag_value="csv", help="Print CSV, one line for each class.")
 @click.option(

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from cait_jax.data.folder import folder_splits, load_folder
 from cait_jax.errors import UserError, nearest
 from cait_jax.evaluation.labels import read_labels
+from cait_jax.interface import setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.train.defaults import get_config
@@ -151,7 +152,7 @@ def folder_config(
     if what is None:
         what = "two-phase" if size == "few" else "all"
     if what not in PARTS:
-        raise UserError(f"there is no way to learn {what!r}; {nearest(what, PARTS)}")
+        raise UserError(f"{setting('what', what)} is unknown; {nearest(what, PARTS)}")
 
     config = get_config()
     config.seed = seed
@@ -259,8 +260,8 @@ def _batch_size(photographs: Photographs, wanted: int | None, devices: int) -> i
     fitting = max(1, min(usual, images) // devices) * devices
     if wanted not in (None, fitting):
         raise UserError(
-            f"a batch of {wanted} does not do for {images} images and {devices} device{'s' * (devices > 1)}: it "
-            f"must be a multiple of the devices and at most the images, such as {fitting}"
+            f"a batch of {wanted} does not fit {images} images and {devices} device{'s' * (devices > 1)}: it must "
+            f"be a multiple of the devices and at most the images, such as {setting('batch_size', fitting)}"
         )
     return fitting
 

@@ -22,6 +22,7 @@ from cait_jax.errors import UserError
 from cait_jax.evaluation.evaluate import evaluate, jit_eval_step, make_eval_step
 from cait_jax.evaluation.labels import read_labels
 from cait_jax.evaluation.metrics import loss_and_accuracy, means, zero_sums
+from cait_jax.interface import setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.sharding import (
@@ -39,6 +40,7 @@ from cait_jax.train.losses import label_loss, teacher_loss
 from cait_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from cait_jax.train.parts import by_part, layer_decay, trainable
 from cait_jax.train.phases import Phase, head_then_blocks, in_phases, phase_mask, phase_rates
+from cait_jax.train.rules import INT32
 from cait_jax.train.start import given_logits, given_params, given_teacher
 from cait_jax.train.state import TrainState, create_state
 from cait_jax.train.step import Recipe, TrainStep, make_train_step
@@ -201,12 +203,12 @@ def set_up(
     if config.batch_size > len(train_split):
         raise UserError(
             f"batch_size {config.batch_size} is larger than the {len(train_split)} examples of "
-            f"{data.name}'s split {data.train_split!r}: set --config.batch_size to at most that"
+            f"{data.name}'s split {data.train_split!r}: set {setting('config.batch_size')} to at most that"
         )
     for key in ("mean", "std"):
         if len(data[key]) not in (1, train_split.channels):
             raise UserError(
-                f"--config.data.{key} has {len(data[key])} values, and {data.name} has "
+                f"{setting(f'config.data.{key}')} has {len(data[key])} values, and {data.name} has "
                 f"{train_split.channels} channel(s): give one value, or one a channel"
             )
     model: Any = create_model(
@@ -219,6 +221,10 @@ def set_up(
     steps_per_epoch = len(train_split) / config.batch_size
     phases = _phases(config, steps_per_epoch)
     total_steps = config.steps or _length(config, phases, steps_per_epoch)
+    if total_steps > INT32:
+        raise UserError(
+            f"{setting('config.epochs', config.epochs)} makes {total_steps:,} steps: give less, at most {INT32:,} steps"
+        )
     schedule = phase_rates(phases) if phases else _schedule(config, total_steps, steps_per_epoch)
     optimizer = _optimizer(config, schedule, phases)
     recipe = _recipe(config, model, phases)
@@ -272,7 +278,7 @@ def _put(tree: Any, shardings: Any) -> Any:
 def _check_trainable(name: str) -> None:
     if name in VARIANTS and not issubclass(VARIANTS[name].network, CaiT):
         raise UserError(
-            f"--config.model.name={name} is here to teach and to predict, not to be trained: its batch "
+            f"{setting('config.model.name', name)} is here to teach and to predict, not to be trained: its batch "
             "norms keep running averages; choose a transformer, such as cait_xxs24 or deit_small"
         )
 

@@ -122,7 +122,7 @@ def test_a_run_may_be_where_another_starts(colours, saved, tmp_path, monkeypatch
         (["{colours}", "-m", "cait_s48"], "no weights were released for cait_s48"),
         (["{colours}", "-m", "cait_xs"], "there is no model 'cait_xs'; nearest: cait_xs36"),
         (["{colours}", "-m", "{saved}", "--weights", "no.pth"], "no.pth"),
-        (["{colours}", "-m", "{saved}", "--batch-size", "49"], "such as 48"),
+        (["{colours}", "-m", "{saved}", "--batch-size", "49"], "such as --batch-size 48"),
         (["{colours}", "-m", "{saved}", "--image-size", "9"], "image_size"),
     ],
 )
