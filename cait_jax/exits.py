@@ -1,7 +1,7 @@
-"""How a program of this package ends: an error of its user's is one sentence, and the last line of standard error.
+"""How a program ends: a mistake of its user's is one sentence, and that the last line of standard error.
 
-Libraries write on standard error too: logs with tracebacks, from threads and C++, until the process is gone. So their
-error logs are dropped (what happened reaches us as an exception), and once the sentence is out nothing follows it.
+Libraries write there too: logs with tracebacks, from threads and from C++, until the process is gone. Their error
+logs are dropped, as what happened reaches us as an exception, and nothing is written after the sentence.
 """
 
 import contextlib
@@ -40,6 +40,8 @@ def quiet_libraries() -> None:
     """Drops what libraries log of errors, and exceptions that Python would print because nobody can catch them."""
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Of the process that clears up after killed workers, which is started with these options.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     sys.unraisablehook = lambda _: None
     sys.excepthook = _only_of_python
 
@@ -75,17 +77,22 @@ def settle() -> None:
 
 def leave(code: int, last: str | None = None) -> NoReturn:
     """Ends the process now, `last` being the last line of standard error."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-    if last is not None:
-        settle()
+    for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"{last}\n")
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
+            stream.flush()
+    settle()
     with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        stderr = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # from here on others write there
+        if last is not None:
+            encoding = sys.stderr.encoding or "utf-8"
+            os.write(stderr, f"{printable(last)}\n".encode(encoding, errors="backslashreplace"))
     os._exit(code)
+
+
+def printable(text: str) -> str:
+    """The text with what is no character to print (line breaks, terminal codes) as Python's escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def run(name: str, main: Callable[[], object], errors: tuple[type[Exception], ...]) -> int:
@@ -108,6 +115,8 @@ def run(name: str, main: Callable[[], object], errors: tuple[type[Exception], ..
         if isinstance(end.code, str):
             leave(1, end.code)
         status = end.code
+    except KeyboardInterrupt:
+        leave(130)
     except Exception as error:
         said = sentence(error)
         if said is None:

@@ -121,6 +121,11 @@ def setting(name: str, value: Any = _ANY) -> str:
     return _current(name, value) or name.rpartition(".")[2].replace("_", " ")
 
 
+def in_python() -> bool:
+    """Whether the user calls the Python API."""
+    return _current is python
+
+
 def can_set(name: str) -> bool:
     """Whether the user has this setting."""
     return _current(name, _ANY) is not None

@@ -68,8 +68,9 @@ def make_mesh(
     local = sum(device.process_index == devices[0].process_index for device in devices)
     if local % sizes["tensor"]:
         raise UserError(
-            f"{setting('config.mesh.tensor', sizes['tensor'])} does not divide the {local} device(s) of a process, and the "
-            f"devices that share images must be in one: choose a divisor, or more of {setting('config.mesh.fsdp')}"
+            f"{setting('config.mesh.tensor', sizes['tensor'])} does not divide the {local} device(s) of a "
+            "process, and the devices that share images must be in one: choose a divisor, or more of "
+            f"{setting('config.mesh.fsdp')}"
         )
     return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3, devices=devices)
 

@@ -41,7 +41,8 @@ def seal(path: Path, step: int, metrics: dict[str, float | None]) -> None:
 
     body = {"step": step, "metrics": metrics, "files": files}
     temporary = path / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({"sha256": _digest(body), **body}, indent=1), encoding="utf-8")
+    text = json.dumps({"sha256": _digest(body), **body}, indent=1, allow_nan=False)
+    temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
     temporary.replace(path / MANIFEST)
     fsync(path)

@@ -1,7 +1,6 @@
 """The program `cait`: one file a command, found when it is asked for."""
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -42,13 +41,14 @@ class Commands(click.Group):
                         raise
         except KeyboardInterrupt:
             ctx.exit(130)
-        self._settle()
-        raise click.ClickException(said)
+        if self._is_program:
+            exits.leave(1, f"Error: {said}")
+        raise click.ClickException(exits.printable(said))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The program itself: what it says of a mistake is the last line of standard error."""
         exits.quiet_libraries()
-        self._settle = exits.settle
+        self._is_program = True
         try:
             return super().__call__(*args, **kwargs)
         except SystemExit as end:
@@ -56,7 +56,7 @@ class Commands(click.Group):
                 exits.leave(end.code)
             raise
 
-    _settle: Callable[[], None] = staticmethod(lambda: None)
+    _is_program = False
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

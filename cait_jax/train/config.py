@@ -1,4 +1,4 @@
-"""A config from its file and the command line, its check, and its differences from the one a run was started with."""
+"""A config from its file and a command line, its check, and its differences from that of a run begun earlier."""
 
 import dataclasses
 import inspect
@@ -63,7 +63,9 @@ def take_apart(argv: Sequence[str]) -> CommandLine:
       argv: such as `["--config=configs/digits.py", "--config.seed=1", "--workdir=x"]`. A value may also be the
         argument after its key; `--config.KEY` and `--noconfig.KEY` set a key that is True or False.
     """
-    file, overrides, rest = None, {}, []
+    file: str | None = None
+    overrides: dict[str, str] = {}
+    rest: list[str] = []
     arguments = list(argv)
     while arguments:
         argument = arguments.pop(0)

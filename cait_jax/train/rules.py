@@ -90,8 +90,9 @@ class Number(Rule):
         kind = numbers.Integral if self.whole else numbers.Real
         if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
             return False
-        over = value > self.low if self.above else value >= self.low
-        under = value < self.high if self.below else value <= self.high
+        number = float(value)
+        over = number > self.low if self.above else number >= self.low
+        under = number < self.high if self.below else number <= self.high
         return value == self.also or (over and under)
 
     def read(self, text: str) -> int | float:

@@ -223,7 +223,8 @@ def set_up(
     total_steps = config.steps or _length(config, phases, steps_per_epoch)
     if total_steps > INT32:
         raise UserError(
-            f"{setting('config.epochs', config.epochs)} makes {total_steps:,} steps: give less, at most {INT32:,} steps"
+            f"{setting('config.epochs', config.epochs)} makes {total_steps:,} steps: give less, for at most "
+            f"{INT32:,}"
         )
     schedule = phase_rates(phases) if phases else _schedule(config, total_steps, steps_per_epoch)
     optimizer = _optimizer(config, schedule, phases)

@@ -39,8 +39,8 @@ def read_weights(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str
       Name to array. Dtypes are those of the file, bfloat16 among them.
 
     Raises:
-      UserError: the file is missing, empty, cut short or of another kind, holds something else than
-        tensors, has a prefix before some names only, lacks the average, or is a pickle and PyTorch is not installed.
+      UserError: the file is missing, empty, cut short or of another kind, holds something else than tensors, has a
+        prefix before some names only, lacks the average, or is a pickle and PyTorch is not installed.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:

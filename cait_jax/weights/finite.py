@@ -18,15 +18,16 @@ def check_finite(weights: Mapping[str, Any], dtype: Any = None) -> None:
       dtype: what they will be cast to, if that may overflow.
 
     Raises:
-      UserError: naming the first such weight, how many of its numbers are not finite, and how many weights have some.
+      UserError: naming the first such weight, how many of its numbers are not finite, and how many weights are
+        affected.
     """
     bad = {name: count for name, array in weights.items() if (count := _not_finite(array, None))}
     if bad:
         name, count = next(iter(bad.items()))
         more = f", and so have {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UserError(
-            f"{name} has {count:,} of {np.size(weights[name]):,} numbers that are NaN or infinite{more}: the run that "
-            "wrote these weights diverged, or the file is damaged; take an earlier checkpoint"
+            f"{name} has {count:,} of {np.size(weights[name]):,} numbers that are NaN or infinite{more}: the run "
+            "that wrote these weights diverged, or the file is damaged; take an earlier checkpoint"
         )
     if dtype is None:
         return

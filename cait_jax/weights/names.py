@@ -7,7 +7,7 @@ from typing import Any
 
 from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import UserError
-from cait_jax.interface import Literal, Way, advise
+from cait_jax.interface import Literal, Way, advise, in_python
 from cait_jax.models import zoo
 from cait_jax.weights.pretrained import load_pretrained, load_settings
 from cait_jax.weights.released import RELEASED
@@ -82,11 +82,11 @@ def _preprocessing(name_or_path: str | os.PathLike[str]) -> Preprocessing:
         settings = load_settings(name_or_path).preprocessing
         if settings is not None:
             return Preprocessing.from_dict(settings)
-    raise UserError(
-        f"nothing says how images for {name} are prepared: "
-        + advise(
-            Way("give {}, a model saved with its preprocessing", "weights", Literal("DIR")),
-            otherwise="choose another model",
+    if in_python():
+        fix = "make a cait_jax.Preprocessing of its image_size, crop_ratio, mean, std and channels"
+    else:
+        fix = advise(
+            Way("give {}, a directory saved with its preprocessing", "weights", Literal("DIR")),
+            otherwise="choose a model saved with its preprocessing",
         )
-        + " (in Python, cait_jax.Preprocessing says it)"
-    )
+    raise UserError(f"nothing says how images for {name} are prepared: {fix}")

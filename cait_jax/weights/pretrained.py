@@ -179,8 +179,8 @@ def _read(path: Path, ema: bool) -> tuple[Any, dict[str, np.ndarray]]:
 def _no_source(path: Path) -> UserError:
     what = "is not" if path.exists() else "does not exist, so it is not"
     return UserError(
-        f"{path} {what} a file of weights ({', '.join(SUFFIXES)}), a directory of save_pretrained "
-        "(with a config.json) or one of a training run (with checkpoints/): give one of these"
+        f"{path} {what} a file of weights ({', '.join(SUFFIXES)}), the directory of a saved model "
+        "(with a config.json) or of a training run (with checkpoints/): give one of these"
     )
 
 

@@ -168,5 +168,5 @@ def _made_for() -> str:
             "weights_image_size",
             Literal("(height, width)"),
         ),
-        otherwise="resize them in Python, with load_pretrained's weights_image_size, and save them",
+        otherwise="choose weights made for square images",
     )

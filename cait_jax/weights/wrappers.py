@@ -19,8 +19,8 @@ _PLAIN = (
 _AVERAGED = (
     "state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", "teacher",
 )  # fmt: skip
-# Beginnings of names, none of which a network of this package has: DistributedDataParallel, torch.compile, Lightning
-# and other wrappers; self-supervised pairs; averages.
+# Beginnings of names, none of which a network of this package has: of DistributedDataParallel, torch.compile,
+# Lightning and other wrappers; of self-supervised pairs; of averages.
 _PREFIXES = (
     "module.", "_orig_mod.", "model.", "network.", "net.", "backbone.", "encoder.", "student.", "online_model.",
 )  # fmt: skip
