@@ -38,8 +38,8 @@ _REFUSALS = {
 
 def quiet_libraries() -> None:
     """Drops what libraries log of errors, and exceptions that Python would print because nobody can catch them."""
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in _NOISY:  # a filter, as absl's flags set the level again
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.CRITICAL)
     # Of the process that clears up after killed workers, which is started with these options.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     sys.unraisablehook = lambda _: None
