@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from cait_jax.cli.numbers import COUNT
 from cait_jax.cli.output import as_json, check_writable, note, say, table
 from cait_jax.errors import printable
 
@@ -103,9 +104,7 @@ def convert_command(directory: Path, json: bool) -> None:
     "--sheet", type=click.Path(path_type=Path, dir_okay=False), metavar="PNG",
     help="Draw a contact sheet there.",
 )  # fmt: skip
-@click.option(
-    "--images", default=48, show_default=True, type=click.IntRange(1), help="On the contact sheet."
-)
+@click.option("--images", default=48, show_default=True, type=COUNT, help="On the contact sheet.")
 @click.option("--json", is_flag=True, help="Print JSON.")
 def show_command(
     data: str,

@@ -7,6 +7,7 @@ import click
 
 from cait_jax.cli.class_names import class_names_option, with_class_names
 from cait_jax.cli.loading import Loaded, dtype_option, model_options
+from cait_jax.cli.numbers import COUNT, WORKERS
 from cait_jax.cli.output import as_json, check_writable, note, say, table
 from cait_jax.errors import UserError, printable
 
@@ -40,8 +41,14 @@ _NEIGHBOURS = 20
     "--by-position", is_flag=True,
     help="Take the data set's first class for the model's first, and so on, whatever their names are.",
 )  # fmt: skip
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--workers", default=0, show_default=True, help="Processes that decode; 0: threads.")
+@click.option("--batch-size", default=64, show_default=True, type=COUNT)
+@click.option(
+    "--workers",
+    default=0,
+    show_default=True,
+    type=WORKERS,
+    help="Processes that decode; 0: threads.",
+)
 @click.option("--knn", is_flag=True, help="k-NN accuracy of the features too.")
 @click.option("--probe", is_flag=True, help="Linear-probe accuracy of the features too.")
 @click.option(

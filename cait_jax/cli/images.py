@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from cait_jax.cli.loading import Loaded
+from cait_jax.cli.numbers import COUNT
 from cait_jax.cli.output import note
 
 
@@ -15,7 +16,7 @@ def image_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds IMAGE arguments and `--batch-size`; the command gets `paths`, the files they name."""
 
     @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-    @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+    @click.option("--batch-size", default=32, show_default=True, type=COUNT)
     @functools.wraps(function)
     def with_paths(images: tuple[str, ...], **others: Any) -> Any:
         from cait_jax.data.image_files import find_images, left_out_in_words

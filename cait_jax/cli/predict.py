@@ -9,6 +9,7 @@ import click
 from cait_jax.cli.class_names import class_names_option, with_class_names
 from cait_jax.cli.images import answers_of, exit_over_broken, image_options
 from cait_jax.cli.loading import dtype_option, model_options
+from cait_jax.cli.numbers import COUNT
 from cait_jax.cli.output import csv_lines, json_line, text_output
 from cait_jax.errors import printable
 
@@ -24,9 +25,7 @@ _HEADS = ("image", "rank", "class", "label", "probability")
 @model_options
 @dtype_option
 @class_names_option
-@click.option(
-    "--top", default=5, show_default=True, type=click.IntRange(1), help="Classes for each image."
-)
+@click.option("--top", default=5, show_default=True, type=COUNT, help="Classes for each image.")
 @click.option("--json", "style", flag_value="json", help="Print JSON lines, one an image.")
 @click.option("--csv", "style", flag_value="csv", help="Print CSV, one line for each class.")
 @click.option(

@@ -63,7 +63,7 @@ def make_teacher(
         that fit no image of the teacher.
     """
     if not model.num_classes:
-        raise UserError("the teacher has no head to teach with: create it with num_classes above 0")
+        raise UserError("the teacher has no head to teach with: choose one that has")
     if num_classes is not None and num_classes != model.num_classes:
         raise UserError(
             f"the teacher knows {model.num_classes} classes and the student {num_classes}: choose a "

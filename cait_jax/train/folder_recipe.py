@@ -23,6 +23,7 @@ from cait_jax.data.folder import existing_folder, load_folder
 from cait_jax.data.layout import read_layout
 from cait_jax.errors import UserError, nearest, some
 from cait_jax.evaluation.labels import read_labels
+from cait_jax.interface import setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.train.defaults import get_config
@@ -155,7 +156,7 @@ def folder_config(
     if what is None:
         what = "two-phase" if size == "few" else "all"
     if what not in PARTS:
-        raise UserError(f"there is no way to learn {what!r}; {nearest(what, PARTS)}")
+        raise UserError(f"{setting('what', what)} is unknown; {nearest(what, PARTS)}")
 
     config = get_config()
     config.seed = seed
@@ -263,8 +264,8 @@ def _batch_size(photographs: Photographs, wanted: int | None, devices: int) -> i
     fitting = max(1, min(usual, images) // devices) * devices
     if wanted not in (None, fitting):
         raise UserError(
-            f"a batch of {wanted} does not do for {images} images and {devices} device{'s' * (devices > 1)}: it "
-            f"must be a multiple of the devices and at most the images, such as {fitting}"
+            f"a batch of {wanted} does not fit {images} images and {devices} device{'s' * (devices > 1)}: it must "
+            f"be a multiple of the devices and at most the images, such as {setting('batch_size', fitting)}"
         )
     return fitting
 

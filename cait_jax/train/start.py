@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, some
 from cait_jax.evaluation.labels import LabelError, match_classes
+from cait_jax.interface import Literal, setting
 from cait_jax.models.cait import CaiT
 from cait_jax.train.distill import make_teacher, read_logits, recorded_class_names
 
@@ -37,13 +38,15 @@ def given_params(config: ConfigDict, model: CaiT) -> Any:
     if init.weights is None and not init.pretrained:
         if init.reset_head or init.ema:
             raise UserError(
-                "--config.init.reset_head and --config.init.ema go with --config.init.weights=PATH or "
-                "--config.init.pretrained=True: give one of these, or leave them out"
+                f"{setting('config.init.reset_head')} and {setting('config.init.ema')} go with "
+                f"{setting('config.init.weights', Literal('PATH'))} or "
+                f"{setting('config.init.pretrained', True)}: give one of these, or leave them out"
             )
         return None
     if init.weights is not None and init.pretrained:
         raise UserError(
-            "--config.init.weights and --config.init.pretrained both say where to start: give one"
+            f"{setting('config.init.weights')} and {setting('config.init.pretrained')} both say where to "
+            "start: give one"
         )
     loaded, variables = load_pretrained(
         config.model.name,
@@ -145,8 +148,8 @@ def given_logits(config: ConfigDict, examples: int, class_names: Sequence[str]) 
         return None
     if config.distill.kind == "none":
         raise UserError(
-            "--config.distill.logits is given and nothing learns from it: set --config.distill.kind to "
-            "hard or soft"
+            f"{setting('config.distill.logits')} is given and nothing learns from it: set "
+            f"{setting('config.distill.kind')} to hard or soft"
         )
     logits = read_logits(path, examples, len(class_names))
     names = recorded_class_names(path)
