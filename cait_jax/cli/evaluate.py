@@ -195,21 +195,17 @@ def _refuse_shared_images(train: Any, test: Any, train_name: str, name: str) -> 
 
 
 def _scores(loaded: Loaded, examples: Any, *, by_position: bool, **options: Any) -> dict[str, Any]:
-    from cait_jax.evaluation.labels import LabelError
     from cait_jax.evaluation.score import score
 
-    try:
-        scores = score(
-            loaded.model,
-            loaded.variables,
-            examples,
-            loaded.preprocessing,
-            class_names=loaded.label_names,
-            by_position=by_position,
-            **options,
-        )
-    except LabelError as error:
-        raise UserError(error.in_command) from error
+    scores = score(
+        loaded.model,
+        loaded.variables,
+        examples,
+        loaded.preprocessing,
+        class_names=loaded.label_names,
+        by_position=by_position,
+        **options,
+    )
     result = scores.as_dict()
     if scores.matched == "position":
         result["data_names"] = list(examples.class_names)

@@ -13,22 +13,14 @@ from cait_jax.data.imagenet import class_words, imagenet_classes
 from cait_jax.data.sources import InMemory, Split
 from cait_jax.errors import UserError, composed, nearest, some
 from cait_jax.evaluation.metrics import Batch, Measure, any_of_labels, classification
+from cait_jax.interface import Literal, Way, advise
 
 RULES = ("all", "restricted", "real")
 _CHUNK = 512
 
 
 class LabelError(UserError):
-    """Labels that cannot be scored as they are.
-
-    Attributes:
-      in_command: the sentence with the options of `cait evaluate` in place of the arguments of `score`.
-    """
-
-    def __init__(self, fault: str, python: str = "", command: str = "") -> None:
-        """Takes what is wrong, and how to mend it in either interface."""
-        super().__init__(f"{fault}: {python}" if python else fault)
-        self.in_command = f"{fault}: {command}" if command else fault
+    """Labels that cannot be scored as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +92,15 @@ def match_classes(
         hint = f" ({near})" if near.startswith("nearest") or len(theirs) <= 20 else ""
         raise LabelError(
             f"{len(missing)} of the data set's {len(pairs)} classes are none of the model's "
-            f"{num_classes}: {some([repr(name) for name in missing])}{hint}",
-            *_advice(data_names, num_classes, "rename them, evaluate another model"),
+            f"{num_classes}: {some([repr(name) for name in missing])}{hint}: "
+            + _advice(data_names, num_classes, "rename them, or evaluate another model")
         )
     unclear = [name for name, indices in pairs if len(indices) > 1]
     if unclear:
         raise LabelError(
             f"{len(unclear)} of the data set's {len(pairs)} classes could be more than one of the "
-            f"model's {num_classes}: {some([repr(name) for name in unclear])}",
-            *["give names that tell the classes apart"] * 2,
+            f"model's {num_classes}: {some([repr(name) for name in unclear])}: give names that tell the "
+            "classes apart"
         )
     return np.array([indices.pop() for _, indices in pairs], np.int32)
 
@@ -211,9 +203,10 @@ def choose_classes(
     if len(columns) == 1:
         raise LabelError(
             f"all images are of one of the model's {num_classes} classes, {names[columns[0]]!r}, and where only "
-            "the classes that occur compete, every answer is right",
-            "add images of other classes, or let all classes compete with rule='all'",
-            "add images of other classes, or let all classes compete with --rule all",
+            "the classes that occur compete, every answer is right: "
+            + advise(
+                "add images of other classes", Way("let all classes compete with {}", "rule", "all")
+            )
         )
     position = np.full(num_classes, -1, np.int32)
     position[columns] = np.arange(len(columns), dtype=np.int32)
@@ -280,26 +273,32 @@ def measure_of(rule: str, classes: Classes) -> Measure:
 def _nameless(data_names: Sequence[str], num_classes: int) -> LabelError:
     return LabelError(
         f"the names of the model's {num_classes} classes are not known, so the data set's {len(data_names)} "
-        f"({some([repr(name) for name in data_names])}) cannot be matched",
-        *_advice(data_names, num_classes),
+        f"({some([repr(name) for name in data_names])}) cannot be matched: "
+        + _advice(data_names, num_classes)
     )
 
 
-def _advice(data_names: Sequence[str], num_classes: int, *others: str) -> list[str]:
-    """How to go on where names do not match: in Python, and in a command."""
-    ways = []
-    for naming, by_position in (
-        ("class_names", "by_position=True"),
-        ("--class-names FILE", "--by-position"),
-    ):
-        way = ", ".join([*others, f"give the model's classes names with {naming}"])
-        if len(data_names) == num_classes:
-            order = some([repr(name) for name in data_names])
-            way += (
-                f", or give {by_position} if the model's classes are these in this order: {order}"
+def _advice(data_names: Sequence[str], num_classes: int, *others: str) -> str:
+    """How to go on where names do not match."""
+    ways: list[Way | str] = [
+        *others,
+        Way("give the model's classes names with {}", "class_names", Literal("FILE")),
+    ]
+    if len(data_names) == num_classes:
+        order = some([repr(name) for name in data_names])
+        ways.append(
+            Way(
+                f"give {{}} if the model's classes are these in this order: {_literal(order)}",
+                "by_position",
+                True,
             )
-        ways.append(way)
-    return ways
+        )
+    return advise(*ways, otherwise="rename the classes")
+
+
+def _literal(text: str) -> str:
+    """The text for a template of `str.format`."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _normalised(name: str) -> str:

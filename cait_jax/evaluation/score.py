@@ -156,7 +156,7 @@ def with_channels(split: Split, channels: int) -> Split:
     if isinstance(split, InMemory):
         raise UserError(
             f"the images of the split have {split.channels} channel(s) and the model takes {channels}; "
-            f"evaluate a model made with in_channels={split.channels}"
+            f"evaluate a model of {split.channels} channel(s)"
         )
     return dataclasses.replace(split, channels=channels)
 

@@ -20,6 +20,7 @@ from cait_jax.evaluation.labels import (
     read_labels,
 )
 from cait_jax.evaluation.metrics import finish
+from cait_jax.interface import flags, options, python, speaking
 
 MODEL = ("tench, Tinca tinca", "n01443537", "great_white_shark", "Cock", "hen", "crane", "crane")
 
@@ -88,15 +89,23 @@ def test_of_a_model_without_names_numbers_in_order_are_its_indices():
     "data", [AS_FOLDERS, [str(i + 1) for i in range(12)], list("abcdefghijkl"), ["3", "8"], []]
 )
 def test_without_names_nothing_is_matched_by_its_place(data):
-    with pytest.raises(LabelError, match="names of the model's 12 classes are not known") as caught:
-        match_classes(data, None, 12)
-    for sentence, option in (
-        (str(caught.value), "by_position"),
-        (caught.value.in_command, "--by-p"),
+    of_command = options(
+        {"class_names": "--class-names", "by_position": "--by-position"}, frozenset({"by_position"})
+    )
+    for interface, naming, by_position in (
+        (python, "class_names=FILE", "by_position=True"),
+        (of_command, "--class-names FILE", "--by-position"),
+        (flags, None, None),
     ):
-        assert (option in sentence) == (len(data) == 12)
+        with (
+            speaking(interface),
+            pytest.raises(LabelError, match="names of the model's 12 classes are not") as caught,
+        ):
+            match_classes(data, None, 12)
+        sentence = str(caught.value)
+        assert (f"give {by_position} if" in sentence) == (len(data) == 12 and naming is not None)
+        assert naming is None or naming in sentence
         assert "\n" not in sentence
-    assert "--class-names FILE" in caught.value.in_command
 
 
 def test_names_of_words_and_of_numbers_do_not_meet():
@@ -213,11 +222,12 @@ def test_names_are_the_models_own_where_they_are_known():
 
 def test_one_class_is_no_competition():
     split = split_of([1, 1], "ab")
-    with pytest.raises(
-        LabelError, match=r"one of the model's 3 classes, 'b', .* rule='all'"
-    ) as caught:
-        choose_classes(split, "restricted", 3, "abc")
-    assert "--rule all" in caught.value.in_command
+    for interface, rule in ((python, "rule='all'"), (options({"rule": "--rule"}), "--rule all")):
+        with (
+            speaking(interface),
+            pytest.raises(LabelError, match=f"one of the model's 3 classes, 'b', .* {rule}"),
+        ):
+            choose_classes(split, "restricted", 3, "abc")
     assert choose_classes(split, "all", 3, "abc").names == ("a", "b", "c")
     with pytest.raises(UserError, match="a model of one class is right whatever it sees"):
         choose_classes(split_of([0], "a"), "all", 1, "a")
