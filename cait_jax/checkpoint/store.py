@@ -40,6 +40,7 @@ from cait_jax.checkpoint.seal import (
     seal,
 )
 from cait_jax.errors import UserError
+from cait_jax.strict_json import json_values
 from cait_jax.trees import by_name
 
 _log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class Checkpoints:
           UserError: the save before this one failed, this one did, or `step` is already saved.
         """
         self.wait()
-        snapshot = json.loads(json.dumps(_json(meta), allow_nan=False))
+        snapshot = json.loads(json.dumps(json_values(meta), allow_nan=False))
         values = _finite(metrics or {})
         try:
             manager = self._writer()
@@ -541,16 +542,7 @@ def _unused(path: Path) -> Path:
 
 
 def _finite(metrics: Mapping[str, SupportsFloat]) -> dict[str, float | None]:
-    return _json({key: float(value) for key, value in metrics.items()})
-
-
-def _json(value: Any) -> Any:
-    """What strict JSON has for it: null for NaN and infinity, which it lacks."""
-    if isinstance(value, Mapping):
-        return {key: _json(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json_values({key: float(value) for key, value in metrics.items()})
 
 
 def _check_meta(path: Path) -> None:

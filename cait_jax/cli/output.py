@@ -8,7 +8,6 @@ import contextlib
 import csv
 import io
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import click
 from tabulate import tabulate
 
 from cait_jax.errors import UserError, printable, writable
+from cait_jax.strict_json import json_values
 
 
 def escape_in_streams() -> None:
@@ -106,15 +106,7 @@ def as_json(value: Mapping[str, Any] | Sequence[Any]) -> str:
 
 def json_line(value: Any) -> str:
     """A value as one line of ASCII JSON (RFC 8259): floats that are not finite become null, DEL is escaped."""
-    return json.dumps(_finite(value), allow_nan=False).replace("\x7f", "\\u007f")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(member) for key, member in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(member) for member in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(json_values(value), allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def csv_lines(rows: Iterable[Sequence[Any]]) -> str:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from cait_jax.checkpoint.seal import fsync
 from cait_jax.errors import UserError, printable
+from cait_jax.strict_json import json_values
 
 TIMING_KEYS = ("time", "train/images_per_second")
 """The keys of `metrics.jsonl` that may differ between two runs of the same config."""
@@ -171,8 +172,8 @@ class Report:
                 numbers.setdefault("train/images_per_second", rate)
         else:
             self._clock.pause_ends()
-        row = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-        line = json.dumps({"step": step, "time": now, **row}, allow_nan=False)
+        row = json_values({"step": step, "time": now, **numbers})
+        line = json.dumps(row, allow_nan=False)
         try:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
