@@ -13,9 +13,20 @@ from cait_jax.errors import UserError, nearest
 from cait_jax.models.cait import CaiT
 from cait_jax.models.layers import Images
 from cait_jax.models.regnet import RegNetY
-from cait_jax.models.vit import VisionTransformer
 
 Network = CaiT | RegNetY
+
+
+class VisionTransformer(CaiT):
+    """`CaiT` with the choices of ViT (Dosovitskiy et al., arXiv 2010.11929) as defaults.
+
+    With `distilled=True` it is the distilled network of DeiT (Touvron et al., arXiv 2012.12877).
+    """
+
+    residual: str = "plain"
+    talking_heads: bool = False
+    class_token: str | int = "input"
+    drop_path_growth: str = "linear"
 
 
 @dataclasses.dataclass(frozen=True)
