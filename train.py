@@ -3,15 +3,17 @@
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import app, flags
 
-from cait_jax.errors import UserError
+from cait_jax import exits, interface
+from cait_jax.errors import UserError, nearest
 from cait_jax.train import NonFiniteError, train
-from cait_jax.train.config import check_command_line
+from cait_jax.train.config import CommandLine, load_config, take_apart
 from cait_jax.train.processes import ends_for_all, join_processes
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, such as configs/digits.py.")
+flags.DEFINE_string(
+    "config", None, "A recipe, such as configs/digits.py; --config.KEY=VALUE sets a key."
+)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's directory; runs/<config's name> by default."
 )
@@ -25,36 +27,50 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: how many there are.")
 PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: which this is, from 0.")
-flags.mark_flag_as_required("config")
 
 
-def main(argv: list[str]) -> int | None:
-    """Runs the training that the flags describe, and gives the exit status."""
-    del argv
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax says a lot at INFO
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = WORKDIR.value or Path("runs") / Path(path).stem
+def main(line: CommandLine) -> int:
+    """Runs the training that a command line describes, and gives the exit status."""
+    if line.file is None:
+        raise UserError("give a recipe by --config=FILE, such as --config=configs/digits.py")
+    config = load_config(line.file, line.overrides)
+    workdir = WORKDIR.value or Path("runs") / Path(line.file.partition(":")[0]).stem
     address, count, index = COORDINATOR.value, PROCESSES.value, PROCESS.value
-    several = DISTRIBUTED.value or (address, count, index) != (None, None, None)
-    with ends_for_all():
-        try:
-            if several:
-                join_processes(address=address, count=count, index=index)
-            run = train(CONFIG.value, workdir)
-        except (UserError, NonFiniteError) as error:
-            sys.exit(f"train.py: {error}")
-    return 0 if run.finished else 130
+    if DISTRIBUTED.value or (address, count, index) != (None, None, None):
+        join_processes(address=address, count=count, index=index)
+    return 0 if train(config, workdir).finished else 130
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags as absl does, after a check that names what is near a wrong config or key."""
+def parse(argv: list[str]) -> CommandLine:
+    """Parses the flags, and takes the config's apart from them.
+
+    Raises:
+      UserError: a flag is unknown or its value of the wrong kind, or an argument is no flag.
+    """
+    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+    line = take_apart(argv[1:])
     try:
-        check_command_line(argv)
-    except UserError as error:
-        sys.exit(f"train.py: {error}")
-    return app.parse_flags_with_usage(argv)
+        _, *others = flags.FLAGS([argv[0], *line.rest])
+    except flags.UnrecognizedFlagError as error:
+        known = flags.FLAGS.get_key_flags_for_module(__name__)
+        near = nearest(error.flagname, [flag.name for flag in known])
+        raise UserError(f"there is no flag --{error.flagname}; {near}") from error
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if others:
+        raise UserError(
+            f"{others[0]!r} is no flag: a key of the config is set by --config.KEY=VALUE"
+        )
+    return line
+
+
+def program() -> int:
+    """The whole program; gives the exit status."""
+    with interface.speaking(interface.flags), ends_for_all():
+        return exits.run(
+            "train.py", lambda: app.run(main, flags_parser=parse), (UserError, NonFiniteError)
+        )
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    sys.exit(program())

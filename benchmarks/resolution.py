@@ -21,6 +21,7 @@ from cait_jax import load_pretrained, preprocessing
 from cait_jax.data import load_split
 from cait_jax.evaluation.score import score
 from cait_jax.train import train
+from cait_jax.weights.pretrained import load_settings
 from configs import cifar10_small
 
 
@@ -41,7 +42,9 @@ def main() -> None:
             model, variables = load_pretrained(run, image_size=side)
             split = load_split("cifar10", "test", image_size=(side, side), data_dir=args.data_dir)
             seen = preprocessing(str(run), image_size=side)
-            found.append(score(model, variables, split, seen, batch_size=200).top1)
+            names = load_settings(run).label_names
+            scores = score(model, variables, split, seen, batch_size=200, class_names=names)
+            found.append(scores.top1)
             print(f"{run} at {side} pixels: {found[-1]:.4f}", flush=True)
         return found
 

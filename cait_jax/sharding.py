@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cait_jax.axes import AXES, BATCH_AXES
 from cait_jax.errors import UserError
+from cait_jax.interface import setting
 from cait_jax.trees import names_and_leaves
 
 # How the last axes of an array lie, by its name's end; the first that fits counts, what fits none is on every
@@ -51,7 +52,7 @@ def make_mesh(
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     filled = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
-    said = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    said = ", ".join(f"{setting(f'config.mesh.{name}', size)}" for name, size in sizes.items())
     if len(filled) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(
             f"{said} is no mesh: every size must be 1 or more, and one of them may be -1, which takes "
@@ -60,15 +61,16 @@ def make_mesh(
     if len(devices) % known or (not filled and known != len(devices)):
         raise UserError(
             f"{said} does not fit {len(devices)} device(s): the sizes must multiply to that; leave "
-            "--config.mesh.data=-1 to fill what is left"
+            f"{setting('config.mesh.data', -1)} to fill what is left"
         )
     if filled:
         sizes[filled[0]] = len(devices) // known
     local = sum(device.process_index == devices[0].process_index for device in devices)
     if local % sizes["tensor"]:
         raise UserError(
-            f"mesh.tensor={sizes['tensor']} does not divide the {local} device(s) of a process, and the "
-            "devices that share images must be in one: choose a divisor, or more of --config.mesh.fsdp"
+            f"{setting('config.mesh.tensor', sizes['tensor'])} does not divide the {local} device(s) of a "
+            "process, and the devices that share images must be in one: choose a divisor, or more of "
+            f"{setting('config.mesh.fsdp')}"
         )
     return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3, devices=devices)
 
@@ -188,5 +190,6 @@ def check_batch_size(batch_size: int, devices: int, accumulate: int = 1) -> None
     if batch_size < 1 or batch_size % parts:
         raise UserError(
             f"batch_size {batch_size} must be a multiple of {parts} ({devices} devices times "
-            f"{accumulate} micro batches): set --config.batch_size={max(1, batch_size // parts) * parts}"
+            f"{accumulate} micro batches): set "
+            f"{setting('config.batch_size', max(1, batch_size // parts) * parts)}"
         )

@@ -40,6 +40,7 @@ from cait_jax.checkpoint.seal import (
     seal,
 )
 from cait_jax.errors import UserError
+from cait_jax.strict_json import json_values
 from cait_jax.trees import by_name
 
 _log = logging.getLogger(__name__)
@@ -131,14 +132,14 @@ class Checkpoints:
         Args:
           step: the number of the step, 0 or more.
           state: pytree of arrays of any dtype but PRNG keys.
-          meta: what JSON can hold.
+          meta: what JSON can hold; a number that is not finite, such as a loss, becomes null.
           metrics: of this step. Without a finite `best_metric` among them it cannot be the best.
 
         Raises:
           UserError: the save before this one failed, this one did, or `step` is already saved.
         """
         self.wait()
-        snapshot = json.loads(json.dumps(dict(meta)))
+        snapshot = json.loads(json.dumps(json_values(meta), allow_nan=False))
         values = _finite(metrics or {})
         try:
             manager = self._writer()
@@ -374,8 +375,8 @@ class Checkpoints:
     def _explain(self, step: int, error: Exception) -> UserError:
         cause = one_line(f"{type(error).__name__}: {error}")
         return UserError(
-            f"Saving step {step} under {self._directory} failed ({cause}): "
-            "mend that and resume from the checkpoint before, which is untouched."
+            f"Saving step {step} under {self._directory} failed ({cause}): make room or mend the disk, then "
+            "run the same command again, which goes on from the last checkpoint"
         )
 
     # Choosing
@@ -541,8 +542,7 @@ def _unused(path: Path) -> Path:
 
 
 def _finite(metrics: Mapping[str, SupportsFloat]) -> dict[str, float | None]:
-    values = {key: float(value) for key, value in metrics.items()}
-    return {key: value if math.isfinite(value) else None for key, value in values.items()}
+    return json_values({key: float(value) for key, value in metrics.items()})
 
 
 def _check_meta(path: Path) -> None:

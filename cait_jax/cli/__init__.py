@@ -1,10 +1,14 @@
 """The program `cait`: one file a command, found when it is asked for."""
 
 import importlib
+from typing import Any
 
 import click
 
-from cait_jax.errors import UserError
+from cait_jax import exits
+from cait_jax.cli.words import command_words
+from cait_jax.errors import UserError, printable
+from cait_jax.interface import speaking
 
 # Command to the module that holds it. Modules import what is heavy inside their command.
 COMMANDS = ("models", "predict", "evaluate", "features", "finetune", "convert", "data", "plan")
@@ -25,14 +29,44 @@ class Commands(click.Group):
             return None
         return importlib.import_module(f"cait_jax.cli.{cmd_name}").command
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the program; names that the terminal cannot show are escaped."""
+        from cait_jax.cli.output import escape_in_streams
+
+        escape_in_streams()
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> object:
         """Runs the command asked for."""
         try:
-            return super().invoke(ctx)
-        except UserError as error:
-            raise click.ClickException(str(error)) from error
+            with speaking(command_words):
+                try:
+                    return super().invoke(ctx)
+                except click.ClickException as error:  # click's own names what was typed
+                    vars(error)["message"] = printable(error.message, keep="\n\t")
+                    raise
+                except Exception as error:
+                    said = str(error) if isinstance(error, UserError) else exits.sentence(error)
+                    if said is None:
+                        raise
         except KeyboardInterrupt:
             ctx.exit(130)
+        if self._is_program:
+            exits.leave(1, f"Error: {said}")
+        raise click.ClickException(printable(said))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The program itself: what it says of a mistake is the last line of standard error."""
+        exits.quiet_libraries()
+        self._is_program = True
+        try:
+            return super().__call__(*args, **kwargs)
+        except SystemExit as end:
+            if isinstance(end.code, int) and end.code:
+                exits.leave(end.code)
+            raise
+
+    _is_program = False
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

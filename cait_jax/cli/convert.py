@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from cait_jax.cli.loading import model_options
+from cait_jax.cli.output import say
 
 
 @click.command(
@@ -72,4 +73,4 @@ def command(
         then = f"timm loads it with checkpoint_path={str(target)!r}"
     else:
         then = "its README.md says how timm loads it"
-    click.echo(f"{model_name} is in {target}; {then}")
+    say(f"{model_name} is in {target}; {then}")

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from cait_jax.cli.output import as_json, check_writable, table
+from cait_jax.cli.numbers import COUNT
+from cait_jax.cli.output import as_json, check_writable, note, say, table
+from cait_jax.errors import printable
 
 _FEW_CLASSES = 20
 
@@ -43,11 +45,11 @@ def prepare_command(name: str, data_dir: str | None, dry_run: bool, json: bool) 
 
     plan = plan_preparation(name, data_dir)
     if not json:
-        click.echo(_plan_in_words(name, plan), err=True)
+        say(_plan_in_words(name, plan), err=True)
     if not dry_run:
         prepare(name, data_dir)
         if not json and not plan.prepared:
-            click.echo(f"{name} is in {plan.folder}")
+            say(f"{name} is in {plan.folder}")
     if json:
         click.echo(
             as_json({key: str(value) if isinstance(value, Path) else value
@@ -70,7 +72,7 @@ def convert_command(directory: Path, json: bool) -> None:
 
     plan = plan_conversion(directory)
     with tqdm(
-        total=plan.records, desc=plan.folder.parent.name, unit="record", unit_scale=True,
+        total=plan.records, desc=printable(plan.folder.parent.name), unit="record", unit_scale=True,
         disable=None, leave=False,
     ) as bar:  # fmt: skip
         written = convert(plan, bar.update)
@@ -83,12 +85,12 @@ def convert_command(directory: Path, json: bool) -> None:
     if json:
         click.echo(as_json(result))
     elif written:
-        click.echo(
+        say(
             f"{plan.records:,} records of {plan.folder} can be read as array_record "
             f"({written} of {len(plan.shards)} files written)"
         )
     else:
-        click.echo(f"{plan.folder} is array_record already: nothing to do")
+        say(f"{plan.folder} is array_record already: nothing to do")
 
 
 @command.command("show", epilog="Example: cait data show cifar10 --split test --sheet sheet.png")
@@ -102,9 +104,7 @@ def convert_command(directory: Path, json: bool) -> None:
     "--sheet", type=click.Path(path_type=Path, dir_okay=False), metavar="PNG",
     help="Draw a contact sheet there.",
 )  # fmt: skip
-@click.option(
-    "--images", default=48, show_default=True, type=click.IntRange(1), help="On the contact sheet."
-)
+@click.option("--images", default=48, show_default=True, type=COUNT, help="On the contact sheet.")
 @click.option("--json", is_flag=True, help="Print JSON.")
 def show_command(
     data: str,
@@ -120,6 +120,7 @@ def show_command(
     """
     from tqdm import tqdm
 
+    from cait_jax.data.folder import left_out_of
     from cait_jax.data.imagenet import class_words
     from cait_jax.data.show import open_split, summarize, write_sheet
     from cait_jax.data.sources import split_names
@@ -127,9 +128,11 @@ def show_command(
     check_writable(sheet)
     names = split_names(data, data_dir=data_dir) if split is None else (split,)
     summaries, words, broken = [], [], []
-    for name in tqdm(names, desc=data, unit="split", disable=None, leave=False):
+    for name in tqdm(names, desc=printable(data), unit="split", disable=None, leave=False):
         opened = open_split(data, name, data_dir)
         summaries.append(summarize(data, name, opened, data_dir))
+        if aside := left_out_of(opened):
+            note(aside)
         if name == names[0]:
             words = list(class_words(opened.class_names))
             if sheet is not None:
@@ -138,14 +141,14 @@ def show_command(
         result = {"data": data, "classes": words, "splits": [asdict(s) for s in summaries]}
         click.echo(as_json(result | ({} if sheet is None else {"sheet": str(sheet)})))
         return
-    click.echo(table([_row(summary) for summary in summaries]))
-    shown = ", ".join(word.split(",")[0] for word in words[:_FEW_CLASSES]) + (
+    say(table([_row(summary) for summary in summaries]))
+    shown = ", ".join(printable(word.split(",")[0]) for word in words[:_FEW_CLASSES]) + (
         ", ..." if len(words) > _FEW_CLASSES else ""
     )
-    click.echo(f"\n{len(words):,} classes: {shown}")
+    say(f"\n{len(words):,} classes: {shown}")
     if sheet is not None:
         spoilt = f"; {len(broken)} images on it are broken" if broken else ""
-        click.echo(f"\n{sheet} shows images of {names[0]}{spoilt}")
+        say(f"\n{sheet} shows images of {names[0]}{spoilt}")
 
 
 def _row(summary: Any) -> dict[str, Any]:

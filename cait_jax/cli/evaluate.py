@@ -5,11 +5,15 @@ from typing import Any
 
 import click
 
+from cait_jax.cli.class_names import class_names_option, with_class_names
 from cait_jax.cli.loading import Loaded, dtype_option, model_options
-from cait_jax.cli.output import as_json, check_writable, table
+from cait_jax.cli.numbers import COUNT, WORKERS
+from cait_jax.cli.output import as_json, check_writable, note, say, table
+from cait_jax.errors import UserError, printable
 
 _FEW_CLASSES = 20
 _WORST = 5
+_NEIGHBOURS = 20
 
 
 @click.command(
@@ -19,6 +23,7 @@ _WORST = 5
 )
 @model_options
 @dtype_option
+@class_names_option
 @click.option(
     "--data", required=True, metavar="NAME|DIR",
     help="imagenet, imagenet_v2, imagenet_real, imagenet_a, imagenet_r, imagenet_sketch, any TFDS name "
@@ -28,8 +33,22 @@ _WORST = 5
     "--split", help="A split, or part of one such as 'test[:10%]'; the usual one if not given."
 )
 @click.option("--data-dir", metavar="DIR", help="Where TFDS data sets lie.")
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--workers", default=0, show_default=True, help="Processes that decode; 0: threads.")
+@click.option(
+    "--rule", type=click.Choice(["all", "restricted"]),
+    help="Which classes compete: all of the model's, or those that occur; by the data set if not given.",
+)  # fmt: skip
+@click.option(
+    "--by-position", is_flag=True,
+    help="Take the data set's first class for the model's first, and so on, whatever their names are.",
+)  # fmt: skip
+@click.option("--batch-size", default=64, show_default=True, type=COUNT)
+@click.option(
+    "--workers",
+    default=0,
+    show_default=True,
+    type=WORKERS,
+    help="Processes that decode; 0: threads.",
+)
 @click.option("--knn", is_flag=True, help="k-NN accuracy of the features too.")
 @click.option("--probe", is_flag=True, help="Linear-probe accuracy of the features too.")
 @click.option(
@@ -55,6 +74,9 @@ def command(
     data: str,
     split: str | None,
     data_dir: str | None,
+    class_names: Path | None,
+    rule: str | None,
+    by_position: bool,
     batch_size: int,
     workers: int,
     knn: bool,
@@ -67,15 +89,15 @@ def command(
 ) -> None:
     """Score a model on every image of a data set, over all devices.
 
-    Images are resized and cropped as the model's own settings say. Where a data set has fewer classes than the
-    model, as ImageNet-A and -R and many folders do, only those compete; on ImageNet-ReaL any of an
-    image's labels is right, and images without labels do not count.
+    Images are resized and cropped as the model's own settings say. Classes are matched by name. Where a data set
+    has fewer classes than the model, as ImageNet-A and -R and many folders do, only those compete; on
+    ImageNet-ReaL any of an image's labels is right, and images without labels do not count. Of a model without
+    a head --knn and --probe alone are measured.
     """
-    import numpy as np
-
+    from cait_jax.data.folder import left_out_of
     from cait_jax.data.sources import load_split
     from cait_jax.evaluation.benchmarks import find_benchmark
-    from cait_jax.evaluation.score import score, with_channels
+    from cait_jax.evaluation.score import with_channels
 
     check_writable(confusion, logits, output)
     found = find_benchmark(data, split, data_dir=data_dir)
@@ -83,121 +105,171 @@ def command(
         raise click.UsageError(
             "--confusion needs one label an image, and ImageNet-ReaL has several"
         )
-    loaded = load(**numerics)
+    loaded = _load(load, numerics, headless=knn or probe)
+    head = loaded.model.num_classes > 0
+    if not head:
+        _refuse_without_head(
+            knn or probe,
+            **{"--confusion": confusion, "--logits": logits, "--class-names": class_names,
+               "--rule": rule, "--by-position": by_position},
+        )  # fmt: skip
+    loaded = with_class_names(loaded, class_names)
     prepare = loaded.preprocessing
 
     def open_split(name: str) -> Any:
         opened = load_split(found.data, name, image_size=prepare.image_size, data_dir=data_dir)
+        if aside := left_out_of(opened):
+            note(aside)
         return with_channels(opened, prepare.channels)
 
     examples = open_split(found.split)
     # A split that does not exist is told before the work begins.
     train = open_split(train_split) if knn or probe else None
-    scores = score(
-        loaded.model,
-        loaded.variables,
-        examples,
-        prepare,
-        batch_size=batch_size,
-        rule=found.rule,
-        class_names=loaded.label_names,
-        workers=workers,
-        progress=f"{found.data} {found.split}",
-    )
+    if train is not None:
+        _refuse_shared_images(train, examples, train_split, found.split)
+    reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
     result: dict[str, Any] = {
         "model": model_name,
         "data": found.data,
         "split": found.split,
         "preprocessing": prepare.to_dict(),
-        **scores.as_dict(),
     }
-    reading = {"batch_size": batch_size, "workers": workers}
+    if head:
+        title = f"{found.data} {found.split}"
+        choices: dict[str, Any] = {"rule": rule or found.rule, "by_position": by_position}
+        result |= _scores(loaded, examples, progress=title, **choices, **reading)
+    else:
+        result["counted"] = len(examples)
     if train is not None:
         result |= _features_accuracy(loaded, train, examples, knn=knn, probe=probe, **reading)
     if logits is not None:
-        rows, _ = _outputs(loaded, examples, "logits", features_of=_logits_of, **reading)
-        with logits.open("wb") as file:  # NumPy would add a suffix to a name without one
-            np.savez(file, logits=rows)
+        names = examples.class_names if by_position else loaded.label_names
+        _write_logits(logits, loaded, examples, names, **reading)
     if confusion is not None:
-        from cait_jax.data.imagenet import class_words
-        from cait_jax.evaluation.confusion import save_confusion
-
-        title = f"{model_name} on {found.data} {found.split}"
-        matrix = np.asarray(scores.confusion)
-        save_confusion(matrix, class_words(scores.class_names), confusion, title)
+        _draw_confusion(confusion, result)
     if output is not None:
-        output.write_text(as_json(result) + "\n")
+        output.write_text(as_json(result) + "\n", encoding="utf-8")
     if json:
         click.echo(as_json(result))
     else:
-        click.echo(_report(result))
+        say(_report(result))
 
 
-def _features_accuracy(
-    loaded: Loaded,
-    train: Any,
-    test: Any,
-    *,
-    knn: bool,
-    probe: bool,
-    batch_size: int,
-    workers: int,
-) -> dict[str, float]:
-    """What the features alone tell about the classes."""
-    from cait_jax.evaluation.features import head_features
-    from cait_jax.evaluation.knn import knn_accuracy
-    from cait_jax.evaluation.probe import probe_accuracy
+def _load(load: Any, numerics: dict[str, Any], *, headless: bool) -> Loaded:
+    """The model; without a head where its weights do not fit one and features alone are wanted as well."""
+    try:
+        return load(**numerics)
+    except UserError as error:
+        if not headless:
+            raise
+        try:
+            loaded = load(**numerics, num_classes=0)
+        except UserError:
+            raise error from None
+        note(f"{error}; only --knn and --probe are measured")
+        return loaded
 
-    reading: dict[str, Any] = {
-        "features_of": head_features,
-        "batch_size": batch_size,
-        "workers": workers,
-    }
-    features = [
-        *_outputs(loaded, train, "features to learn from", **reading),
-        *_outputs(loaded, test, "features to classify", **reading),
-    ]
-    result = {}
-    if knn:
-        result["knn"] = knn_accuracy(*features)
-    if probe:
-        result["probe"] = probe_accuracy(*features)
+
+def _refuse_without_head(measured: bool, **options: Any) -> None:
+    if not measured:
+        raise UserError(
+            "this model has no head, so it knows no classes: measure its features with --knn or --probe"
+        )
+    for name, value in options.items():
+        if value:
+            raise UserError(f"{name} needs a head, and this model has none: leave it out")
+
+
+def _refuse_shared_images(train: Any, test: Any, train_name: str, name: str) -> None:
+    """Of what was learnt from, --knn and --probe would give the right answer back."""
+    files = [getattr(getattr(split, "records", None), "files", None) for split in (train, test)]
+    roots = [getattr(getattr(split, "records", None), "root", None) for split in (train, test)]
+    shared = train_name == name
+    if files[0] is not None and files[1] is not None and roots[0] == roots[1]:
+        shared = not set(files[0]).isdisjoint(files[1])
+    if shared:
+        raise UserError(
+            f"--knn and --probe learn from split {train_name!r}, which shares images with split {name!r} that "
+            "they are measured on: choose others with --split and --train-split, such as --split val"
+        )
+
+
+def _scores(loaded: Loaded, examples: Any, *, by_position: bool, **options: Any) -> dict[str, Any]:
+    from cait_jax.evaluation.score import score
+
+    scores = score(
+        loaded.model,
+        loaded.variables,
+        examples,
+        loaded.preprocessing,
+        class_names=loaded.label_names,
+        by_position=by_position,
+        **options,
+    )
+    result = scores.as_dict()
+    if scores.matched == "position":
+        result["data_names"] = list(examples.class_names)
     return result
 
 
-def _logits_of(model: Any, variables: Any, images: Any) -> Any:
-    return model.apply(variables, images)
+def _features_accuracy(
+    loaded: Loaded, train: Any, test: Any, *, knn: bool, probe: bool, **reading: Any
+) -> dict[str, Any]:
+    """What the features alone tell about the classes. Images without a label do not count."""
+    from cait_jax.evaluation.features import features_of_split
+    from cait_jax.evaluation.knn import knn_accuracy
+    from cait_jax.evaluation.labels import labels_among, read_labels
+    from cait_jax.evaluation.probe import probe_accuracy
 
-
-def _outputs(
-    loaded: Loaded, split: Any, title: str, *, features_of: Any, batch_size: int, workers: int
-) -> tuple[Any, Any]:
-    """One row of numbers for each image of a split, and the labels."""
-    from cait_jax.data.pipeline import eval_batches
-    from cait_jax.evaluation.features import extract_features
-    from cait_jax.evaluation.progress import show_progress
-    from cait_jax.sharding import make_mesh, shared_size
-
-    prepare = loaded.preprocessing
-    with (
-        eval_batches(
-            split,
-            batch_size=shared_size(batch_size, make_mesh()),
-            image_size=prepare.image_size,
-            workers=workers,
-            crop_ratio=prepare.crop_ratio,
-        ) as batches,
-        show_progress(len(split), title) as update,
-    ):
-        return extract_features(
-            loaded.model,
-            loaded.variables,
-            batches,
-            mean=prepare.mean,
-            std=prepare.std,
-            features_of=features_of,
-            progress=update,
+    # Classes that cannot be matched are told before the work begins.
+    if train.class_names != test.class_names:
+        labels_among(train.class_names, test.class_names, read_labels(test))
+    parts = []
+    for split, title in ((train, "features to learn from"), (test, "features to classify")):
+        features, labels = features_of_split(
+            loaded.model, loaded.variables, split, loaded.preprocessing, title=title, **reading
         )
+        labels = labels_among(train.class_names, split.class_names, labels)
+        parts += [features[labels >= 0], labels[labels >= 0]]
+    result: dict[str, Any] = {}
+    if knn:
+        result["knn_k"] = min(_NEIGHBOURS, len(parts[0]))
+        result["knn"] = knn_accuracy(*parts, k=result["knn_k"])
+    if probe:
+        result["probe"] = probe_accuracy(*parts)
+    return result
+
+
+def _write_logits(
+    path: Path, loaded: Loaded, examples: Any, names: tuple[str, ...] | None, **reading: Any
+) -> None:
+    import numpy as np
+
+    from cait_jax.evaluation.features import features_of_split
+
+    def logits_of(model: Any, variables: Any, images: Any) -> Any:
+        return model.apply(variables, images)
+
+    rows, _ = features_of_split(
+        loaded.model, loaded.variables, examples, loaded.preprocessing, title="logits",
+        features_of=logits_of, **reading,
+    )  # fmt: skip
+    arrays: dict[str, Any] = {"logits": rows}
+    if names is not None:
+        arrays["class_names"] = np.array(names)
+    with path.open("wb") as file:  # NumPy would add a suffix to a name without one
+        np.savez(file, **arrays)
+
+
+def _draw_confusion(path: Path, result: dict[str, Any]) -> None:
+    import numpy as np
+
+    from cait_jax.data.imagenet import class_words
+    from cait_jax.evaluation.confusion import save_confusion
+
+    title = f"{result['model']} on {result['data']} {result['split']}"
+    matrix = np.asarray(result["confusion"])
+    save_confusion(matrix, class_words(result["class_names"]), path, title)
 
 
 def _report(result: dict[str, Any]) -> str:
@@ -207,23 +279,23 @@ def _report(result: dict[str, Any]) -> str:
         return None if value is None else f"{value:.3%}"
 
     rows = [
-        {"score": "top-1", "value": percent(result["top1"])},
-        {"score": "top-5", "value": percent(result["top5"])},
-        {"score": "loss (nats)", "value": result["loss"] and f"{result['loss']:.5f}"},
-        {"score": "calibration error", "value": percent(result["ece"])},
-    ]
-    rows += [
-        {"score": name, "value": percent(result[key])}
-        for key, name in (("knn", "k-NN (k=20)"), ("probe", "linear probe"))
-        if key in result
+        {"score": "top-1", "value": percent(result.get("top1"))},
+        {"score": "top-5", "value": percent(result.get("top5"))},
+        {"score": "loss (nats)", "value": result.get("loss") and f"{result['loss']:.5f}"},
+        {"score": "calibration error", "value": percent(result.get("ece"))},
+        {"score": f"k-NN (k={result.get('knn_k')})", "value": percent(result.get("knn"))},
+        {"score": "linear probe", "value": percent(result.get("probe"))},
     ]
     lines = [
-        f"{result['model']} on {result['counted']:,} images of {result['data']} {result['split']}",
+        printable(
+            f"{result['model']} on {result['counted']:,} images of {result['data']} {result['split']}"
+        ),
+        *_competing(result),
         "",
         table([row for row in rows if row["value"] is not None]),
     ]
     per_class: list[tuple[float, str, int]] = []
-    if result["class_accuracy"] is not None:
+    if result.get("class_accuracy") is not None:
         columns = (result["class_accuracy"], result["class_names"], result["class_images"])
         per_class = [row for row in zip(*columns, strict=True) if row[2]]
     if per_class:
@@ -239,3 +311,25 @@ def _report(result: dict[str, Any]) -> str:
         ]
         lines += ["", f"{title}:", "", table(rows)]
     return "\n".join(lines)
+
+
+def _competing(result: dict[str, Any]) -> list[str]:
+    """Which classes the scores are among, and how labels were matched if not by name."""
+    if "classes" not in result:
+        return [
+            "the model has no head: its features are measured, with what --knn and --probe learn"
+        ]
+    competing, classes = result["competing"], result["classes"]
+    if competing == classes:
+        lines = [f"all {classes:,} classes of the model compete"]
+    else:
+        lines = [
+            f"only {competing:,} of the model's {classes:,} classes compete, those that occur; with --rule all "
+            "every class does"
+        ]
+    if result["matched"] == "position":
+        names = [printable(name) for name in result["data_names"]]
+        order = ", ".join(f"{name!r} is {i}" for i, name in enumerate(names[:_FEW_CLASSES]))
+        more = ", ..." if len(names) > _FEW_CLASSES else ""
+        lines.append(f"labels are matched by position, not by name: {order}{more}")
+    return lines

@@ -7,7 +7,7 @@ import click
 
 from cait_jax.cli.images import answers_of, exit_over_broken, image_options
 from cait_jax.cli.loading import dtype_option, model_options
-from cait_jax.cli.output import check_writable
+from cait_jax.cli.output import check_writable, say
 
 
 @click.command(
@@ -53,7 +53,7 @@ def command(
     if output.suffix != ".npz":
         raise UserError(f"{output} does not end in .npz, which is what is written: add it")
     check_writable(output)
-    loaded = load(**numerics)
+    loaded = load(**numerics, num_classes=0)  # weights may have a head or none
     function = layer_features(loaded.model, layer, tokens=tokens)
     found, features, broken = [], [], 0
     for answers in answers_of(loaded, function, paths, batch_size=batch_size, title=model_name):
@@ -70,7 +70,7 @@ def command(
             np.savez(file, features=whole, paths=np.array(found))
 
     replace_files(output.absolute().parent, {output.name: write})
-    click.echo(f"{output}: features {whole.dtype} {whole.shape} of {len(found)} images")
+    say(f"{output}: features {whole.dtype} {whole.shape} of {len(found)} images")
     exit_over_broken(ctx, broken, len(paths))
 
 

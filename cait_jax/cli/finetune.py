@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from cait_jax.cli.numbers import COUNT, EPOCHS, SEED, SIDE
+from cait_jax.cli.output import note, say
+
 
 @click.command(
     "finetune",
@@ -31,12 +34,10 @@ import click
     help="What learns: everything, the new head alone, or first the head and then the last blocks too; "
     "by the number of images if not given.",
 )  # fmt: skip
-@click.option(
-    "--epochs", type=click.FloatRange(0, min_open=True), help="Passes over the training images."
-)
-@click.option("--batch-size", type=click.IntRange(1), help="Images a step.")
-@click.option("--image-size", type=click.IntRange(1), metavar="PIXELS", help="Another resolution.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of every random draw.")
+@click.option("--epochs", type=EPOCHS, help="Passes over the training images.")
+@click.option("--batch-size", type=COUNT, help="Images a step.")
+@click.option("--image-size", type=SIDE, metavar="PIXELS", help="Another resolution.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of every random draw.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -63,6 +64,7 @@ def command(
     from cait_jax.errors import UserError
     from cait_jax.train import NonFiniteError, train
     from cait_jax.train.folder_recipe import folder_config, look_through
+    from cait_jax.train.processes import run_folder_name
 
     logging.set_verbosity(logging.WARNING)  # Orbax says a lot at INFO
     photographs = look_through(directory)
@@ -77,8 +79,10 @@ def command(
         seed=seed,
         devices=jax.device_count(),
     )
-    workdir = workdir or Path("runs") / f"{photographs.directory.name}-{Path(model).name}"
-    click.echo(_plan(photographs, config, model))
+    run_name = run_folder_name(f"{photographs.directory.name}-{Path(model).name}")
+    workdir = workdir or Path("runs") / run_name
+    say(_plan(photographs, config, model))
+    _check_files(photographs)
     try:
         run = train(config, workdir)
     except UserError:
@@ -90,10 +94,25 @@ def command(
         raise click.ClickException(str(error)) from error
     if not run.finished:
         ctx.exit(130)
-    click.echo(
+    say(
         f"accuracy {run.metrics['eval/accuracy']:.1%} on the {photographs.eval_images:,} images of "
         f"{photographs.eval_split}; try it: cait predict IMAGE --model {shlex.quote(str(workdir))}"
     )
+
+
+def _check_files(photographs: Any) -> None:
+    """Refuses a folder with broken images: any to measure on, more than training replaces to learn from."""
+    from cait_jax.data.check import check_images
+    from cait_jax.data.folder import load_folder
+    from cait_jax.data.pipeline import MAX_BROKEN
+    from cait_jax.evaluation.progress import show_progress
+
+    for name, may_be_broken in (("train", MAX_BROKEN), (photographs.eval_split, 0.0)):
+        split = load_folder(photographs.directory, name)
+        with show_progress(len(split), f"checking {name}") as update:
+            broken = check_images(split, may_be_broken=may_be_broken, progress=update)
+        if broken:
+            note(f"{broken} of {len(split):,} images of {name} are broken; others replace them")
 
 
 def _plan(photographs: Any, config: Any, model: str) -> str:

@@ -8,18 +8,23 @@ from typing import Any
 import click
 
 from cait_jax.cli.loading import Loaded
+from cait_jax.cli.numbers import COUNT
+from cait_jax.cli.output import note
 
 
 def image_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds IMAGE arguments and `--batch-size`; the command gets `paths`, the files they name."""
 
     @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-    @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+    @click.option("--batch-size", default=32, show_default=True, type=COUNT)
     @functools.wraps(function)
     def with_paths(images: tuple[str, ...], **others: Any) -> Any:
-        from cait_jax.data.folder import expand_images
+        from cait_jax.data.image_files import find_images, left_out_in_words
 
-        return function(paths=expand_images(images), **others)
+        found = find_images(images)
+        if aside := left_out_in_words(found.left_out, " ".join(images)):
+            note(aside)
+        return function(paths=found.paths, **others)
 
     return with_paths
 
@@ -52,7 +57,7 @@ def answers_of(
             function, loaded.variables, loaded.preprocessing, paths, batch_size=batch_size
         ):
             for _, reason in answers.broken:
-                click.echo(f"cait: {reason}", err=True)
+                note(reason)
             yield answers
             update(len(answers.paths) + len(answers.broken))
 
@@ -60,5 +65,5 @@ def answers_of(
 def exit_over_broken(ctx: click.Context, broken: int, total: int) -> None:
     """Ends the command with status 1 if files could not be read."""
     if broken:
-        click.echo(f"cait: {broken} of {total} images could not be read", err=True)
+        note(f"{broken} of {total} images could not be read")
         ctx.exit(1)

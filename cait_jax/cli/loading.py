@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from cait_jax.cli.numbers import SIDE
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -47,9 +49,13 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         "--weights", type=click.Path(path_type=Path), metavar="PATH",
         help="Weights instead of the released ones: a .safetensors or .pth file, or a directory.",
     )  # fmt: skip
-    @click.option("--image-size", type=int, metavar="PIXELS", help="Another resolution.")
+    @click.option("--image-size", type=SIDE, metavar="PIXELS", help="Another resolution.")
     @click.option("--antialias", is_flag=True, help="Resize positions for it as timm does.")
-    @click.option("--ema", is_flag=True, help="Of a training run, the averaged parameters.")
+    @click.option(
+        "--ema",
+        is_flag=True,
+        help="Of a training run, or of a file that holds both, the averaged parameters.",
+    )
     @functools.wraps(function)
     def with_load(
         model: str,

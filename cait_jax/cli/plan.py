@@ -1,6 +1,5 @@
 """`cait plan`: memory, work and least time of a config's training step on chips that are not there."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,30 +105,14 @@ def read_config(file: str, arguments: list[str]) -> "ConfigDict":
     Raises:
       UserError: there is no such file or key.
     """
-    from absl import flags
-    from ml_collections import config_flags
-
     from cait_jax.errors import UserError
-    from cait_jax.train.config import check_overrides, load_config
+    from cait_jax.train.config import load_config, take_apart
 
-    for argument in arguments:
-        if not argument.startswith("--config."):
-            raise UserError(f"unknown argument {argument}: see cait plan --help")
-    # A recipe imports others of its folder's, as it can where train.py lies.
-    sys.path.insert(0, str(Path(file.partition(":")[0]).absolute().parent.parent))
-    try:
-        config = load_config(file)
-    finally:
-        sys.path.pop(0)
-    check_overrides(config, [argument[9:].partition("=")[0] for argument in arguments])
-    values = flags.FlagValues()
-    line = ["plan", *arguments]
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=line)
-    try:
-        values(line)
-    except flags.Error as error:
-        raise UserError(str(error)) from error
-    return values["config"].value
+    line = take_apart(arguments)
+    if line.rest or line.file is not None:
+        unknown = line.rest[0] if line.rest else f"--config={line.file}"
+        raise UserError(f"unknown argument {unknown}: see cait plan --help")
+    return load_config(file, line.overrides)
 
 
 def facts_of(name: str, plan: "Plan") -> list[tuple[str, str]]:

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
+from cait_jax.cli.class_names import class_names_option, with_class_names
 from cait_jax.cli.images import answers_of, exit_over_broken, image_options
 from cait_jax.cli.loading import dtype_option, model_options
-from cait_jax.cli.output import csv_lines, json_line
+from cait_jax.cli.numbers import COUNT
+from cait_jax.cli.output import csv_lines, json_line, text_output
+from cait_jax.errors import printable
 
 _HEADS = ("image", "rank", "class", "label", "probability")
 
@@ -21,14 +24,13 @@ _HEADS = ("image", "rank", "class", "label", "probability")
 @image_options
 @model_options
 @dtype_option
-@click.option(
-    "--top", default=5, show_default=True, type=click.IntRange(1), help="Classes for each image."
-)
+@class_names_option
+@click.option("--top", default=5, show_default=True, type=COUNT, help="Classes for each image.")
 @click.option("--json", "style", flag_value="json", help="Print JSON lines, one an image.")
 @click.option("--csv", "style", flag_value="csv", help="Print CSV, one line for each class.")
 @click.option(
-    "--output", "-o", type=click.File("w", lazy=False), default="-", metavar="FILE",
-    help="Write there instead of printing.",
+    "--output", "-o", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), metavar="FILE",
+    help="Write there, as UTF-8, instead of printing.",
 )  # fmt: skip
 @click.pass_context
 def command(
@@ -37,10 +39,11 @@ def command(
     load: Any,
     numerics: dict[str, Any],
     model_name: str,
+    class_names: Path | None,
     top: int,
     batch_size: int,
     style: str | None,
-    output: TextIO,
+    output: Path | None,
 ) -> None:
     """Print the most probable classes of each IMAGE.
 
@@ -48,18 +51,25 @@ def command(
     read is named on standard error and the rest goes on; the exit status is then 1.
     """
     loaded = load(**numerics)
-    function, words = _most_probable(loaded.model, top), loaded.class_words
+    function = _most_probable(loaded.model, top)
+    loaded = with_class_names(loaded, class_names)
+    words = loaded.class_words
     broken = 0
-    if style == "csv":
-        output.write(csv_lines([_HEADS]))
-    for answers in answers_of(loaded, function, paths, batch_size=batch_size, title=model_name):
-        for path, reason in answers.broken:
-            if style == "json":
-                output.write(json_line({"image": str(path), "error": reason}) + "\n")
-        for path, classes in _ranked(answers.paths, answers.outputs, words):
-            output.write(_written(path, classes, style))
-        output.flush()
-        broken += len(answers.broken)
+    with text_output(output) as write:
+        if style == "csv":
+            write(csv_lines([_HEADS]))
+        for answers in answers_of(loaded, function, paths, batch_size=batch_size, title=model_name):
+            lines = [
+                json_line({"image": str(path), "error": reason}) + "\n"
+                for path, reason in answers.broken
+                if style == "json"
+            ]
+            lines += [
+                _written(path, classes, style)
+                for path, classes in _ranked(answers.paths, answers.outputs, words)
+            ]
+            write("".join(lines))
+            broken += len(answers.broken)
     exit_over_broken(ctx, broken, len(paths))
 
 
@@ -102,5 +112,5 @@ def _written(path: Path, classes: list[dict[str, Any]], style: str | None) -> st
             (path, rank, found["class"], found["label"], f"{found['probability']:.6f}")
             for rank, found in enumerate(classes, start=1)
         )
-    lines = [f"{found['probability']:8.2%}  {found['label']}" for found in classes]
-    return "\n".join([str(path), *lines]) + "\n"
+    lines = [f"{found['probability']:8.2%}  {printable(found['label'])}" for found in classes]
+    return "\n".join([printable(str(path)), *lines]) + "\n"

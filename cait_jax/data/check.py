@@ -20,7 +20,7 @@ def check_images(
     *,
     decode_all_within: float = 60.0,
     may_be_broken: float = 0.0,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Callable[[int], object] = lambda images: None,
 ) -> int:
     """Reads the header of every image, and decodes all of them where that is quick.
 
@@ -32,7 +32,7 @@ def check_images(
       decode_all_within: seconds that decoding all may take.
       may_be_broken: the part of the images that may be broken: 0 in evaluation, `pipeline.MAX_BROKEN` in training,
         which replaces them.
-      progress: called in this thread with how many images are done, and of how many.
+      progress: called in this thread with the number of images read since its last call.
 
     Returns:
       How many images are broken.
@@ -50,12 +50,10 @@ def check_images(
         errors = _errors(split, sample, _decoded, pool)
         decoding = (time.monotonic() - start) / max(len(sample), 1) * count <= decode_all_within
         rest = sorted(set(range(count)) - set(sample))
-        done = len(sample)
+        progress(len(sample))
         for part in _parts(rest):
             errors |= _errors(split, part, _decoded if decoding else _header, pool)
-            done += len(part)
-            if progress is not None:
-                progress(done, count)
+            progress(len(part))
     if len(errors) > may_be_broken * count:
         first = min(errors)
         several = len(errors) > 1

@@ -140,7 +140,7 @@ def convert(plan: Conversion, progress: Callable[[int], None] | None = None) -> 
 
 
 def _data_set_folder(directory: Path) -> Path:
-    from cait_jax.data.folder import nearest_path
+    from cait_jax.data.image_files import nearest_path
 
     if not directory.is_dir():
         raise UserError(f"there is no folder {directory}{nearest_path(directory)}")

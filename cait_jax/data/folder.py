@@ -1,11 +1,8 @@
-"""Folders of photographs: one folder a class, as a split; and what arguments name as images."""
+"""Folders of photographs: one folder a class, as a split."""
 
-import glob
 import hashlib
 import itertools
-import os
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +11,22 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from cait_jax.data.sources import Encoded
-from cait_jax.errors import UserError, nearest, some
+from cait_jax.data.formats import readable_suffixes
+from cait_jax.data.image_files import (
+    as_on_disk,
+    by_suffix,
+    counts_in_words,
+    images_below,
+    left_out_in_words,
+    nearest_path,
+)
+from cait_jax.data.layout import check_classes, class_folders, purpose_of, read_layout
+from cait_jax.data.sources import Encoded, Split
+from cait_jax.errors import UserError, composed, some
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-SPLITS = ("train", "val", "validation", "test")
-_NAMES_COMPARED = 10_000
 _UNDIVIDED = ("all",)
-_SAME_SPLIT = {"val": "validation", "validation": "val"}
 # Between which fractions the paths of each side of an undivided folder lie.
-_DIVIDING = {"train": (0.1, 1.0), "val": (0.0, 0.1), "validation": (0.0, 0.1)}
+_DIVIDING = {"train": (0.1, 1.0), "val": (0.0, 0.1)}
 _PART = re.compile(r"(\w+)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?")
 
 
@@ -35,11 +38,13 @@ class FolderRecords:
       root: the folder that `files` are relative to.
       files: paths with forward slashes, in the order of the records.
       labels: int32 (n,).
+      left_out: how many files and folders of images beside `files` are not read, as `left_out_in_words` takes it.
     """
 
     root: Path
     files: tuple[str, ...] = field(repr=False)
     labels: Int32[np.ndarray, "n"] = field(repr=False)
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """The number of files."""
@@ -61,10 +66,11 @@ class FolderRecords:
 def load_folder(root: str | Path, split: str | None = None, *, channels: int = 3) -> Encoded:
     """Opens a folder of images as a split.
 
-    Either `root/CLASS/...` holds the images, or `root/SPLIT/CLASS/...` with SPLIT one of `SPLITS`.
-    Deeper folders belong to their class. Labels follow the sorted names of the classes; where there is
-    a `train` beside the split, the names of its classes, so that a label means the same in both.
-    Hidden files and folders and `__MACOSX` count for nothing.
+    Either `root/CLASS/...` holds the images, or `root/SPLIT/CLASS/...`, where SPLIT is any word that
+    `cait_jax.data.layout.purpose_of` knows, such as `Training` or `valid`. Deeper folders belong to their class.
+    Labels follow the sorted names of the classes in Unicode's composed form; where there is a split to train on
+    beside this one, the names of its classes, so that a label means the same in both, and a class may have no
+    image here. Hidden files and those of file systems, NAS and editors count for nothing.
 
     Where the folder is not divided, `"train"` and `"val"` divide it: an image is of `"val"` if its
     `path_fraction` is below 0.1. So each image stays on its side when others come or go, and on every
@@ -72,42 +78,53 @@ def load_folder(root: str | Path, split: str | None = None, *, channels: int = 3
 
     Args:
       root: the folder, where `~` is the home directory. Links to folders are followed.
-      split: which split, where `"val"` and `"validation"` mean the same, or a part of one in whole
-        percents. Of a folder that is not divided, `"train"`, `"val"`, or `"all"`, which None means too.
+      split: which split, by its name or another word for the same, such as `"val"` for `valid`, or a part of one
+        in whole percents. Of a folder that is not divided, `"train"`, `"val"`, or `"all"`, which None means too.
       channels: 3 for colour, 1 for luminance.
 
     Returns:
       The images ordered by class and path, to be turned upright by their EXIF orientation.
 
     Raises:
-      UserError: the folder or the split does not exist, holds no classes, or a class no image; or no
-        image falls in the part.
+      UserError: the folder or the split does not exist, holds no classes, or a class no image; no image falls
+        in the part; or it cannot be told which folders are splits and which are classes.
     """
-    folder = _existing_folder(root)
+    folder = existing_folder(root)
     name, percents = _parsed(split)
-    part, class_names = _part(folder, name)
-    images = {name: _images_below(part / name) for name in _class_folders(part)}
-    if empty := [name for name, files in images.items() if not files]:
+    found = _find(folder, name)
+    part, class_names = found.part, found.class_names
+    files: list[str] = []
+    labels: list[int] = []
+    others: list[str] = []
+    for label, of_class in enumerate(_images_of_classes(found)):
+        files += of_class.files
+        labels += [label] * len(of_class.files)
+        others += of_class.others
+    chosen = _chosen(files, _side(part == folder, name), percents)
+    if not chosen.any():
         raise UserError(
-            f"{part} has classes without an image that ends in {', '.join(IMAGE_SUFFIXES)}: "
-            f"{some(empty)}; fill or remove what is empty"
+            f"none of the {len(files)} images of {part} falls in {split!r}: ask for a greater part, "
+            "or divide the folder into folders train and val"
         )
-    files = tuple(f"{name}/{file}" for name in images for file in images[name])
-    labels = np.repeat(
-        np.array([class_names.index(name) for name in images], np.int32),
-        [len(of_class) for of_class in images.values()],
+    records = FolderRecords(
+        part,
+        tuple(itertools.compress(files, chosen)),
+        np.array(labels, np.int32)[chosen],
+        {**by_suffix(others), **found.beside},
     )
-    side = name if part == folder else None
-    if side in _DIVIDING or percents != (0, 100):
-        chosen = _chosen(files, side, percents)
-        if not chosen.any():
-            raise UserError(
-                f"none of the {len(files)} images of {part} falls in {split!r}: ask for a greater part, "
-                "or divide the folder into folders train and val"
-            )
-        files = tuple(itertools.compress(files, chosen))
-        labels = labels[chosen]
-    return Encoded(FolderRecords(part, files, labels), class_names, channels, exif=True)
+    return Encoded(records, class_names, channels, exif=True)
+
+
+def left_out_of(split: Split) -> str | None:
+    """Says in a sentence what lies beside the images of a folder and is not read; None where nothing does.
+
+    Args:
+      split: any; only of `load_folder` something can be left out.
+    """
+    records = getattr(split, "records", None)
+    if not isinstance(records, FolderRecords):
+        return None
+    return left_out_in_words(records.left_out, records.root)
 
 
 def path_fraction(path: str) -> float:
@@ -122,85 +139,29 @@ def path_fraction(path: str) -> float:
     Returns:
       A number in [0, 1).
     """
-    composed = unicodedata.normalize("NFC", path).encode(errors="surrogateescape")
+    name = composed(path).encode(errors="surrogateescape")
     # 53 bits are what a float holds.
-    return (int.from_bytes(hashlib.sha256(composed).digest()[:8]) >> 11) / 2**53
+    return (int.from_bytes(hashlib.sha256(name).digest()[:8]) >> 11) / 2**53
 
 
 def folder_splits(root: str | Path) -> tuple[str, ...]:
-    """Names the splits that a folder of images is divided into; `"all"` if it holds the classes itself.
+    """Names the folders that a folder of images is divided into; `"all"` if it holds the classes itself.
 
     `load_folder` divides the latter into `"train"` and `"val"` where it is asked to.
 
     Raises:
-      UserError: the folder does not exist.
+      UserError: the folder does not exist, or it cannot be told what in it is a split.
     """
-    folder = _existing_folder(root)
-    # A folder of this name with images alone is a class, such as the trains among vehicles.
-    splits = [name for name in SPLITS if (folder / name).is_dir() and _class_folders(folder / name)]
-    return tuple(splits) or _UNDIVIDED
+    return read_layout(existing_folder(root)).names or _UNDIVIDED
 
 
-def expand_images(arguments: Sequence[str | Path]) -> list[Path]:
-    """Lists the images that files, folders and patterns name.
-
-    Args:
-      arguments: files, of any suffix; folders, of which all images are meant at any depth; and
-        patterns such as `"*.jpg"` or `"photos/**/*.png"`, of which all images and folders are meant.
-        `~` is the home directory.
-
-    Returns:
-      The paths in the order of the arguments, sorted within each, every file once.
+def existing_folder(root: str | Path) -> Path:
+    """The folder that a path names, in whichever Unicode form its letters are on the disk.
 
     Raises:
-      UserError: an argument names no image.
+      UserError: there is none; what is like it is named.
     """
-    paths: dict[str, Path] = {}
-    for argument in arguments:
-        found = _images_of(Path(argument).expanduser())
-        if not found:
-            raise UserError(_why_nothing(Path(argument).expanduser()))
-        for path in found:
-            paths.setdefault(os.path.abspath(path), path)  # noqa: PTH100, a link is another image
-    return list(paths.values())
-
-
-def _images_of(argument: Path) -> list[Path]:
-    if argument.is_dir():
-        return [argument / name for name in _images_below(argument)]
-    if argument.exists():
-        return [argument]
-    if not glob.has_magic(str(argument)):
-        return []
-    found = []
-    for match in sorted(glob.glob(str(argument), recursive=True)):  # noqa: PTH207, absolute ones too
-        path = Path(match)
-        if path.is_dir():
-            found += [path / name for name in _images_below(path)]
-        elif _is_image(path.name):
-            found.append(path)
-    return found
-
-
-def _why_nothing(argument: Path) -> str:
-    if argument.is_dir():
-        return f"folder {argument} holds no image; images end in {', '.join(IMAGE_SUFFIXES)}"
-    if glob.has_magic(str(argument)):
-        return f"no image matches {argument}; images end in {', '.join(IMAGE_SUFFIXES)}"
-    return f"there is no file or folder {argument}{nearest_path(argument)}"
-
-
-def nearest_path(path: Path) -> str:
-    """Names what beside a missing `path` is most like it, as the end of a sentence."""
-    if not path.parent.is_dir():
-        return f"; its folder {path.parent} does not exist either"
-    beside = itertools.islice(path.parent.iterdir(), _NAMES_COMPARED)
-    near = nearest(path.name, (other.name for other in beside))
-    return f"; {near}" if near.startswith("nearest") else f"; check what is in {path.parent}"
-
-
-def _existing_folder(root: str | Path) -> Path:
-    folder = Path(root).expanduser()
+    folder = as_on_disk(Path(root).expanduser())
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -227,10 +188,17 @@ def _parsed(split: str | None) -> tuple[str | None, tuple[int, int]]:
     return name, (start, stop)
 
 
+def _side(undivided: bool, split: str | None) -> str | None:
+    """Of an undivided folder the side that a split's name means; None for the whole."""
+    return purpose_of(split) if undivided and split is not None else None
+
+
 def _chosen(
     files: Sequence[str], side: str | None, percents: tuple[int, int]
 ) -> Bool[np.ndarray, "n"]:
     """Which files lie on a side of an undivided folder ("train", "val" or both), and there in a part."""
+    if side is None and percents == (0, 100):
+        return np.full(len(files), True)
     fractions = np.array([path_fraction(file) for file in files])
     low, high = _DIVIDING.get(side or "", (0.0, 1.0))
     inside = (fractions - low) / (high - low)
@@ -238,71 +206,78 @@ def _chosen(
     return (inside >= start) & (inside < stop)
 
 
-def _part(folder: Path, split: str | None) -> tuple[Path, tuple[str, ...]]:
-    """The folder that holds the class folders of `split`, and the names of the classes in order."""
-    splits = folder_splits(folder)
-    if splits == _UNDIVIDED:
-        if split is not None and split not in (*_DIVIDING, *splits):
+@dataclass(frozen=True)
+class _Found:
+    part: Path  # holds the folders of the classes
+    class_names: tuple[str, ...]
+    of_training: bool = False  # whether these are another split's
+    beside: Mapping[str, int] = field(default_factory=dict)  # images of folders that are no split
+
+
+def _find(folder: Path, split: str | None) -> _Found:
+    layout = read_layout(folder)
+    purpose = None if split is None else purpose_of(split)
+    if not layout.splits:
+        if split not in (None, *_UNDIVIDED) and purpose not in _DIVIDING:
             raise UserError(
                 f"folder {folder} is not divided into splits such as {split!r}; ask for 'train', 'val' "
-                f"or 'all', or put class folders into {folder / split}"
+                f"or 'all', or put class folders into {folder / str(split)}"
             )
-        return folder, _class_names(folder)
-    known = ", ".join(splits)
+        return _Found(folder, _class_names(folder))
+    known = ", ".join(layout.names)
     if split is None:
         raise UserError(f"folder {folder} is divided into {known}; say which split")
-    name = split if split in splits else _SAME_SPLIT.get(split, split)
-    if name not in splits:
+    if purpose is None or purpose not in layout.splits:
         raise UserError(f"folder {folder} has no split {split!r}; it is divided into {known}")
-    names = _class_names(folder / name)
-    if "train" not in splits or name == "train":
-        return folder / name, names
-    trained = _class_names(folder / "train")
+    beside = {f"{name}/": len(images_below(folder / name).paths) for name in layout.beside}
+    part = folder / layout.splits[purpose]
+    names = _class_names(part)
+    if "train" not in layout.splits or purpose == "train":
+        return _Found(part, names, beside=beside)
+    training = folder / layout.splits["train"]
+    trained = _class_names(training)
     if strange := sorted(set(names) - set(trained)):
         raise UserError(
-            f"{folder / name} has classes that {folder / 'train'} does not have: {some(strange)}; "
+            f"{part} has classes that {training} does not have: {some(strange)}; "
             "rename or remove them there, or add them to train"
         )
-    return folder / name, trained
+    return _Found(part, trained, of_training=True, beside=beside)
 
 
 def _class_names(part: Path) -> tuple[str, ...]:
-    names = tuple(_class_folders(part))
-    if not set(names) <= set(SPLITS):
-        return names
-    bare = part / names[0] if names else part
-    raise UserError(
-        f"folder {bare} holds no class folders; put the images of each class into a folder of its "
-        f"name, such as {bare / 'cat'}"
-    )
+    classes = class_folders(part)
+    check_classes(part, [folder for folders in classes.values() for folder in folders])
+    return tuple(classes)
 
 
-def _class_folders(part: Path) -> list[str]:
-    with os.scandir(part) as entries:
-        return sorted(
-            entry.name for entry in entries if entry.is_dir() and not _ignored(entry.name)
+@dataclass(frozen=True)
+class _OfClass:
+    files: list[str]
+    others: list[str]
+
+
+def _images_of_classes(found: _Found) -> list[_OfClass]:
+    """For each label the files of its class, relative to the split's folder.
+
+    Raises:
+      UserError: no class has an image; or one has none, and other files, or is not of another split.
+    """
+    folders = class_folders(found.part)
+    classes = []
+    empty = []
+    for name in found.class_names:
+        of_class = _OfClass([], [])
+        for folder in folders.get(name, ()):
+            images = images_below(found.part / folder)
+            of_class.files.extend(f"{folder}/{file}" for file in images.paths)
+            of_class.others.extend(images.others)
+        if not of_class.files and (of_class.others or not found.of_training):
+            unread = counts_in_words(by_suffix(of_class.others))
+            empty.append(f"{name} ({unread})" if unread else name)
+        classes.append(of_class)
+    if empty or not any(of_class.files for of_class in classes):
+        raise UserError(
+            f"{found.part} has classes without an image that ends in {', '.join(readable_suffixes())}: "
+            f"{some(empty or list(folders))}; fill or remove what is empty"
         )
-
-
-def _images_below(folder: Path) -> list[str]:
-    """The images at any depth, relative to `folder` and sorted."""
-    seen = set()
-    found = []
-    for where, subfolders, names in os.walk(folder, followlinks=True):
-        status = os.stat(where)  # noqa: PTH116, a string, for speed
-        if (status.st_dev, status.st_ino) in seen:  # a link to what was read, or to a parent
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not _ignored(name))
-        inside = where[len(str(folder)) :].strip(os.sep).replace(os.sep, "/")
-        found += [f"{inside}/{name}" if inside else name for name in names if _is_image(name)]
-    return sorted(found)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not _ignored(name)
-
-
-def _ignored(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return classes

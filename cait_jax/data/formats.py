@@ -1,5 +1,6 @@
 """The image formats that are read, by the suffixes of their files. Loads no decoder."""
 
+import functools
 import importlib.util
 
 SUFFIXES = {
@@ -39,6 +40,7 @@ def missing_decoder(suffix: str) -> str | None:
     return None
 
 
+@functools.cache
 def readable_suffixes() -> tuple[str, ...]:
     """The suffixes that can be read here."""
     return tuple(suffix for suffix in SUFFIXES if missing_decoder(suffix) is None)

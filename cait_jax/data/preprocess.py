@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from cait_jax.data.folder import nearest_path
+from cait_jax.data.image_files import nearest_path
 from cait_jax.errors import UserError, nearest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -186,7 +186,7 @@ def _read(path: Path) -> bytes:
         raise UserError(f"there is no image {path}{nearest_path(path)}") from error
     except IsADirectoryError as error:
         raise UserError(
-            f"{path} is a folder; cait_jax.data.folder.expand_images lists the images in it"
+            f"{path} is a folder; cait_jax.data.image_files.expand_images lists the images in it"
         ) from error
     except OSError as error:
         raise UserError(

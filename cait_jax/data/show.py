@@ -2,8 +2,8 @@
 
 import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from cait_jax.data.sources import (
     read_record,
     split_names,
 )
-from cait_jax.errors import UserError
+from cait_jax.errors import UserError, printable
 
 _DECODED = 100
 _TILE = 128
@@ -39,6 +39,7 @@ class SplitSummary:
       decoded: how many images, evenly spread, were tried.
       width: least, median and greatest width in pixels of those.
       height: likewise.
+      left_out: of a folder, how many files are not read, by suffix.
     """
 
     name: str
@@ -48,6 +49,7 @@ class SplitSummary:
     decoded: int
     width: tuple[int, int, int]
     height: tuple[int, int, int]
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def open_split(name: str, split: str, data_dir: str | None = None) -> Split:
@@ -97,6 +99,7 @@ def summarize(name: str, split_name: str, split: Split, data_dir: str | None) ->
         len(chosen),
         _spread_of(widths),
         _spread_of(heights),
+        dict(_left_out(split)),
     )
 
 
@@ -144,7 +147,7 @@ def write_sheet(
             broken.append(index)
             tile, label = Image.new("RGB", (_TILE, _TILE), "lightgray"), None
         sheet.paste(tile, (left, top))
-        words = f"{index}: broken" if label is None else class_words[label]
+        words = f"{index}: broken" if label is None else printable(class_words[label])
         while draw.textlength(words, font) > _TILE - 4:
             words = words[:-2] + "…"
         draw.text((left + 2, top + _TILE), words, "black", font)
@@ -168,6 +171,12 @@ def _tile(split: Split, index: int) -> tuple[Any, int]:
     record = read_record(split, index)
     crop = center_crop(record["image"], image_size=(_TILE, _TILE), exif=split.exif)
     return Image.fromarray(crop), int(np.asarray(record["label"]))
+
+
+def _left_out(split: Encoded) -> Mapping[str, int]:
+    from cait_jax.data.folder import FolderRecords
+
+    return split.records.left_out if isinstance(split.records, FolderRecords) else {}
 
 
 def _spread_of(values: Sequence[int]) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from cait_jax.data.layout import purpose_of
 from cait_jax.data.sources import split_names
 from cait_jax.errors import UserError
 
@@ -36,8 +37,8 @@ _BENCHMARKS = {
     "imagenet_sketch": Benchmark("imagenet_sketch", "test", "all"),
 }
 _ALIASES = {"imagenet": "imagenet2012", "imagenet_real": "imagenet2012_real"}
-# "all" is a folder that is not divided into splits.
-_DEFAULT_SPLITS = ("test", "validation", "val", "all")
+_DEFAULT_PURPOSES = ("test", "val")
+_UNDIVIDED = "all"  # a folder that is not divided into splits
 
 
 def find_benchmark(
@@ -49,8 +50,8 @@ def find_benchmark(
       name: `"imagenet"` (or `"imagenet2012"`), `"imagenet_v2"`, `"imagenet_real"`, `"imagenet_a"`, `"imagenet_r"`,
         `"imagenet_sketch"`, the same with a TFDS configuration or version, or any data set that
         `cait_jax.data.load_split` takes.
-      split: the split; by default the benchmark's own, and of another data set the first there is of `test`,
-        `validation` and `val`, or all of a folder that is not divided.
+      split: the split; by default the benchmark's own, and of another data set the one for testing, else the one
+        for validation, by any word of `cait_jax.data.layout.purpose_of`, or all of a folder that is not divided.
       data_dir: the folder of the TFDS data sets.
 
     Raises:
@@ -64,10 +65,12 @@ def find_benchmark(
     if split is not None:
         return Benchmark(name, split)
     splits = split_names(name, data_dir=data_dir)
-    chosen = next((default for default in _DEFAULT_SPLITS if default in splits), None)
-    if chosen is None:
-        raise UserError(
-            f"data set {name} has none of the splits {', '.join(_DEFAULT_SPLITS[:-1])}; name one of its "
-            f"own, which are {', '.join(splits)}"
-        )
-    return Benchmark(name, chosen)
+    for purpose in _DEFAULT_PURPOSES:
+        if named := [each for each in splits if purpose_of(each) == purpose]:
+            return Benchmark(name, named[0])
+    if _UNDIVIDED in splits:
+        return Benchmark(name, _UNDIVIDED)
+    raise UserError(
+        f"data set {name} has none of the splits test and validation; name one of its own, which are "
+        f"{', '.join(splits)}"
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from cait_jax.errors import UserError
+from cait_jax.errors import UserError, printable
 
 _MOST_COUNTS = 25
 _MOST_NAMES = 60
@@ -52,7 +52,7 @@ def save_confusion(
     images = confusion.sum(axis=1, keepdims=True)
     share = confusion / np.maximum(images, 1)
 
-    names = [name.replace("_", " ") for name in class_names] if named else []
+    names = [printable(name).replace("_", " ") for name in class_names] if named else []
     # Whole pixels, so that every cell of a large matrix gets its own.
     margin = round(_MARGIN + 0.085 * max(map(len, names), default=0), 2)
     side = _cell_pixels(classes) * classes / _DPI
@@ -73,10 +73,10 @@ def save_confusion(
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     if title:
-        axes.set_title(title)
+        axes.set_title(printable(title), parse_math=False)
     if named:
-        axes.set_xticks(range(classes), names, rotation=90)
-        axes.set_yticks(range(classes), names)
+        axes.set_xticks(range(classes), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(classes), names, parse_math=False)
     if counted:
         _write_counts(axes, confusion, share)
 

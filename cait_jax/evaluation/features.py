@@ -9,9 +9,20 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int32
 
 from cait_jax.data.augment import normalise
+from cait_jax.data.pipeline import eval_batches
+from cait_jax.data.preprocess import Preprocessing
+from cait_jax.data.sources import Split
 from cait_jax.evaluation.metrics import Batch
+from cait_jax.evaluation.progress import show_progress
 from cait_jax.models.zoo import forward_intermediates
-from cait_jax.sharding import batch_divided, make_mesh, over_batch, put_batch, replicated
+from cait_jax.sharding import (
+    batch_divided,
+    make_mesh,
+    over_batch,
+    put_batch,
+    replicated,
+    shared_size,
+)
 
 FeaturesOf = Callable[
     [Any, Mapping[str, Any], Float[Array, "batch height width channels"]], Float[Array, "batch d"]
@@ -83,3 +94,47 @@ def extract_features(
         raise ValueError("there is no batch to take features of")
     collect(pending)
     return np.concatenate(features), np.concatenate(labels)
+
+
+def features_of_split(
+    model: Any,
+    variables: Mapping[str, Any],
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    title: str,
+    features_of: FeaturesOf = head_features,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> tuple[Float32[np.ndarray, "n d"], Int32[np.ndarray, "n"]]:
+    """`extract_features` of every image of a split, with a bar or lines.
+
+    Args:
+      model: as for `extract_features`.
+      variables: likewise.
+      split: of `cait_jax.data.load_split`, with the channels of the preprocessing.
+      preprocessing: size, crop and normalisation of the images.
+      title: of the bar.
+      features_of: as for `extract_features`.
+      batch_size: images at a time over all devices, rounded up to a multiple of their number.
+      workers: processes that decode; with 0 threads of this one do.
+    """
+    with (
+        eval_batches(
+            split,
+            batch_size=shared_size(batch_size, make_mesh()),
+            image_size=preprocessing.image_size,
+            workers=workers,
+            crop_ratio=preprocessing.crop_ratio,
+        ) as batches,
+        show_progress(len(split), title) as update,
+    ):
+        return extract_features(
+            model,
+            variables,
+            batches,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            features_of=features_of,
+            progress=update,
+        )

@@ -1,20 +1,26 @@
 """How the labels of a data set are read against the classes of a model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from cait_jax.data.imagenet import class_words
+from cait_jax.data.imagenet import class_words, imagenet_classes
 from cait_jax.data.sources import InMemory, Split
-from cait_jax.errors import UserError, nearest, some
+from cait_jax.errors import UserError, composed, nearest, some
 from cait_jax.evaluation.metrics import Batch, Measure, any_of_labels, classification
+from cait_jax.interface import Literal, Way, advise
 
 RULES = ("all", "restricted", "real")
 _CHUNK = 512
+
+
+class LabelError(UserError):
+    """Labels that cannot be scored as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +32,13 @@ class Classes:
       index: int32 (labels,), for each label of the data set the position of its class among those that
         compete, -1 if it is not one of them.
       names: the names of the competing classes.
+      matched: how the labels were found among the model's classes: `"name"` or `"position"`.
     """
 
     columns: Int32[np.ndarray, "competing"] | None
     index: Int32[np.ndarray, "labels"]
     names: tuple[str, ...]
+    matched: str = "name"
 
 
 def match_classes(
@@ -38,10 +46,15 @@ def match_classes(
 ) -> Int32[np.ndarray, "labels"]:
     """Finds a data set's classes among those of a model, by name.
 
-    Case does not matter, nor whether words are parted by spaces or underscores. A WordNet ID of ImageNet equals
-    its words, and of a name with commas, such as `"tench, Tinca tinca"`, each part is a name; but a whole name
-    found as it stands comes first. Names that only count (`"0"`, `"1"`, ...) are none. Where a side has no names,
-    the numbers of classes must be the same, and so are the indices.
+    The first of these that finds a class decides: the name as it stands, in Unicode's composed form; without
+    regard to case and to whether words are parted by spaces or underscores; with a WordNet ID of ImageNet as its
+    words; as a whole number, so that `"007"` is `"7"`; each part of a name with commas, such as
+    `"tench, Tinca tinca"`.
+    Numbers are names like others: their order among the folders means nothing.
+
+    Of a model without names `"0"`, `"1"`, ... are the indices if they stand in this order (in folders, up to 10 or
+    with leading zeros); to a model of ImageNet's classes `"0"` to `"999"` are their indices in any order, as in
+    ImageNet-V2's folders. Nothing else is taken by its position.
 
     Args:
       data_names: the names of the data set's classes in the order of its labels.
@@ -52,44 +65,58 @@ def match_classes(
       For each label of the data set the index of its class in the model, int32.
 
     Raises:
-      UserError: naming the classes that cannot be found or told apart.
+      LabelError: naming the classes that cannot be found or told apart.
     """
     if model_names is not None and len(model_names) != num_classes:
         raise UserError(
             f"{len(model_names)} class names were given for a model of {num_classes} classes; give "
             "one for each, in the order of the model's outputs"
         )
-    ours = [_normalised(name) for name in data_names]
-    theirs = [_normalised(name) for name in model_names or ()]
-    if _in_words(ours) == _in_words(theirs):
-        return np.arange(num_classes, dtype=np.int32)
-    if _only_count(ours) or _only_count(theirs):
-        if len(ours) == num_classes:
+    if model_names is None:
+        if _numbered(data_names, num_classes):
             return np.arange(num_classes, dtype=np.int32)
-        side = "model's" if _only_count(theirs) else "data set's"
-        raise UserError(
-            f"the data set has {len(ours)} classes and the model {num_classes}, and the names of "
-            f"the {side} classes are not known, so they cannot be matched; give the {side} class names"
-        )
+        raise _nameless(data_names, num_classes)
+    exact = _places(*([[composed(name)] for name in names] for names in (data_names, model_names)))
+    if _in_words(data_names) == _in_words(model_names) and all(
+        not places or label in places for label, places in enumerate(exact)
+    ):
+        return np.arange(num_classes, dtype=np.int32)
+    if _numbered(sorted(data_names, key=_value), 1000) and _are_imagenet(model_names):
+        return np.array([int(name) for name in data_names], np.int32)
 
-    found = _find(ours, theirs)
-    pairs = list(zip(data_names, found, strict=True))
+    pairs = list(zip(data_names, _find(data_names, model_names, exact), strict=True))
     missing = [name for name, indices in pairs if not indices]
     if missing:
+        theirs = [_normalised(name) for name in model_names]
         near = nearest(_normalised(missing[0]), theirs)
         hint = f" ({near})" if near.startswith("nearest") or len(theirs) <= 20 else ""
-        raise UserError(
-            f"{len(missing)} of the data set's {len(ours)} classes are none of the model's "
-            f"{num_classes}: {some([repr(name) for name in missing])}{hint}; rename them or evaluate another model"
+        raise LabelError(
+            f"{len(missing)} of the data set's {len(pairs)} classes are none of the model's "
+            f"{num_classes}: {some([repr(name) for name in missing])}{hint}: "
+            + _advice(data_names, num_classes, "rename them, or evaluate another model")
         )
     unclear = [name for name, indices in pairs if len(indices) > 1]
     if unclear:
-        raise UserError(
-            f"{len(unclear)} of the data set's {len(ours)} classes could be more than one of the "
-            f"model's {num_classes}: {some([repr(name) for name in unclear])}; give names that tell the "
+        raise LabelError(
+            f"{len(unclear)} of the data set's {len(pairs)} classes could be more than one of the "
+            f"model's {num_classes}: {some([repr(name) for name in unclear])}: give names that tell the "
             "classes apart"
         )
     return np.array([indices.pop() for _, indices in pairs], np.int32)
+
+
+def match_positions(data_names: Sequence[str], num_classes: int) -> Int32[np.ndarray, "labels"]:
+    """The index of each label where label i is the model's class i, as a caller vouches.
+
+    Raises:
+      UserError: the numbers of classes differ.
+    """
+    if len(data_names) != num_classes:
+        raise UserError(
+            f"the data set has {len(data_names)} classes and the model {num_classes}, so positions do not "
+            "match them: give the names of the model's classes"
+        )
+    return np.arange(num_classes, dtype=np.int32)
 
 
 def read_labels(split: Split) -> Int32[np.ndarray, "n"]:
@@ -126,7 +153,12 @@ def choose_rule(split: Split, num_classes: int) -> str:
 
 
 def choose_classes(
-    split: Split, rule: str, num_classes: int, model_names: Sequence[str] | None = None
+    split: Split,
+    rule: str,
+    num_classes: int,
+    model_names: Sequence[str] | None = None,
+    *,
+    by_position: bool = False,
 ) -> Classes:
     """Decides which of a model's classes compete on a split.
 
@@ -135,9 +167,11 @@ def choose_classes(
       rule: `"restricted"`: the classes that occur in the split, which takes a pass over its labels; else all.
       num_classes: the number of the model's classes.
       model_names: as in `match_classes`.
+      by_position: label i is class i whatever the names are, see `match_positions`.
 
     Raises:
-      UserError: the classes cannot be matched, or the rule is unknown or asks for labels that the split has not.
+      LabelError: the classes cannot be matched, or only one competes.
+      UserError: the rule is unknown or asks for labels that the split has not.
     """
     if rule not in RULES:
         raise UserError(f"there is no rule {rule!r}; {nearest(rule, RULES)}")
@@ -146,22 +180,66 @@ def choose_classes(
             "the rule 'real' needs any number of labels an image, which this split has not; "
             "choose the data set imagenet_real or another rule"
         )
-    index = match_classes(split.class_names, model_names, num_classes)
+    if num_classes == 1:
+        raise UserError(
+            "a model of one class is right whatever it sees: evaluate one of more classes"
+        )
+    if by_position:
+        index, matched = match_positions(split.class_names, num_classes), "position"
+    else:
+        index, matched = match_classes(split.class_names, model_names, num_classes), "name"
     names = [str(i) for i in range(num_classes)]
     for name, i in zip(split.class_names, index, strict=True):
         names[i] = name
     if model_names is not None:
         names = list(model_names)
     if rule != "restricted":
-        return Classes(None, index, tuple(names))
+        return Classes(None, index, tuple(names), matched)
 
     labels = read_labels(split)
     columns = np.unique(index[labels[labels >= 0]])
     if len(columns) == num_classes:
-        return Classes(None, index, tuple(names))
+        return Classes(None, index, tuple(names), matched)
+    if len(columns) == 1:
+        raise LabelError(
+            f"all images are of one of the model's {num_classes} classes, {names[columns[0]]!r}, and where only "
+            "the classes that occur compete, every answer is right: "
+            + advise(
+                "add images of other classes", Way("let all classes compete with {}", "rule", "all")
+            )
+        )
     position = np.full(num_classes, -1, np.int32)
     position[columns] = np.arange(len(columns), dtype=np.int32)
-    return Classes(columns, position[index], tuple(names[i] for i in columns))
+    return Classes(columns, position[index], tuple(names[i] for i in columns), matched)
+
+
+def labels_among(
+    names: Sequence[str], of_names: Sequence[str], labels: Int32[np.ndarray, "n"]
+) -> Int32[np.ndarray, "n"]:
+    """The labels of one split as those of another: the same classes, found by `match_classes`.
+
+    Args:
+      names: the classes of the other split.
+      of_names: the classes that `labels` are of.
+      labels: below 0 where an image has none, which stay.
+
+    Raises:
+      UserError: a class that occurs is none of `names`.
+    """
+    occurring = np.unique(labels[labels >= 0])
+    index = np.full(len(of_names), -1, np.int32)
+    if list(names) == list(of_names):
+        index[:] = np.arange(len(names))
+    else:
+        try:
+            index[occurring] = match_classes([of_names[i] for i in occurring], names, len(names))
+        except LabelError as error:
+            strange = sorted({of_names[i] for i in occurring} - set(names))
+            raise UserError(
+                "the split to measure on has classes that cannot be found in the split to learn from: "
+                f"{some(strange)}; choose splits of the same classes"
+            ) from error
+    return np.where(labels < 0, -1, index[np.maximum(labels, 0)]).astype(np.int32)
 
 
 def measure_of(rule: str, classes: Classes) -> Measure:
@@ -192,36 +270,87 @@ def measure_of(rule: str, classes: Classes) -> Measure:
     return among_classes
 
 
+def _nameless(data_names: Sequence[str], num_classes: int) -> LabelError:
+    return LabelError(
+        f"the names of the model's {num_classes} classes are not known, so the data set's {len(data_names)} "
+        f"({some([repr(name) for name in data_names])}) cannot be matched: "
+        + _advice(data_names, num_classes)
+    )
+
+
+def _advice(data_names: Sequence[str], num_classes: int, *others: str) -> str:
+    """How to go on where names do not match."""
+    ways: list[Way | str] = [
+        *others,
+        Way("give the model's classes names with {}", "class_names", Literal("FILE")),
+    ]
+    if len(data_names) == num_classes:
+        order = some([repr(name) for name in data_names])
+        ways.append(
+            Way(
+                f"give {{}} if the model's classes are these in this order: {_literal(order)}",
+                "by_position",
+                True,
+            )
+        )
+    return advise(*ways, otherwise="rename the classes")
+
+
+def _literal(text: str) -> str:
+    """The text for a template of `str.format`."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
 def _normalised(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").split())
+    return " ".join(composed(name).casefold().replace("_", " ").split())
 
 
-def _find(ours: Sequence[str], theirs: Sequence[str]) -> list[set[int]]:
-    """For each of our names the places of theirs that are it: as it stands, else in words, else in part."""
-    found: list[set[int]] = [set() for _ in ours]
-    for known, names in (
-        ([[name] for name in theirs], [[name] for name in ours]),
-        ([[name] for name in _in_words(theirs)], [[name] for name in _in_words(ours)]),
-        (_in_parts(theirs), _in_parts(ours)),
-    ):
-        places: dict[str, set[int]] = {}
-        for i, keys in enumerate(known):
-            for key in keys:
-                places.setdefault(key, set()).add(i)
-        found = [
-            some or set().union(*(places.get(key, ()) for key in keys))
-            for some, keys in zip(found, names, strict=True)
-        ]
+def _find(ours: Sequence[str], theirs: Sequence[str], exact: list[set[int]]) -> list[set[int]]:
+    """For each of our names the places of theirs that are it, by the first way that finds one."""
+    found = exact
+    ways: tuple[Callable[[Sequence[str]], list[list[str]]], ...] = (
+        lambda names: [[_normalised(name)] for name in names],
+        lambda names: [[name] for name in _in_words(names)],
+        _as_numbers,
+        lambda names: [[part.strip() for part in name.split(",")] for name in _in_words(names)],
+    )
+    for way in ways:
+        if not all(found):
+            places = _places(way(ours), way(theirs))
+            found = [first or then for first, then in zip(found, places, strict=True)]
     return found
 
 
+def _places(ours: Iterable[Sequence[str]], theirs: Iterable[Sequence[str]]) -> list[set[int]]:
+    """For each of our lists of keys the places of those of theirs that share one."""
+    places: dict[str, set[int]] = {}
+    for i, keys in enumerate(theirs):
+        for key in keys:
+            places.setdefault(key, set()).add(i)
+    return [set().union(*(places.get(key, ()) for key in keys)) for keys in ours]
+
+
 def _in_words(names: Sequence[str]) -> list[str]:
-    return [_normalised(name) for name in class_words(names)]
+    return [_normalised(word) for word in class_words([_normalised(name) for name in names])]
 
 
-def _in_parts(names: Sequence[str]) -> list[list[str]]:
-    return [[part.strip() for part in name.split(",")] for name in _in_words(names)]
+def _as_numbers(names: Sequence[str]) -> list[list[str]]:
+    """The value of each name that is a whole number, if no other name of the list has it."""
+    values = [_value(name) for name in names]
+    often = Counter(values)
+    return [[str(value)] if value >= 0 and often[value] == 1 else [] for value in values]
 
 
-def _only_count(names: Sequence[str]) -> bool:
-    return all(name == str(i) for i, name in enumerate(names))
+def _are_imagenet(names: Sequence[str]) -> bool:
+    return _in_words(names) == [_normalised(words) for _, words in imagenet_classes()]
+
+
+def _value(name: str) -> int:
+    return int(name) if name.isdecimal() else -1
+
+
+def _numbered(names: Sequence[str], count: int) -> bool:
+    """Whether the names are the numbers from 0 to below `count` in order."""
+    return len(names) == count and all(
+        name.isdecimal() and int(name) == i for i, name in enumerate(names)
+    )

@@ -148,8 +148,8 @@ def finish(sums: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any
       A dict that `json.dumps` takes:
         `images`, `counted`, `not_finite`: how many images there were, how many of them had a label and so
           count in every mean, and how many of these had logits that are not numbers;
-        `top1`, `top5`: the share of images whose label is among the 1 or 5 largest logits (of fewer than 5
-          classes: among all);
+        `top1`, `top5`: the share of images whose label is among the 1 or 5 largest logits; `top5` is None where 5
+          classes or fewer compete, of which every one would be among the 5;
         `loss`: mean cross-entropy in nats; None where it is not finite;
         `ece`: expected calibration error of the top-1 confidence in 15 bins of equal width, closed on the right
           (Guo et al. 2017, arXiv 1706.04599, equation 3), of the images whose logits are numbers;
@@ -169,7 +169,7 @@ def finish(sums: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any
         "counted": counted,
         "not_finite": int(sums["not_finite"]),
         "top1": int(sums["top1"]) / counted,
-        "top5": int(sums["top5"]) / counted if "top5" in sums else None,
+        "top5": int(sums["top5"]) / counted if "top5" in sums and len(class_names) > TOP else None,
         "loss": _finite(float(sums["loss"]) / counted) if "loss" in sums else None,
         "ece": _expected_calibration_error(sums["calibration"]),
         "class_names": list(class_names),

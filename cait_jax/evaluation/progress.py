@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from cait_jax.errors import printable
+
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -28,6 +30,7 @@ def show_progress(total: int, title: str, stream: Any = None) -> Iterator[Callab
         yield lambda images: None
         return
     stream = sys.stderr if stream is None else stream
+    title = printable(title)
     processes = jax.process_count()
     if not stream.isatty():
         yield _lines(total, title, stream, processes)

@@ -26,12 +26,18 @@ class Scores:
 
     Attributes:
       rule: which classes competed and what was right, see `score`.
+      competing: how many classes competed, of the model's `classes`.
+      classes: the number of the model's classes.
+      matched: whether labels were found among the model's classes by `"name"` or by `"position"`.
       images, counted, not_finite, top1, top5, loss, ece, class_names, class_images, class_accuracy, confusion:
         see `cait_jax.evaluation.metrics.finish`.
       seconds: how long it took, compilation included.
     """
 
     rule: str
+    competing: int
+    classes: int
+    matched: str
     images: int
     counted: int
     not_finite: int
@@ -59,6 +65,7 @@ def score(
     batch_size: int = 64,
     rule: str | None = None,
     class_names: Sequence[str] | None = None,
+    by_position: bool = False,
     workers: int = 0,
     progress: str | None = None,
     devices: list[jax.Device] | None = None,
@@ -79,21 +86,25 @@ def score(
         change the scores.
       rule: see above; by default `"real"` for a split with several labels an image, `"restricted"` for one with
         fewer classes than the model, else `"all"`.
-      class_names: the names of the model's classes in the order of its logits, needed where the split has other
-        classes or another order.
+      class_names: the names of the model's classes in the order of its logits, by which labels are matched, see
+        `cait_jax.evaluation.labels.match_classes`.
+      by_position: take label i for class i, whatever their names are.
       workers: processes that decode; with 0 threads of this one do.
       progress: what to call this in a progress bar (on a terminal) or in lines; None for neither.
       devices: the devices to use; all of them if not given.
 
     Raises:
-      UserError: the classes cannot be matched, the images do not fit the model, or no image has a label.
+      UserError: the classes cannot be matched, only one competes, the model has no head, the images do not fit it,
+        or no image has a label.
       BrokenImage: an image cannot be decoded; it is named.
     """
     start = time.monotonic()
+    if getattr(model, "num_classes", None) == 0:
+        raise UserError("the model has no head, so it knows no classes: evaluate one that has")
     split = with_channels(split, preprocessing.channels)
     num_classes = _count_logits(model, variables, preprocessing)
     rule = choose_rule(split, num_classes) if rule is None else rule
-    classes = choose_classes(split, rule, num_classes, class_names)
+    classes = choose_classes(split, rule, num_classes, class_names, by_position=by_position)
     measure = measure_of(rule, classes)
     mesh = make_mesh(devices)
     shown = nullcontext(None) if progress is None else show_progress(len(split), progress)
@@ -120,7 +131,14 @@ def score(
             update,
         )
     scores = finish(sums, classes.names)
-    return Scores(rule=rule, **scores, seconds=time.monotonic() - start)
+    return Scores(
+        rule=rule,
+        competing=len(classes.names),
+        classes=num_classes,
+        matched=classes.matched,
+        **scores,
+        seconds=time.monotonic() - start,
+    )
 
 
 def with_channels(split: Split, channels: int) -> Split:
@@ -138,7 +156,7 @@ def with_channels(split: Split, channels: int) -> Split:
     if isinstance(split, InMemory):
         raise UserError(
             f"the images of the split have {split.channels} channel(s) and the model takes {channels}; "
-            f"evaluate a model made with in_channels={split.channels}"
+            f"evaluate a model of {split.channels} channel(s)"
         )
     return dataclasses.replace(split, channels=channels)
 

@@ -6,6 +6,9 @@ from cait_jax.kernels.talking_heads import IMPLEMENTATIONS
 from cait_jax.models.residual import ALWAYS_NORMED, SCHEMES
 
 _RATES = ("drop_path", "embedding_dropout", "attention_dropout", "projection_dropout", "dropout")
+REMATS = ("none", "elementwise", "attention", "block")
+DROP_PATH_GROWTHS = ("constant", "linear")
+CLASS_TOKENS = ("class_attention", "input", "mean")
 
 
 def complete_options(model: Any) -> None:
@@ -63,9 +66,9 @@ def _check_sizes(model: Any) -> None:
 
 def _check_choices(model: Any) -> None:
     for name, known in (
-        ("remat", ("none", "elementwise", "attention", "block")),
+        ("remat", REMATS),
         ("residual", SCHEMES),
-        ("drop_path_growth", ("constant", "linear")),
+        ("drop_path_growth", DROP_PATH_GROWTHS),
     ):
         if getattr(model, name) not in known:
             raise ValueError(f"{name} {getattr(model, name)!r} must be one of {', '.join(known)}")
@@ -82,11 +85,10 @@ def _check_choices(model: Any) -> None:
 
 def _check_class_token(model: Any) -> None:
     token, depth = model.class_token, model.class_depth or 0
-    places = ("class_attention", "input", "mean")
     number = isinstance(token, int) and not isinstance(token, bool)
-    if token not in places if not number else not 0 <= int(token) < model.depth:
+    if token not in CLASS_TOKENS if not number else not 0 <= int(token) < model.depth:
         raise ValueError(
-            f"class_token {token!r} must be one of {', '.join(places)}, or the number of the block "
+            f"class_token {token!r} must be one of {', '.join(CLASS_TOKENS)}, or the number of the block "
             f"before which it joins the patches, 0 to {model.depth - 1}"
         )
     if token == "class_attention" and depth < 1:

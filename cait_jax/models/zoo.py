@@ -10,11 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cait_jax.errors import UserError, nearest
+from cait_jax.interface import KEY_OF, can_set, setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.layers import Images
 from cait_jax.models.regnet import RegNetY
 
 Network = CaiT | RegNetY
+
+FLOAT_DTYPES = ("bfloat16", "float32", "float64")
 
 
 class VisionTransformer(CaiT):
@@ -194,7 +197,19 @@ def create_model(
             **attributes,
         )
     except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: {error}") from error
+        raise misfit(name, error) from error
+
+
+def misfit(name: str, error: Exception) -> UserError:
+    """The error of a network whose attributes do not fit, in the words of the interface.
+
+    Args:
+      name: of the model or the network.
+      error: its message begins with the attribute, as those of `check_options` do.
+    """
+    attribute, space, rest = str(error).partition(" ")
+    named = setting(attribute) if attribute in KEY_OF and can_set(attribute) else attribute
+    return UserError(f"{name}: {named}{space}{rest}")
 
 
 def float_dtype(argument: str, dtype: Any) -> Any:
@@ -207,7 +222,7 @@ def float_dtype(argument: str, dtype: Any) -> Any:
     Raises:
       UserError: it is none of bfloat16, float32 and float64.
     """
-    known = {name: jnp.dtype(name) for name in ("bfloat16", "float32", "float64")}
+    known = {name: jnp.dtype(name) for name in FLOAT_DTYPES}
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in known:
         raise UserError(f"there is no {argument} {name!r}; {nearest(name, known)}")

@@ -1,89 +1,44 @@
-"""Checks of a config: unknown keys, and differences from the config a run was started with."""
+"""A config from its file and a command line, its check, and its differences from that of a run begun earlier."""
 
+import dataclasses
 import inspect
 import json
 import re
 import runpy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, nearest
+from cait_jax.interface import can_set, setting
 from cait_jax.train.conflicts import check_conflicts
+from cait_jax.train.keys import RULES
+from cait_jax.train.rules import Flag
 
 # What may change between the start of a run and its resumption: it changes no number of the run.
 FREE_KEYS = ("report", "mesh", "data.data_dir", "data.workers")
 
-# What values make sense, as a sentence says it.
-_RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "at least 1": (
-        lambda value: value >= 1,
-        (
-            "batch_size",
-            "steps",
-            "optimizer.accumulate",
-            "eval.batch_size",
-            "checkpoint.every_steps",
-            "checkpoint.keep",
-            "report.every_steps",
-            "data.repeats",
-        ),
-    ),
-    "more than 0": (
-        lambda value: value > 0,
-        (
-            "epochs",
-            "eval.every_epochs",
-            "optimizer.decay_epochs",
-            "optimizer.eps",
-            "distill.temperature",
-        ),
-    ),
-    "0 or more": (
-        lambda value: value >= 0,
-        (
-            "data.workers",
-            "augment.pad_crop",
-            "optimizer.learning_rate",
-            "optimizer.reference_batch",
-            "optimizer.warmup_epochs",
-            "optimizer.weight_decay",
-            "optimizer.clip_norm",
-            "optimizer.sharpness_radius",
-            "optimizer.momentum",
-            "phases.head_epochs",
-            "phases.blocks_epochs",
-            "augment.color_jitter",
-        ),
-    ),
-    "in [0, 1)": (
-        lambda value: 0 <= value < 1,
-        (
-            "loss.label_smoothing",
-            "optimizer.b1",
-            "optimizer.b2",
-            "optimizer.ema_decay",
-        ),
-    ),
-    "in (0, 1]": (
-        lambda value: 0 < value <= 1,
-        ("eval.crop_ratio", "optimizer.layer_decay", "optimizer.decay_rate"),
-    ),
-    "in [0, 1]": (lambda value: 0 <= value <= 1, ("augment.erase", "distill.weight")),
-    "two increasing numbers in (0, 1]": (
-        lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1,
-        ("augment.crop_area",),
-    ),
-    "two increasing numbers above 0": (
-        lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1],
-        ("augment.crop_aspect",),
-    ),
-}
+_FILE = re.compile(r"--?config(=(?P<path>.*))?")
+_OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<text>.*))?", re.DOTALL)
 
-_CONFIG_FLAG = re.compile(r"^--?config[=\n](?P<path>.+)$", re.MULTILINE)
-_OVERRIDE_FLAG = re.compile(r"--?config\.(?P<key>[^=]+)")
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """A command line taken apart.
+
+    Attributes:
+      file: the config file, with its argument after a colon; None if none is given.
+      overrides: config key to the text it is set to, in their order.
+      rest: what else there is, in its order.
+    """
+
+    file: str | None
+    overrides: dict[str, str]
+    rest: list[str]
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -99,27 +54,80 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
     """The config as JSON gives it back: tuples become lists."""
-    return json.loads(json.dumps(config.to_dict()))
+    return json.loads(json.dumps(config.to_dict(), allow_nan=False))
 
 
-def check_overrides(config: ConfigDict, keys: Iterable[str]) -> None:
-    """Refuses overrides of keys that the config does not have.
+def take_apart(argv: Sequence[str]) -> CommandLine:
+    """Splits a command line into config file, overrides of its keys, and everything else.
 
     Args:
-      config: the config they override.
-      keys: dotted keys, such as `model.drop_path`.
+      argv: such as `["--config=configs/digits.py", "--config.seed=1", "--workdir=x"]`. A value may also be the
+        argument after its key; `--config.KEY` and `--noconfig.KEY` set a key that is True or False.
+    """
+    file: str | None = None
+    overrides: dict[str, str] = {}
+    rest: list[str] = []
+    arguments = list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "--":
+            rest += [argument, *arguments]
+            break
+        if found := _FILE.fullmatch(argument):
+            file = found["path"]
+            if file is None and arguments:
+                file = arguments.pop(0)
+        elif found := _OVERRIDE.fullmatch(argument):
+            key, text = found["key"], found["text"]
+            if text is None and (found["no"] or isinstance(RULES.get(key), Flag)):
+                text = "false" if found["no"] else "true"
+            elif text is None and arguments:
+                text = arguments.pop(0)
+            overrides.pop(key, None)
+            overrides[key] = text or ""
+        else:
+            rest.append(argument)
+    return CommandLine(file, overrides, rest)
+
+
+def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
+    """Sets keys of a config to what a command line says.
+
+    Args:
+      config: is changed.
+      overrides: dotted key, such as `model.drop_path`, to text.
+
+    Returns:
+      The config.
 
     Raises:
-      UserError: naming the first unknown key and the nearest known ones.
+      UserError: naming the first key that does not exist and the nearest known ones, or the first value that no
+        run could use and what it must be.
     """
     known = flatten(config)
-    for key in keys:
+    for key, text in overrides.items():
         if key not in known:
             raise UserError(f"there is no config key {key!r}; {nearest(key, known)}")
+        rule, value = RULES[key], None
+        if not rule.optional or text.lower() != "none":
+            try:
+                value = rule.read(text)
+                readable = rule.fits(value)
+            except ValueError:
+                readable = False
+            if not readable:
+                raise _wrong(key, text)
+        *path, last = key.split(".")
+        section = config
+        for name in path:
+            section = section[name]
+        with config.ignore_type():  # a size is a number or two
+            section[last] = value
+    return config
 
 
 def check_values(config: ConfigDict) -> None:
-    """Refuses values that no run could use, and those that exclude each other.
+    """Refuses values that no run could use, by `RULES`, and those that exclude each other.
 
     Args:
       config: as `cait_jax/train/defaults.py` describes it.
@@ -128,11 +136,19 @@ def check_values(config: ConfigDict) -> None:
       UserError: naming the key, its value and what it must be, or the keys that exclude each other.
     """
     flat = flatten(config)
-    for wanted, (holds, keys) in _RANGES.items():
-        for key in keys:
-            if flat[key] is not None and not holds(flat[key]):
-                raise UserError(f"--config.{key} is {flat[key]} and must be {wanted}")
+    for key, rule in RULES.items():
+        if not (rule.optional if flat[key] is None else rule.fits(flat[key])):
+            raise _wrong(key, flat[key])
     check_conflicts(flat)
+
+
+def _wrong(key: str, value: Any) -> UserError:
+    rule = RULES[key]
+    shown = repr(value) if value == "" else str(value)
+    none = ", or None" if rule.optional else ""
+    return UserError(
+        f"{setting(f'config.{key}')} is {shown} and must be {rule.wanted}{none}{rule.hint(value)}"
+    )
 
 
 def check_resumable(saved: Mapping[str, Any], current: ConfigDict, workdir: str) -> None:
@@ -148,49 +164,69 @@ def check_resumable(saved: Mapping[str, Any], current: ConfigDict, workdir: str)
     """
     before, now = flatten(saved), flatten(as_json(current))
     changed = [
-        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        key
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
     ]
+    # Of a command that has options for some, the others follow from these.
+    own = [key for key in changed if can_set(f"config.{key}")] or changed
+    clauses = [f"{_bare(key)} was {before.get(key)!r} and is now {now.get(key)!r}" for key in own]
     if changed:
         raise UserError(
-            f"the run in {workdir} was started with other settings: {'; '.join(changed)}: take them back "
+            f"the run in {workdir} was started with other settings: {'; '.join(clauses)}: take them back "
             "to resume it, or give another --workdir to start anew"
         )
 
 
-def check_command_line(argv: Sequence[str]) -> None:
-    """Refuses a command line whose config file, its argument or overridden keys do not do.
+def _bare(key: str) -> str:
+    """The key where it is how the user sets it, else the command's option."""
+    written = setting(f"config.{key}")
+    return key if written == f"--config.{key}" or not written.startswith("-") else written
+
+
+def load_config(file: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """What a config file's `get_config` gives, with keys set to what a command line says.
 
     Args:
-      argv: such as `["train.py", "--config=configs/digits.py", "--config.seed=1"]`. What follows a colon, as in
-        `--config=configs/folder.py:photographs`, is the argument of the file's `get_config`.
+      file: its path; what follows a colon is the argument of `get_config`. It may import what the folder above its
+        own holds, such as `configs.common`.
+      overrides: dotted key to text.
 
     Raises:
-      UserError: naming the nearest file or keys that exist; or what `get_config` says of its argument.
-    """
-    found = _CONFIG_FLAG.search("\n".join(argv))
-    if found is not None:
-        overrides = [match["key"] for arg in argv if (match := _OVERRIDE_FLAG.match(arg))]
-        check_overrides(load_config(found["path"]), overrides)
-
-
-def load_config(file: str) -> ConfigDict:
-    """What a config file's `get_config` gives.
-
-    Args:
-      file: its path; what follows a colon is the argument of `get_config`.
-
-    Raises:
-      UserError: there is no such file, or it takes no argument; or what `get_config` says of it.
+      UserError: there is no such file, it fails, or it takes no argument; or what `get_config` says of it; or a
+        key or value does not exist.
     """
     name, colon, argument = file.partition(":")
     path = Path(name)
     if not path.is_file():
         known = [str(file) for file in sorted(path.parent.glob("*.py")) if file.stem[0] != "_"]
         raise UserError(f"there is no config file {path}; {nearest(str(path), known)}")
-    get_config = runpy.run_path(str(path))["get_config"]
-    if colon and not inspect.signature(get_config).parameters:
-        raise UserError(f"{path} takes no argument: leave out {colon + argument!r}")
-    return get_config(argument) if colon else get_config()
+    sys.path.insert(0, str(path.absolute().parent.parent))
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
+            raise UserError(f"{path} has no get_config: define one that returns the config")
+        if colon and not inspect.signature(get_config).parameters:
+            raise UserError(f"{path} takes no argument: leave out {colon + argument!r}")
+        config = get_config(argument) if colon else get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_failure(path, error)) from error
+    finally:
+        sys.path.pop(0)
+    return override(config, overrides or {})
+
+
+def _failure(path: Path, error: Exception) -> str:
+    """Where a config file fails, and why."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).absolute() == path.absolute()
+    ]
+    line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+    where = f"{path}, line {line}" if line else str(path)
+    reason = error.msg if isinstance(error, SyntaxError) else error
+    return f"{where}: {type(error).__name__}: {' '.join(str(reason).split())}"

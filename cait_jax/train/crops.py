@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cait_jax.data.sources import InMemory, Split
-from cait_jax.errors import UserError, nearest
+from cait_jax.errors import UserError
 
 
 def training_crop(config: ConfigDict, split: Split) -> Callable[..., Any]:
@@ -18,14 +18,11 @@ def training_crop(config: ConfigDict, split: Split) -> Callable[..., Any]:
       split: the training examples.
 
     Raises:
-      UserError: a name is unknown, or images in memory are asked to be cropped as they are decoded.
+      UserError: images in memory are asked to be cropped as they are decoded.
     """
     from cait_jax.data import decode
 
     augment, resize = config.augment, config.data.resize
-    if resize not in decode.RESIZES:
-        found = nearest(resize, decode.RESIZES)
-        raise UserError(f"--config.data.resize is {resize!r}; {found}")
     if not augment.simple_crop:
         scale, ratio = tuple(augment.crop_area), tuple(augment.crop_aspect)
         return functools.partial(

@@ -63,7 +63,7 @@ def make_teacher(
         that fit no image of the teacher.
     """
     if not model.num_classes:
-        raise UserError("the teacher has no head to teach with: create it with num_classes above 0")
+        raise UserError("the teacher has no head to teach with: choose one that has")
     if num_classes is not None and num_classes != model.num_classes:
         raise UserError(
             f"the teacher knows {model.num_classes} classes and the student {num_classes}: choose a "
@@ -181,6 +181,12 @@ def read_logits(
                 "record them again, as float32 if float16 cannot hold them"
             )
     return logits
+
+
+def recorded_class_names(path: str | Path) -> tuple[str, ...] | None:
+    """The classes of recorded logits' columns, where their file has `class_names`, as `cait evaluate` writes."""
+    with np.load(path, allow_pickle=False) as stored:
+        return tuple(stored["class_names"].tolist()) if "class_names" in stored.files else None
 
 
 def _stored_logits(path: Path) -> np.ndarray:

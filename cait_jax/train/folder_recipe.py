@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from cait_jax.data.folder import folder_splits, load_folder
-from cait_jax.errors import UserError, nearest
+from cait_jax.data.folder import existing_folder, load_folder
+from cait_jax.data.layout import read_layout
+from cait_jax.errors import UserError, nearest, some
 from cait_jax.evaluation.labels import read_labels
+from cait_jax.interface import setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.train.defaults import get_config
@@ -48,10 +50,11 @@ class Photographs:
 
     Attributes:
       directory: the folder, absolute.
-      eval_split: name of the split that accuracy is measured on; what is learnt from is `train`.
+      eval_split: name of the split that accuracy is measured on: the one for validation, else the one for testing.
       images: number of images to learn from.
       eval_images: number of images to measure on.
       class_names: the classes in the order of their labels.
+      train_split: name of the split that is learnt from.
     """
 
     directory: Path
@@ -59,6 +62,7 @@ class Photographs:
     images: int
     eval_images: int
     class_names: tuple[str, ...]
+    train_split: str = "train"
 
     @property
     def size(self) -> str:
@@ -79,22 +83,23 @@ def look_through(directory: str | Path) -> Photographs:
       UserError: there is no such folder, it has fewer than two classes, a class has no image to learn from, or
         there is nothing to measure on.
     """
-    folder = Path(directory).expanduser().absolute()
-    splits = folder_splits(folder)
-    if splits == ("all",):
-        splits = ("train", "val")
+    folder = existing_folder(directory).absolute()
+    layout = read_layout(folder)
+    splits = dict(zip(layout.splits, layout.names, strict=True)) or {"train": "train", "val": "val"}
+    beside = f"; beside it are {some(layout.beside)}, of which nothing says what they are for"
     if "train" not in splits:
         raise UserError(
-            f"{folder} has {' and '.join(splits)} but no train to learn from: add a folder train with one "
-            "folder of images a class"
+            f"{folder} has {' and '.join(splits.values())} but no train to learn from"
+            f"{beside if layout.beside else ''}: add a folder train with one folder of images a class"
         )
-    held_out = [name for name in ("val", "validation", "test") if name in splits]
-    if not held_out:
+    held_out = next((splits[purpose] for purpose in ("val", "test") if purpose in splits), None)
+    if held_out is None:
         raise UserError(
-            f"{folder} has train but nothing to measure on: add a folder val, or give {folder / 'train'} "
+            f"{folder} has {splits['train']} but nothing to measure on"
+            f"{beside if layout.beside else ''}: add a folder val, or give {folder / splits['train']} "
             "itself, of which a tenth is then kept for that"
         )
-    training = load_folder(folder, "train")
+    training = load_folder(folder, splits["train"])
     names = training.class_names
     if len(names) < 2:
         raise UserError(
@@ -103,13 +108,13 @@ def look_through(directory: str | Path) -> Photographs:
         )
     counts = np.bincount(read_labels(training), minlength=len(names))
     if not counts.all():
-        unseen = ", ".join(names[index] for index in np.flatnonzero(counts == 0)[:4])
+        unseen = some([names[index] for index in np.flatnonzero(counts == 0)])
         raise UserError(
             f"{folder} keeps every image of some classes for measuring, so they cannot be learnt: {unseen}; "
             "give them more images, or divide the folder into folders train and val"
         )
-    measuring = load_folder(folder, held_out[0])
-    return Photographs(folder, held_out[0], len(training), len(measuring), names)
+    measuring = load_folder(folder, held_out)
+    return Photographs(folder, held_out, len(training), len(measuring), names, splits["train"])
 
 
 def folder_config(
@@ -151,13 +156,13 @@ def folder_config(
     if what is None:
         what = "two-phase" if size == "few" else "all"
     if what not in PARTS:
-        raise UserError(f"there is no way to learn {what!r}; {nearest(what, PARTS)}")
+        raise UserError(f"{setting('what', what)} is unknown; {nearest(what, PARTS)}")
 
     config = get_config()
     config.seed = seed
     network = _begin_from(config, model, weights, image_size)
     config.data.name = str(photographs.directory)
-    config.data.train_split = "train"
+    config.data.train_split = photographs.train_split
     config.data.eval_split = photographs.eval_split
     config.data.repeats = 1
     config.data.workers = 0 if size == "few" else min(8, (os.cpu_count() or 1) // 2)
@@ -259,8 +264,8 @@ def _batch_size(photographs: Photographs, wanted: int | None, devices: int) -> i
     fitting = max(1, min(usual, images) // devices) * devices
     if wanted not in (None, fitting):
         raise UserError(
-            f"a batch of {wanted} does not do for {images} images and {devices} device{'s' * (devices > 1)}: it "
-            f"must be a multiple of the devices and at most the images, such as {fitting}"
+            f"a batch of {wanted} does not fit {images} images and {devices} device{'s' * (devices > 1)}: it must "
+            f"be a multiple of the devices and at most the images, such as {setting('batch_size', fitting)}"
         )
     return fitting
 

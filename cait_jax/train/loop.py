@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.data.ahead import Ahead
+from cait_jax.data.folder import left_out_of
+from cait_jax.interface import Way, advise
 from cait_jax.models.cait import CaiT
 from cait_jax.sharding import over_batch, put_batch
 from cait_jax.train.config import as_json, check_resumable
@@ -104,6 +106,9 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
                 return Run(setup.model, state, metrics, finished=True)
             if start < setup.total_steps:
                 report.message(_greeting(setup, state, workdir, start))
+            for split in (setup.train_split, setup.eval_split):
+                if left_out := left_out_of(split):
+                    report.message(left_out)
             return _run(setup, state, start, metrics, data, checkpoints, report, evaluated)
 
 
@@ -144,8 +149,14 @@ def _run(
             saved = f"the checkpoint of step {last_saved}" if last_saved else "no checkpoint yet"
             raise NonFiniteError(
                 f"step {step}: loss {values['train/loss']}, gradient norm "
-                f"{values['train/grad_norm']}; there is {saved} to go on from: lower "
-                "--config.optimizer.learning_rate, or set --config.optimizer.clip_norm=1"
+                f"{values['train/grad_norm']}; there is {saved} to go on from: "
+                + advise(
+                    Way("lower {}", "config.optimizer.learning_rate"),
+                    Way("set {}", "config.optimizer.clip_norm", 1),
+                    otherwise=advise(
+                        Way("let less learn, by {}", "what", "head"), "start from other weights"
+                    ),
+                )
             )
         report.progress(step, values)
         if step % config.report.every_steps == 0 or step == total:
@@ -219,7 +230,8 @@ def _evaluate(setup: Setup, state: TrainState, batches: Ahead) -> dict[str, floa
 
 
 def _summary(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    numbers = ((name, math.nan if value is None else value) for name, value in metrics.items())
+    return "  ".join(f"{name} {value:.4f}" for name, value in numbers)
 
 
 def _greeting(setup: Setup, state: TrainState, workdir: Path, start: int) -> str:

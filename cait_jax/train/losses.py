@@ -9,10 +9,14 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from cait_jax.errors import UserError, nearest
+from cait_jax.interface import setting
 
 Logits = Float[Array, "batch classes"]
 Targets = Float[Array, "batch classes"]
 Labels = Int[Array, "batch"]
+
+LABEL_LOSSES = ("softmax", "binary")
+TEACHER_LOSSES = ("none", "hard", "soft")
 
 
 def cross_entropy(logits: Logits, targets: Targets) -> Float[Array, "batch"]:
@@ -124,9 +128,13 @@ def label_loss(name: str, *, threshold: float | None = None) -> Callable[..., Ar
     if name == "binary":
         return functools.partial(binary_cross_entropy, threshold=threshold)
     if name != "softmax":
-        raise UserError(f"there is no loss.name {name!r}; {nearest(name, ('softmax', 'binary'))}")
+        raise UserError(
+            f"there is no {setting('config.loss.name')} {name!r}; {nearest(name, LABEL_LOSSES)}"
+        )
     if threshold is not None:
-        raise UserError("loss.threshold goes with loss.name 'binary', not 'softmax'")
+        raise UserError(
+            f"{setting('config.loss.threshold')} goes with {setting('config.loss.name', 'binary')}, not softmax"
+        )
     return cross_entropy
 
 
@@ -147,5 +155,7 @@ def teacher_loss(kind: str, *, weight: float, temperature: float) -> Callable[..
         "soft": functools.partial(soft_distillation, temperature=temperature, weight=weight),
     }
     if kind not in kinds:
-        raise UserError(f"there is no distill.kind {kind!r}; {nearest(kind, kinds)}")
+        raise UserError(
+            f"there is no {setting('config.distill.kind')} {kind!r}; {nearest(kind, kinds)}"
+        )
     return kinds[kind]

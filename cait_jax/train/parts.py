@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from cait_jax.errors import UserError
+from cait_jax.interface import can_set, setting
 
 _SELF_ATTENTION = re.compile(r"blocks_(\d+)")
 _CLASS_ATTENTION = re.compile(r"blocks_token_only_(\d+)")
@@ -135,13 +136,16 @@ def trainable(params: Any, part: str | int) -> Any:
         return jax.tree.map(lambda number: np.ones_like(number, bool), numbers)
     heads = [name for name in _HEADS if name in params]
     if not heads:
-        raise UserError("the model has no head to train: create it with num_classes above 0")
+        raise UserError(
+            "the model has no head to train: choose one with a head"
+            + f", {setting('num_classes')} above 0" * can_set("num_classes")
+        )
     blocks = int(jax.tree.leaves(numbers[heads[0]])[0]) - 1
     if part == "class_attention":
         if not any(_CLASS_ATTENTION.fullmatch(name) for name in params):
             raise UserError(
-                'the model has no class-attention blocks to train: choose the part "head", or a number '
-                f"of last blocks up to {blocks}"
+                f"the model has no class-attention blocks to train: set {setting('config.optimizer.train')} to "
+                f"head, or a number of last blocks up to {blocks}"
             )
         return jax.tree_util.tree_map_with_path(
             lambda path, number: np.full_like(
@@ -154,8 +158,8 @@ def trainable(params: Any, part: str | int) -> Any:
     last = 0 if part == "head" else part
     if isinstance(last, str) or not 0 <= last <= blocks:
         raise UserError(
-            f'the model has no part {part!r}: choose "all", "head", "class_attention" or a number of '
-            f"last blocks from 0 to {blocks}"
+            f"the model has no part {part!r}: set {setting('config.optimizer.train')} to all, head, "
+            f"class_attention or a number of last blocks from 0 to {blocks}"
         )
     return jax.tree.map(lambda number: np.asarray(number > blocks - last), numbers)
 

@@ -58,10 +58,13 @@ def head_then_blocks(
       blocks_learning_rate: in them, of head and blocks.
 
     Returns:
-      The phases, in steps.
+      The phases, in steps: at least one, where their epochs are above 0.
     """
     first = round(head_epochs * steps_per_epoch)
     both = round((head_epochs + blocks_epochs) * steps_per_epoch)
+    # However short: a phase that is asked for has a step.
+    first = max(first, int(head_epochs > 0))
+    both = max(both, first + int(blocks_epochs > 0))
     return (
         Phase(first, head_learning_rate, "head"),
         Phase(both - first, blocks_learning_rate, blocks),
@@ -158,5 +161,5 @@ def _check(phases: Sequence[Phase]) -> None:
     if not phases or any(phase.steps < 1 for phase in phases):
         raise UserError(
             f"phases of {[phase.steps for phase in phases]} steps make no run: give at least one, each "
-            "of at least 1 step"
+            "of at least 1 step, by more epochs"
         )

@@ -13,7 +13,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cait_jax.errors import UserError
+from cait_jax.errors import UserError, printable, writable
+
+_GLOB = "*?[]" if os.sep == "\\" else "*?[]\\"
 
 
 def join_processes(
@@ -68,16 +70,28 @@ def join_processes(
         ) from error
 
 
+def run_folder_name(name: str) -> str:
+    """The name with `_` for what Orbax cannot have in a path: a pattern's letters, and what is not UTF-8."""
+    return re.sub(f"[{re.escape(_GLOB)}]", "_", name if writable(name) == name else printable(name))
+
+
 def local_folder(workdir: str | Path) -> Path:
     """The folder of a run.
 
     Raises:
-      UserError: it is an address of a bucket, which `Path` would make a local folder of.
+      UserError: it is an address of a bucket, which `Path` would make a local folder of; or its path is one that
+        Orbax writes checkpoints to which it does not find again.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(workdir)):
         raise UserError(
             f"--workdir={workdir} is an address, and a run is kept in a folder: mount the bucket (gs:// with "
             "gcsfuse) and give the folder where it is mounted, or a folder of a shared file system"
+        )
+    path = str(Path(workdir).absolute())
+    if run_folder_name(path) != path:
+        raise UserError(
+            f"checkpoints cannot be kept in {path}: its name is not UTF-8 or holds one of {_GLOB} which Orbax "
+            "takes for a pattern; give another --workdir"
         )
     return Path(workdir)
 

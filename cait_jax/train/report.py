@@ -14,7 +14,8 @@ from typing import Any, Protocol, SupportsFloat, runtime_checkable
 from tqdm import tqdm
 
 from cait_jax.checkpoint.seal import fsync
-from cait_jax.errors import UserError
+from cait_jax.errors import UserError, printable
+from cait_jax.strict_json import json_values
 
 TIMING_KEYS = ("time", "train/images_per_second")
 """The keys of `metrics.jsonl` that may differ between two runs of the same config."""
@@ -171,8 +172,8 @@ class Report:
                 numbers.setdefault("train/images_per_second", rate)
         else:
             self._clock.pause_ends()
-        row = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-        line = json.dumps({"step": step, "time": now, **row}, allow_nan=False)
+        row = json_values({"step": step, "time": now, **numbers})
+        line = json.dumps(row, allow_nan=False)
         try:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
@@ -224,9 +225,10 @@ class Report:
             self._clock.restart(step)
 
     def message(self, text: str) -> None:
-        """Says a sentence, above the bar if there is one."""
+        """Says a sentence, above the bar if there is one; names in it are made `printable`."""
         if not self._primary:
             return
+        text = printable(text, keep="\n")
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:

@@ -12,6 +12,7 @@ import optax
 from cait_jax.errors import UserError, nearest
 
 KINDS = ("cosine", "step")
+"""How the rate decays after the warm-up."""
 
 
 @dataclasses.dataclass(frozen=True)

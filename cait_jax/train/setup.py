@@ -24,6 +24,7 @@ from cait_jax.errors import UserError
 from cait_jax.evaluation.evaluate import evaluate, jit_eval_step, make_eval_step
 from cait_jax.evaluation.labels import read_labels
 from cait_jax.evaluation.metrics import loss_and_accuracy, means, zero_sums
+from cait_jax.interface import setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.sharding import (
@@ -42,7 +43,13 @@ from cait_jax.train.learning import length_of, optimizer_of, part_of, phases_of,
 from cait_jax.train.losses import label_loss, teacher_loss
 from cait_jax.train.parts import trainable
 from cait_jax.train.phases import Phase, phase_mask
-from cait_jax.train.start import given_logits, given_params, given_teacher
+from cait_jax.train.rules import INT32
+from cait_jax.train.start import (
+    check_teacher_classes,
+    given_logits,
+    given_params,
+    given_teacher,
+)
 from cait_jax.train.state import TrainState, create_state
 from cait_jax.train.step import Recipe, TrainStep, make_train_step
 
@@ -206,15 +213,21 @@ def set_up(
         (split_of or load_split)(data.name, split, image_size=size, data_dir=data.data_dir)
         for split in (data.train_split, data.eval_split)
     )
+    if train_split.class_names != eval_split.class_names:
+        raise UserError(
+            f"splits {data.train_split!r} and {data.eval_split!r} of {data.name} have other classes, so "
+            "a label means another class in each: give both the same folders of classes, or add a split "
+            "train that has all"
+        )
     if config.batch_size > len(train_split):
         raise UserError(
             f"batch_size {config.batch_size} is larger than the {len(train_split)} examples of "
-            f"{data.name}'s split {data.train_split!r}: set --config.batch_size to at most that"
+            f"{data.name}'s split {data.train_split!r}: set {setting('config.batch_size')} to at most that"
         )
     for key in ("mean", "std"):
         if len(data[key]) not in (1, train_split.channels):
             raise UserError(
-                f"--config.data.{key} has {len(data[key])} values, and {data.name} has "
+                f"{setting(f'config.data.{key}')} has {len(data[key])} values, and {data.name} has "
                 f"{train_split.channels} channel(s): give one value, or one a channel"
             )
     training_crop(config, train_split)
@@ -228,10 +241,16 @@ def set_up(
     steps_per_epoch = len(train_split) / config.batch_size
     phases = phases_of(config, steps_per_epoch)
     total_steps = length_of(config, phases, steps_per_epoch)
+    if total_steps > INT32:
+        raise UserError(
+            f"{setting('config.epochs', config.epochs)} makes {total_steps:,} steps: give less, for at most "
+            f"{INT32:,}"
+        )
     schedule = schedule_of(config, phases, total_steps, len(train_split))
     optimizer = optimizer_of(config, schedule, phases)
     recipe = _recipe(config, model, phases)
     teacher = (teacher_of or given_teacher)(config, model)
+    check_teacher_classes(config, train_split.class_names)
 
     def begin(params: Any) -> TrainState:
         return create_state(params, optimizer, ema=recipe.ema_decay > 0)
@@ -268,7 +287,7 @@ def set_up(
         init=jax.jit(init, out_shardings=state_lies),
         begin=jax.jit(begin, out_shardings=state_lies),
         mesh=mesh,
-        teacher_logits=given_logits(config, len(train_split), model.num_classes),
+        teacher_logits=given_logits(config, len(train_split), train_split.class_names),
     )
 
 
@@ -282,7 +301,7 @@ def _put(tree: Any, shardings: Any) -> Any:
 def _check_trainable(name: str) -> None:
     if name in VARIANTS and not issubclass(VARIANTS[name].network, CaiT):
         raise UserError(
-            f"--config.model.name={name} is here to teach and to predict, not to be trained: its batch "
+            f"{setting('config.model.name', name)} is here to teach and to predict, not to be trained: its batch "
             "norms keep running averages; choose a transformer, such as cait_xxs24 or deit_small"
         )
 

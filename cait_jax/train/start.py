@@ -4,13 +4,18 @@ The precedence: a checkpoint of the run itself, then `init.weights`, then `init.
 from the seed.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from cait_jax.errors import UserError
+from cait_jax.errors import UserError, some
+from cait_jax.evaluation.labels import LabelError, match_classes
+from cait_jax.interface import Literal, setting
 from cait_jax.models.cait import CaiT
-from cait_jax.train.distill import make_teacher, read_logits
+from cait_jax.train.distill import make_teacher, read_logits, recorded_class_names
 
 
 def given_params(config: ConfigDict, model: CaiT) -> Any:
@@ -33,13 +38,15 @@ def given_params(config: ConfigDict, model: CaiT) -> Any:
     if init.weights is None and not init.pretrained:
         if init.reset_head or init.ema:
             raise UserError(
-                "--config.init.reset_head and --config.init.ema go with --config.init.weights=PATH or "
-                "--config.init.pretrained=True: give one of these, or leave them out"
+                f"{setting('config.init.reset_head')} and {setting('config.init.ema')} go with "
+                f"{setting('config.init.weights', Literal('PATH'))} or "
+                f"{setting('config.init.pretrained', True)}: give one of these, or leave them out"
             )
         return None
     if init.weights is not None and init.pretrained:
         raise UserError(
-            "--config.init.weights and --config.init.pretrained both say where to start: give one"
+            f"{setting('config.init.weights')} and {setting('config.init.pretrained')} both say where to "
+            "start: give one"
         )
     loaded, variables = load_pretrained(
         config.model.name,
@@ -89,16 +96,49 @@ def given_teacher(config: ConfigDict, model: CaiT) -> Any:
     )
 
 
-def given_logits(config: ConfigDict, examples: int, num_classes: int) -> Any:
+def check_teacher_classes(config: ConfigDict, class_names: Sequence[str]) -> None:
+    """Refuses a teacher in a directory whose classes have names, and other ones or in another order.
+
+    Args:
+      config: `distill.teacher`.
+      class_names: the student's classes in the order of its logits.
+
+    Raises:
+      UserError: see above.
+    """
+    name = config.distill.teacher
+    if config.distill.kind == "none" or config.distill.logits is not None:
+        return
+    if name is None or not Path(name).is_dir():
+        return
+    from cait_jax.weights.pretrained import load_settings
+
+    names = load_settings(name).label_names
+    if names is None or len(names) != len(class_names):
+        return
+    try:
+        same = np.array_equal(match_classes(class_names, names, len(names)), range(len(names)))
+    except LabelError:
+        same = False
+    if not same:
+        raise UserError(
+            f"the teacher {name} knows the classes {some(names)} in this order, and the student learns "
+            f"{some(class_names)}: choose a teacher of the same classes, or record its logits with cait "
+            "evaluate --logits for --config.distill.logits"
+        )
+
+
+def given_logits(config: ConfigDict, examples: int, class_names: Sequence[str]) -> Any:
     """What a teacher said of each training image, where a config names a file of it.
 
     Args:
       config: `distill.logits`, see `cait_jax.train.distill.read_logits`.
       examples: images of the training split.
-      num_classes: of the student.
+      class_names: the student's classes in the order of its logits. Logits whose file names their classes are
+        brought to this order.
 
     Returns:
-      The logits (examples, num_classes), or None.
+      The logits (examples, classes), or None.
 
     Raises:
       UserError: the file does not fit, or nothing is to be learnt from it.
@@ -108,7 +148,18 @@ def given_logits(config: ConfigDict, examples: int, num_classes: int) -> Any:
         return None
     if config.distill.kind == "none":
         raise UserError(
-            "--config.distill.logits is given and nothing learns from it: set --config.distill.kind to "
-            "hard or soft"
+            f"{setting('config.distill.logits')} is given and nothing learns from it: set "
+            f"{setting('config.distill.kind')} to hard or soft"
         )
-    return read_logits(path, examples, num_classes)
+    logits = read_logits(path, examples, len(class_names))
+    names = recorded_class_names(path)
+    if names is None:
+        return logits
+    try:
+        columns = match_classes(class_names, names, len(names))
+    except LabelError as error:
+        raise UserError(
+            f"the logits in {path} are of the classes {some(names)}, and the student learns "
+            f"{some(class_names)}: record them with a teacher of the same classes"
+        ) from error
+    return logits if np.array_equal(columns, range(len(names))) else logits[:, columns]

@@ -12,8 +12,9 @@ from flax import linen as nn
 from cait_jax.errors import UserError, nearest
 from cait_jax.models.cait import CaiT
 from cait_jax.models.regnet import RegNetY
-from cait_jax.models.zoo import VisionTransformer, float_dtype
+from cait_jax.models.zoo import VisionTransformer, float_dtype, misfit
 from cait_jax.trees import by_name
+from cait_jax.weights.finite import check_finite
 from cait_jax.weights.published import to_published, variables_template
 
 # The networks that can be saved, under the names their files say.
@@ -81,7 +82,7 @@ def build(description: Mapping[str, Any]) -> Any:
     try:
         return FAMILIES[family](**attributes)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{family}: {error}") from error
+        raise misfit(family, error) from error
 
 
 def change(model: Any, **attributes: Any) -> Any:
@@ -104,7 +105,7 @@ def change(model: Any, **attributes: Any) -> Any:
     try:
         return model.clone(**attributes)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{type(model).__name__}: {error}") from error
+        raise misfit(type(model).__name__, error) from error
 
 
 def attribute_names(model: Any) -> list[str]:
@@ -123,7 +124,7 @@ def checked_weights(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nd
       Published name to array, in PyTorch's layout, dtypes unchanged.
 
     Raises:
-      UserError: a variable is missing, left over, or of another shape or dtype than the model's.
+      UserError: a variable is missing, left over, of another shape or dtype than the model's, or not finite.
     """
     expected = variables_template(model)
     given = {name: variables[name] for name in expected if name in variables}
@@ -132,10 +133,11 @@ def checked_weights(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nd
         if found.get(name) != wanted.get(name):
             raise UserError(
                 f"these variables are not this model's: {name} is {found.get(name, 'missing')} and "
-                f"should be {wanted.get(name, 'absent')}; a dtype is changed by model.clone("
-                "param_dtype=...)"
+                f"should be {wanted.get(name, 'absent')}: use a model made for them, with their param_dtype"
             )
-    return to_published(given)
+    weights = to_published(given)
+    check_finite(weights)
+    return weights
 
 
 def _refuse_unknown(family: str, attributes: Mapping[str, Any], known: set[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cait_jax.errors import UserError
+from cait_jax.interface import Way, advise
 from cait_jax.models.cait import CaiT
 from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import create_model
@@ -116,7 +117,8 @@ def _cait(model: Any) -> TimmModel:
     class_mlp_ratio = model.mlp_ratio if model.class_mlp_ratio is None else model.class_mlp_ratio
     if class_mlp_ratio == 0:
         raise UserError(
-            "timm's Cait has no class_mlp_ratio=0: export a model with MLPs, or use save_pretrained"
+            f"timm's Cait has no class attention without an MLP (class_mlp_ratio 0): export a model with MLPs, "
+            f"or {_as_ours()}"
         )
     usual = (model.mlp_ratio, model.class_depth, class_mlp_ratio) == (4, 2, 4)
     entry_point, named = _entry_point(model, usual=usual, otherwise="cait_xxs24_224")
@@ -235,15 +237,18 @@ def _has_shape_of(name: str, model: Any) -> bool:
 def _refuse_options(constructor: str, model: Any, known: Mapping[str, tuple[Any, ...]]) -> None:
     """Refuses the attributes that make a network which the constructor cannot make."""
     lacking = [
-        f"{name}={getattr(model, name)!r}"
+        f"{name} {getattr(model, name)!r}"
         for name, values in known.items()
         if getattr(model, name) not in values
     ]
     if lacking:
         raise UserError(
-            f"timm's {constructor} has no {', '.join(lacking)}: export a model without, or use "
-            "save_pretrained"
+            f"timm's {constructor} has no {', '.join(lacking)}: export a model without, or {_as_ours()}"
         )
+
+
+def _as_ours() -> str:
+    return advise(Way("keep it for cait_jax, by {}", "to", "cait"), otherwise="use save_pretrained")
 
 
 def _timm_config(model: Any, call: TimmModel, section: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Files of named arrays: `.safetensors` and PyTorch's pickles in, `.safetensors` out."""
 
+import argparse
 import contextlib
+import logging
 import os
 import pickle
 import tempfile
@@ -13,30 +15,32 @@ import numpy as np
 
 from cait_jax.checkpoint.seal import fsync, one_line
 from cait_jax.errors import UserError
+from cait_jax.interface import Way, advise, setting
+from cait_jax.weights.wrappers import Unwrapped, strip, unwrap
+
+_log = logging.getLogger(__name__)
 
 _PICKLES = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
-# What the first releases and training scripts wrap a state dict in.
-_WRAPPERS = ("model", "state_dict")
-# What PyTorch's DistributedDataParallel puts before every name.
-_PARALLEL = "module."
 # A zip archive, or as older versions of PyTorch wrote it, a pickle.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_weights(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, np.ndarray]:
     """Reads a file of named arrays.
 
     Args:
       path: `.safetensors`, or `.pth`, `.pt` or `.bin` as `torch.save` writes them: a dict of tensors, alone
-        or under `"model"` or `"state_dict"`. A `module.` before every name is dropped.
+        or in a checkpoint under `"model"`, `"state_dict"` and the like. Prefixes that wrappers and compilers put
+        before every name (`module.`, `_orig_mod.`, ...) are dropped.
+      ema: the moving average that the file holds beside the weights, as timm's and DeiT's checkpoints do.
 
     Returns:
       Name to array. Dtypes are those of the file, bfloat16 among them.
 
     Raises:
-      UserError: the file is missing, empty, cut short or of another kind, holds something else than
-        tensors, or is a pickle and PyTorch is not installed.
+      UserError: the file is missing, empty, cut short or of another kind, holds something else than tensors, has a
+        prefix before some names only, lacks the average, or is a pickle and PyTorch is not installed.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -48,12 +52,23 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise UserError(f"{path} {what}: give the path of a file of weights")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty: download it again")
-    weights = _read_pickle(path) if path.suffix in _PICKLES else _read_safetensors(path)
-    if not weights:
+    if path.suffix in _PICKLES:
+        outer = _read_pickle(path, ema)
+    else:
+        outer = Unwrapped(_read_safetensors(path), averaged=False, passed_over="")
+    try:
+        inner = strip(outer.content, ema=ema)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if not inner.content:
         raise UserError(f"{path} holds no arrays: give a file of weights")
-    if all(name.startswith(_PARALLEL) for name in weights):
-        return {name.removeprefix(_PARALLEL): array for name, array in weights.items()}
-    return weights
+    other = inner.passed_over or outer.passed_over
+    if ema and not (outer.averaged or inner.averaged):
+        raise UserError(f"{path} holds no average of its weights: leave out {setting('ema', True)}")
+    if other and not ema:
+        how = advise(Way("load it by {}", "ema", True))
+        _log.warning("%s also holds averaged weights (%s)%s", path, other, f": {how}" * bool(how))
+    return inner.content
 
 
 def write_safetensors(path: str | os.PathLike[str], weights: Mapping[str, np.ndarray]) -> None:
@@ -132,7 +147,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise _broken(path, "safetensors file", error) from error
 
 
-def _read_pickle(path: Path) -> dict[str, np.ndarray]:
+def _read_pickle(path: Path, ema: bool) -> Unwrapped:
     try:
         import torch
     except ImportError as error:
@@ -145,7 +160,9 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         if not stream.read(4).startswith(_PICKLE_STARTS):
             raise _broken(path, "file of PyTorch's", "it begins otherwise")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Training scripts keep their arguments so; making one runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors, which is not unpickled because it could run code: "
@@ -154,10 +171,8 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
     except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise _broken(path, "file of PyTorch's", error) from error
 
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
+    found = unwrap(content, ema=ema, is_weight=torch.Tensor)
+    content = found.content
     if not isinstance(content, Mapping):
         raise UserError(
             f"{path} holds a {type(content).__name__}, not named tensors: "
@@ -169,7 +184,9 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
                 f"{path} holds {name!r}, of type {type(tensor).__name__}, where weights are expected: "
                 "save a state dict with torch.save(model.state_dict(), path)"
             )
-    return {name: _to_numpy(torch, tensor) for name, tensor in content.items()}
+    return found._replace(
+        content={name: _to_numpy(torch, tensor) for name, tensor in content.items()}
+    )
 
 
 def _broken(path: Path, kind: str, cause: Exception | str) -> UserError:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cait_jax.errors import UserError
+from cait_jax.interface import Way, advise
 from cait_jax.weights.published import to_published
 
 _log = logging.getLogger(__name__)
@@ -56,15 +57,23 @@ def fit_head(
     empty = jax.tree.map(lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), shapes)
     if not any(_of_head(name) for name in weights):
         raise UserError(
-            f"these weights have no head, and the model has {model.num_classes} classes: give "
-            "reset_head=True to start one anew, or num_classes=0 for features"
+            f"these weights have no head, and the model has {model.num_classes} classes: "
+            + advise(
+                Way("give {} to start one anew", "reset_head", True),
+                Way("{} for features", "num_classes", 0),
+                otherwise="choose weights with a head",
+            )
         )
     for name, array in to_published({"params": empty}).items():
         found = np.shape(weights.get(name, array))
         if found[:1] != array.shape[:1]:
             raise UserError(
-                f"these weights have {found[0]} classes and the model {model.num_classes}: give "
-                f"reset_head=True to start the head anew, or num_classes={found[0]} to keep it"
+                f"these weights have {found[0]} classes and the model {model.num_classes}: "
+                + advise(
+                    Way("give {} to start the head anew", "reset_head", True),
+                    Way("{} to keep it", "num_classes", found[0]),
+                    otherwise=f"choose weights of {model.num_classes} classes",
+                )
             )
     return dict(weights), []
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cait_jax.checkpoint.seal import one_line
 from cait_jax.errors import UserError
+from cait_jax.interface import Literal, setting
 from cait_jax.weights.released import Released
 
 _FILE = "model.safetensors"
@@ -48,7 +49,7 @@ def _fetch(released: Released) -> Path:
     cached = hub.try_to_load_from_cache(repository, _FILE, revision=revision)
     if isinstance(cached, str) and (revision or constants.HF_HUB_OFFLINE):
         return Path(cached)
-    by_hand = f"give weights=PATH with a file of {released.name}"
+    by_hand = f"give {setting('weights', Literal('PATH'))} with a file of {released.name}"
     if constants.HF_HUB_OFFLINE:
         raise UserError(
             f"the weights of {released.name} ({repository}) are not in the cache at "

@@ -7,6 +7,7 @@ from typing import Any
 
 from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import UserError
+from cait_jax.interface import Literal, Way, advise, in_python
 from cait_jax.models import zoo
 from cait_jax.weights.pretrained import load_pretrained, load_settings
 from cait_jax.weights.released import RELEASED
@@ -81,7 +82,11 @@ def _preprocessing(name_or_path: str | os.PathLike[str]) -> Preprocessing:
         settings = load_settings(name_or_path).preprocessing
         if settings is not None:
             return Preprocessing.from_dict(settings)
-    raise UserError(
-        f"nothing says how images for {name} are prepared: make a cait_jax.Preprocessing of its "
-        "image_size, crop_ratio, mean, std and channels"
-    )
+    if in_python():
+        fix = "make a cait_jax.Preprocessing of its image_size, crop_ratio, mean, std and channels"
+    else:
+        fix = advise(
+            Way("give {}, a directory saved with its preprocessing", "weights", Literal("DIR")),
+            otherwise="choose a model saved with its preprocessing",
+        )
+    raise UserError(f"nothing says how images for {name} are prepared: {fix}")

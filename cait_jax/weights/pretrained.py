@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cait_jax.errors import UserError
+from cait_jax.interface import Literal, Way, advise, setting
 from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.weights.description import change
 from cait_jax.weights.files import SUFFIXES, read_weights
+from cait_jax.weights.finite import check_finite
 from cait_jax.weights.head import fit_head
 from cait_jax.weights.hub import download
 from cait_jax.weights.published import from_published
@@ -70,7 +72,7 @@ def load_pretrained(
       dtype: dtype of the computation; if not given float32 for a name, or the saved model's own.
       param_dtype: dtype of the parameters, likewise. One that cannot hold the numbers of the file exactly
         must be asked for.
-      ema: of a training run, the average of the parameters.
+      ema: of a training run, or of a file that holds both, the average of the parameters.
       seed: what a new head is drawn from.
       weights_image_size: (height, width) that a file's weights were made for, where it is not square.
       **overrides: any other attribute of the model, such as `drop_path=0.1`; None leaves it as it is.
@@ -102,22 +104,21 @@ def load_pretrained(
         trained, stored = _read(place, ema)
         if trained is None:
             raise UserError(
-                f"{place} holds weights but not the network they are of: load it as "
-                f"load_pretrained(NAME, weights='{place}')"
+                f"{place} holds weights but not the network they are of: give "
+                f"{setting('name_or_path', Literal('NAME'))} and {setting('weights', str(place))}"
             )
         model = change(trained, **attributes)
         if weights is not None:
             place = Path(weights)
             trained, stored = _read(place, ema)
-    if ema and not is_run(place):
-        raise UserError(f"ema goes with the directory of a training run, and {place} is none")
-
     size = weights_image_size or getattr(trained, "image_size", None)
     try:
         stored = fit_to_model(stored, model, image_size=size, antialias=antialias)
         stored, _ = fit_head(stored, model, reset=reset_head, seed=seed)
         if param_dtype is None:
             _refuse_rounding(stored, model.param_dtype)
+        else:
+            check_finite(stored, model.param_dtype)
         return model, from_published(stored, model)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
@@ -156,19 +157,30 @@ def _is_name(name_or_path: str | os.PathLike[str]) -> bool:
 def _read(path: Path, ema: bool) -> tuple[Any, dict[str, np.ndarray]]:
     """The model, where `path` says what it is, and the weights under their published names."""
     if is_run(path):
-        return read_run(path, ema=ema)
-    if is_saved(path):
-        return read_saved(path).model, read_saved_weights(path)
-    if path.suffix in SUFFIXES and not path.is_dir():
-        return None, read_weights(path)
-    raise _no_source(path)
+        trained, weights = read_run(path, ema=ema)
+    elif is_saved(path):
+        if ema:
+            raise UserError(
+                f"{path} is a saved model, which has no average beside its weights: leave out "
+                f"{setting('ema', True)}"
+            )
+        trained, weights = read_saved(path).model, read_saved_weights(path)
+    elif path.suffix in SUFFIXES and not path.is_dir():
+        trained, weights = None, read_weights(path, ema=ema)
+    else:
+        raise _no_source(path)
+    try:
+        check_finite(weights)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return trained, weights
 
 
 def _no_source(path: Path) -> UserError:
     what = "is not" if path.exists() else "does not exist, so it is not"
     return UserError(
-        f"{path} {what} a file of weights ({', '.join(SUFFIXES)}), a directory of save_pretrained "
-        "(with a config.json) or one of a training run (with checkpoints/): give one of these"
+        f"{path} {what} a file of weights ({', '.join(SUFFIXES)}), the directory of a saved model "
+        "(with a config.json) or of a training run (with checkpoints/): give one of these"
     )
 
 
@@ -184,6 +196,9 @@ def _refuse_rounding(weights: Mapping[str, np.ndarray], param_dtype: Any) -> Non
     if wide:
         found, wanted = min(str(dtype) for dtype in wide), jnp.dtype(param_dtype).name
         raise UserError(
-            f"these weights are {found}, which {wanted} would round: give param_dtype='{wanted}' if "
-            "that is meant"
+            f"these weights are {found}, which {wanted} would round: "
+            + advise(
+                Way("give {} if that is meant", "param_dtype", wanted),
+                otherwise=f"store them as {wanted}",
+            )
         )

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cait_jax.errors import UserError, nearest
+from cait_jax.interface import Literal, setting
 from cait_jax.models.zoo import VARIANTS
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -119,9 +120,9 @@ def find_released(name: str) -> Released:
     if same:
         raise UserError(
             f"no weights were released as {name}; the same architecture was as {' and '.join(same)}, "
-            "which can be loaded at another image_size"
+            f"which can be loaded with another {setting('image_size')}"
         )
     raise UserError(
-        f"no weights were released for {name}: give weights=PATH, or choose one of "
+        f"no weights were released for {name}: give {setting('weights', Literal('PATH'))}, or choose one of "
         f"{', '.join(sorted(RELEASED))}"
     )

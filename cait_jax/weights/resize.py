@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cait_jax.errors import UserError
+from cait_jax.interface import Literal, Way, advise
 from cait_jax.weights.published import variables_template
 
 _POSITIONS = "pos_embed"
@@ -145,8 +146,7 @@ def _grid(
         if grid[0] * grid[1] != count:
             raise UserError(
                 f"these weights have positions for {count} patches of {patch} by {patch} pixels, not "
-                f"for {image_size[0]} by {image_size[1]} pixels: give weights_image_size=(height, "
-                "width), the size they were made for"
+                f"for {image_size[0]} by {image_size[1]} pixels: {_made_for()}"
             )
         return grid
     side = math.isqrt(max(count, 0))
@@ -156,6 +156,17 @@ def _grid(
     if not square or count == wanted[0] * wanted[1]:
         raise UserError(
             f"these weights have positions for {count} patches, which could be cut from more than one "
-            "shape of image: give weights_image_size=(height, width), the size they were made for"
+            f"shape of image: {_made_for()}"
         )
     return side, side
+
+
+def _made_for() -> str:
+    return advise(
+        Way(
+            "give {}, the size they were made for",
+            "weights_image_size",
+            Literal("(height, width)"),
+        ),
+        otherwise="choose weights made for square images",
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cait_jax.errors import UserError
+from cait_jax.interface import setting
 from cait_jax.models.zoo import create_model
 from cait_jax.weights.description import checked_weights
 
@@ -82,8 +83,8 @@ def _restore(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Any]]:
     checkpoints, step = _located(path)
     if part == "ema" and not checkpoints.meta(step)["config"]["optimizer"]["ema_decay"]:
         raise UserError(
-            f"the run in {path} kept no average of its parameters (optimizer.ema_decay is 0): load "
-            "it without ema"
+            f"the run in {path} kept no average of its parameters (optimizer.ema_decay is 0): leave out "
+            f"{setting('ema', True)}"
         )
     restored = checkpoints.restore_part(part, step=step)
     if restored is None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cait_jax.errors import UserError, nearest
+from cait_jax.interface import Literal, setting
 from cait_jax.weights.description import build, checked_weights, describe
 from cait_jax.weights.files import read_weights, replace_files, safetensors_writer
 
@@ -120,8 +121,8 @@ def read_saved(directory: Path) -> Saved:
     section = config.get(SECTION) if isinstance(config, dict) else None
     if not isinstance(section, dict):
         raise UserError(
-            f"{file} was not written by save_pretrained: name the model and give its weights, as in "
-            f"load_pretrained(NAME, weights='{directory / WEIGHTS}')"
+            f"{file} is not of this package and does not say which network the weights are of: give "
+            f"{setting('name_or_path', Literal('NAME'))} and {setting('weights', str(directory / WEIGHTS))}"
         )
     if section.get("format") != _FORMAT:
         raise UserError(

@@ -668,3 +668,20 @@ def test_killed_at_any_moment_leaves_the_newest_sealed_step(tmp_path):
             assert int(state["step"]) == step
             np.testing.assert_array_equal(state["w"], float(step))
             reached[name] = step
+
+
+def test_what_is_not_finite_is_null_in_every_json(tmp_path):
+    meta = {"metrics": {"loss": float("nan"), "accuracy": 0.5}, "list": [float("inf"), 1]}
+    with Checkpoints(tmp_path, best_metric="loss") as checkpoints:
+        checkpoints.save(1, make_state(), meta, meta["metrics"])
+        checkpoints.wait()
+        assert checkpoints.best_step() is None
+        assert checkpoints.meta() == {
+            "metrics": {"loss": None, "accuracy": 0.5}, "list": [None, 1]
+        }  # fmt: skip
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    for file in (tmp_path / "1" / "meta" / "metadata", tmp_path / "1" / "manifest.json"):
+        json.loads(file.read_text(), parse_constant=refuse)

@@ -261,12 +261,12 @@ def test_convert_averages_what_the_options_ask_for_of_each(saved, network, tmp_p
     resized = load_pretrained(saved, image_size=16)[1]["params"]["pos_embed"]
     np.testing.assert_allclose(mean, 2 * resized, rtol=1e-5, atol=1e-7)
     _, err = cait("convert", *both, "--ema", tmp_path / "x", status=1)
-    assert "ema goes with the directory of a training run" in err
+    assert "has no average beside its weights: leave out --ema" in err
 
 
 def test_weights_without_a_network_need_its_name(saved, tmp_path):
     _, err = cait("convert", "-m", saved / "model.safetensors", tmp_path / "x", status=1)
-    assert "load it as load_pretrained(NAME, weights=" in err
+    assert f"give --model NAME and --weights {saved / 'model.safetensors'}" in err
 
 
 def test_named_models_have_preprocessing_and_small_ones_say_why_not():

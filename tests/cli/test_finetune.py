@@ -89,6 +89,17 @@ def test_a_folder_is_learnt_stopped_resumed_and_used(colours, saved, tmp_path, m
     assert "seed was 0 and is now 1" in err
 
 
+@pytest.mark.parametrize("epochs", ["1", "0.01"])
+def test_the_shortest_run_of_two_phases_trains(colours, saved, tmp_path, epochs):
+    """As a first try of a new folder is: each phase has a step at least."""
+    out, err = cait(
+        "finetune", colours, "-m", saved, "--what", "two-phase", "--epochs", epochs, "--workdir",
+        tmp_path / "run",
+    )  # fmt: skip
+    assert "step 2/2" in err
+    assert "on the 18 images of val" in out
+
+
 def test_a_run_may_be_where_another_starts(colours, saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = [
@@ -122,8 +133,11 @@ def test_a_run_may_be_where_another_starts(colours, saved, tmp_path, monkeypatch
         (["{colours}", "-m", "cait_s48"], "no weights were released for cait_s48"),
         (["{colours}", "-m", "cait_xs"], "there is no model 'cait_xs'; nearest: cait_xs36"),
         (["{colours}", "-m", "{saved}", "--weights", "no.pth"], "no.pth"),
-        (["{colours}", "-m", "{saved}", "--batch-size", "49"], "such as 48"),
-        (["{colours}", "-m", "{saved}", "--image-size", "9"], "image_size"),
+        (["{colours}", "-m", "{saved}", "--batch-size", "49"], "such as --batch-size 48"),
+        (
+            ["{colours}", "-m", "{saved}", "--image-size", "9"],
+            "--image-size 9x9 cannot be cut in patches of 4x4",
+        ),
     ],
 )
 def test_mistakes_are_sentences_and_leave_nothing(

@@ -13,7 +13,8 @@ from tfds_files import encode, noise, write_cifar10
 
 from cait_jax.data import eval_batches, load_split, train_batches
 from cait_jax.data.decode import BrokenImage, random_resized_crop
-from cait_jax.data.folder import expand_images, folder_splits, load_folder, path_fraction
+from cait_jax.data.folder import folder_splits, load_folder, path_fraction
+from cait_jax.data.image_files import expand_images
 from cait_jax.data.sources import split_names
 from cait_jax.errors import UserError
 
@@ -169,7 +170,7 @@ def test_folders_that_cannot_be_a_split(tmp_path):
     assert f"{tmp_path / 'photos'} holds no class folders" in message("photos")
     assert f"{tmp_path / 'flat' / 'train'} holds no class folders" in message("flat")
     assert "classes without an image" in message("full")
-    assert ": b; fill or remove" in message("full")
+    assert ": b (1 .txt); fill or remove" in message("full")
     assert "is not divided into splits such as 'test'" in message("photos", "test")
 
 

@@ -10,13 +10,17 @@ from cait_jax.data.imagenet import imagenet_classes
 from cait_jax.data.sources import Encoded, InMemory, load_split
 from cait_jax.evaluation.labels import (
     Classes,
+    LabelError,
     choose_classes,
     choose_rule,
+    labels_among,
     match_classes,
+    match_positions,
     measure_of,
     read_labels,
 )
 from cait_jax.evaluation.metrics import finish
+from cait_jax.interface import flags, options, python, speaking
 
 MODEL = ("tench, Tinca tinca", "n01443537", "great_white_shark", "Cock", "hen", "crane", "crane")
 
@@ -50,17 +54,98 @@ def test_wordnet_ids_equal_their_words():
         match_classes(["tench", "crane"], wnids, 1000)
 
 
+NUMBERS = [str(i) for i in range(12)]
+AS_FOLDERS = sorted(NUMBERS)  # 0, 1, 10, 11, 2, ...
+
+
 @pytest.mark.parametrize(
-    ("data", "model"),
+    ("data", "model", "expected"),
     [
-        (list("abcdefg"), None),
-        (list("abcdefg"), [str(i) for i in range(7)]),
-        ([str(i) for i in range(7)], MODEL),
+        (AS_FOLDERS, NUMBERS, [int(name) for name in AS_FOLDERS]),
+        (NUMBERS, AS_FOLDERS, [AS_FOLDERS.index(name) for name in NUMBERS]),
+        (["3", "8"], NUMBERS, [3, 8]),
+        (["03", "008", "11"], NUMBERS, [3, 8, 11]),
+        (["7", "8"], ["007", "008", "dog"], [0, 1]),
+        (["1", "01"], ["01", "1"], [1, 0]),  # as text they are two names
     ],
 )
-def test_without_names_on_one_side_the_indices_are_the_same(data, model):
-    indices = match(data, model)
-    assert indices == list(range(7))
+def test_numbers_are_names(data, model, expected):
+    assert match_classes(data, model, len(model)).tolist() == expected
+
+
+def test_numbers_that_could_be_two_are_refused():
+    with pytest.raises(LabelError, match="are none of the model's 2: '01', '1'"):
+        match_classes(["01", "1"], ["001", "2"], 2)
+    with pytest.raises(LabelError, match="are none of the model's 12: '12'"):
+        match_classes([str(i + 1) for i in range(12)], NUMBERS, 12)
+
+
+def test_of_a_model_without_names_numbers_in_order_are_its_indices():
+    for data in (NUMBERS[:10], NUMBERS, [f"{i:02}" for i in range(12)]):
+        assert match_classes(data, None, len(data)).tolist() == list(range(len(data)))
+
+
+@pytest.mark.parametrize(
+    "data", [AS_FOLDERS, [str(i + 1) for i in range(12)], list("abcdefghijkl"), ["3", "8"], []]
+)
+def test_without_names_nothing_is_matched_by_its_place(data):
+    of_command = options(
+        {"class_names": "--class-names", "by_position": "--by-position"}, frozenset({"by_position"})
+    )
+    for interface, naming, by_position in (
+        (python, "class_names=FILE", "by_position=True"),
+        (of_command, "--class-names FILE", "--by-position"),
+        (flags, None, None),
+    ):
+        with (
+            speaking(interface),
+            pytest.raises(LabelError, match="names of the model's 12 classes are not") as caught,
+        ):
+            match_classes(data, None, 12)
+        sentence = str(caught.value)
+        assert (f"give {by_position} if" in sentence) == (len(data) == 12 and naming is not None)
+        assert naming is None or naming in sentence
+        assert "\n" not in sentence
+
+
+def test_names_of_words_and_of_numbers_do_not_meet():
+    for data, model in ((list("abcdefg"), NUMBERS[:7]), (NUMBERS[:7], MODEL)):
+        with pytest.raises(LabelError, match=r"7 of the data set's 7 .* by_position=True"):
+            match(data, model)
+
+
+def test_numbers_are_imagenets_indices_only_where_all_are_there():
+    wnids = [wnid for wnid, _ in imagenet_classes()]
+    folders = sorted(str(i) for i in range(1000))
+    assert match_classes(folders, wnids, 1000).tolist() == [int(name) for name in folders]
+    with pytest.raises(LabelError, match="none of the model's 1000: '17'"):
+        match_classes(["17"], wnids, 1000)
+    with pytest.raises(LabelError, match="none of the model's 1000"):
+        match_classes(
+            [str(i + 1) for i in range(1000)], wnids, 1000
+        )  # ILSVRC2012_ID, another order
+
+
+def test_by_position_counts_must_agree():
+    assert match_positions(["x", "y"], 2).tolist() == [0, 1]
+    with pytest.raises(UserError, match="has 1 classes and the model 2"):
+        match_positions(["x"], 2)
+
+
+def test_unicode_forms_and_case():
+    assert match_classes(["cafe\u0301", "dog"], ["dog", "caf\u00e9"], 2).tolist() == [1, 0]
+    assert match_classes(["cat", "Cat"], ["Cat", "cat"], 2).tolist() == [1, 0]
+    with pytest.raises(LabelError, match="could be more than one of the model's 2: 'CAT'"):
+        match_classes(["CAT"], ["Cat", "cat"], 2)
+
+
+def test_labels_of_one_split_are_those_of_another():
+    labels = np.array([2, 0, -1, 2], np.int32)
+    found = labels_among(["b", "c", "a"], ["a", "x", "c"], labels)  # x does not occur
+    assert found.tolist() == [1, 2, -1, 1]
+    assert labels_among(["crane"] * 3, ["crane"] * 3, labels).tolist() == labels.tolist()
+    with pytest.raises(UserError, match="cannot be found in the split to learn from: c; choose"):
+        labels_among(["a", "b"], ["a", "b", "c"], labels)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +153,8 @@ def test_without_names_on_one_side_the_indices_are_the_same(data, model):
     [
         (["hem", "cock", "dog"], MODEL, "2 of the data set's 3 .* 7: 'hem', 'dog' .nearest: hen"),
         (["crane"], MODEL, "could be more than one of the model's 7: 'crane'"),
-        (["hen"], None, "has 1 classes and the model 7, and the names of the model's"),
-        (["0", "1"], MODEL, "the names of the data set's classes are not known"),
+        (["hen"], None, r"names of the model's 7 classes .* the data set's 1 \('hen'\)"),
+        (["0", "1"], MODEL, "2 of the data set's 2 classes are none of the model's 7"),
         (["hen"], MODEL[:3], "3 class names were given for a model of 7"),
     ],
 )
@@ -119,11 +204,12 @@ def test_default_rules():
 
 def test_the_classes_that_occur_compete():
     split = split_of([3, 1, 3, -1], "abcde")
-    classes = choose_classes(split, "restricted", 5)
+    classes = choose_classes(split, "restricted", 5, "abcde")
     assert classes.columns.tolist() == [1, 3]
     assert classes.index.tolist() == [-1, 0, -1, 1, -1]
     assert classes.names == ("b", "d")
-    every = choose_classes(split, "all", 5)
+    every = choose_classes(split, "all", 5, by_position=True)
+    assert (classes.matched, every.matched) == ("name", "position")
     assert every.columns is None
     assert every.names == ("a", "b", "c", "d", "e")
 
@@ -132,6 +218,19 @@ def test_names_are_the_models_own_where_they_are_known():
     classes = choose_classes(split_of([0, 1], ["hen", "tinca tinca"]), "all", 7, MODEL)
     assert classes.index.tolist() == [4, 0]
     assert classes.names == MODEL
+
+
+def test_one_class_is_no_competition():
+    split = split_of([1, 1], "ab")
+    for interface, rule in ((python, "rule='all'"), (options({"rule": "--rule"}), "--rule all")):
+        with (
+            speaking(interface),
+            pytest.raises(LabelError, match=f"one of the model's 3 classes, 'b', .* {rule}"),
+        ):
+            choose_classes(split, "restricted", 3, "abc")
+    assert choose_classes(split, "all", 3, "abc").names == ("a", "b", "c")
+    with pytest.raises(UserError, match="a model of one class is right whatever it sees"):
+        choose_classes(split_of([0], "a"), "all", 1, "a")
 
 
 def test_unfit_rules():
@@ -159,7 +258,9 @@ def test_restriction_is_minus_infinity_elsewhere(logits):
     occurring = np.array([1, 2, 5, 6, 7, 8])
     labels = np.random.default_rng(1).choice(occurring, 200).astype(np.int32)
     split = split_of(labels, "abcdefghi")
-    found = measured("restricted", choose_classes(split, "restricted", 9), logits, label=labels)
+    found = measured(
+        "restricted", choose_classes(split, "restricted", 9, "abcdefghi"), logits, label=labels
+    )
 
     masked = np.full_like(logits, -np.inf)
     masked[:, occurring] = logits[:, occurring]

@@ -16,6 +16,7 @@ from cait_jax.data.sources import InMemory, load_split
 from cait_jax.evaluation import Scores, score
 
 COUNT, CLASSES = 41, 6
+EIGHT = [f"n{i:08d}" for i in range(8)]
 ON_JPEGS = Preprocessing((8, 8), 0.875, MEAN, STD)
 IN_MEMORY = Preprocessing((4, 4), mean=MEAN, std=STD, channels=1)
 
@@ -38,9 +39,10 @@ def untimed(scores):
 
 def test_scores_are_those_of_all_the_images_together(problem, capsys):
     split, variables, logits = problem
-    found = score(Linear(), variables, split, IN_MEMORY, batch_size=1)
+    found = score(Linear(), variables, split, IN_MEMORY, batch_size=1, class_names="abcdef")
     top5 = (np.argsort(-logits, axis=-1)[:, :5] == split.labels[:, None]).any(-1)
     assert (found.rule, found.images, found.counted) == ("all", COUNT, COUNT)
+    assert (found.competing, found.classes, found.matched) == (CLASSES, CLASSES, "name")
     assert found.top1 == np.mean(logits.argmax(-1) == split.labels)
     assert found.top5 == np.mean(top5)
     assert found.class_names == list("abcdef")
@@ -55,9 +57,11 @@ def test_scores_are_those_of_all_the_images_together(problem, capsys):
             split,
             IN_MEMORY,
             batch_size=batch_size,
+            by_position=True,
             devices=jax.devices()[:devices],
         )
-        assert untimed(other) == untimed(found)
+        assert other.matched == "position"
+        assert untimed(dataclasses.replace(other, matched="name")) == untimed(found)
         assert (other.loss, other.ece) == pytest.approx((found.loss, found.ece), rel=1e-5)
 
 
@@ -88,13 +92,13 @@ def test_real_labels_from_the_data_set(tmp_path):
     right = [p in real for p, real in zip(predicted, labels, strict=True)]
     assert sum(right) > 1
 
-    found = score(Linear(), {"params": weights}, split, ON_JPEGS, batch_size=5)
+    found = score(Linear(), {"params": weights}, split, ON_JPEGS, batch_size=5, class_names=EIGHT)
     assert isinstance(found, Scores)
     assert (found.rule, found.images, found.counted) == ("real", 13, 9)
     assert found.top1 == sum(right) / 9
     assert (found.top5, found.confusion) == (None, None)
 
-    found = score(Linear(), {"params": weights}, split, ON_JPEGS, rule="all")
+    found = score(Linear(), {"params": weights}, split, ON_JPEGS, rule="all", by_position=True)
     assert (found.counted, found.top1) == (13, np.mean(predicted == 5))
 
 
@@ -105,24 +109,28 @@ def test_the_restricted_rule_from_the_data_set(tmp_path):
     split = load_split("imagenet2012", "test", image_size=(8, 8), data_dir=str(tmp_path))
     weights = weights_of(1000)
     logits = logits_of_jpegs(images, weights)[:, [0, 400, 800]]
-    found = score(Linear(), {"params": weights}, split, ON_JPEGS, rule="restricted")
+    found = score(
+        Linear(), {"params": weights}, split, ON_JPEGS, rule="restricted", by_position=True
+    )
     assert found.class_names == ["n00000000", "n00000400", "n00000800"]
     assert found.top1 == np.mean(logits.argmax(-1) * 400 == labels) > 0
-    assert found.top5 == 1.0
+    assert (found.top5, found.competing, found.classes) == (None, 3, 1000)
 
 
 def test_a_broken_image_is_named_and_ends_it(tmp_path):
     write_imagenet2012(tmp_path, {"test": [*((image, 0) for image in jpegs(3)), (b"?", 1)]})
     split = load_split("imagenet2012", "test", image_size=(8, 8), data_dir=str(tmp_path))
     with pytest.raises(BrokenImage, match=r"image 3 \(test_3\)"):
-        score(Linear(), {"params": weights_of(1000)}, split, ON_JPEGS)
+        score(Linear(), {"params": weights_of(1000)}, split, ON_JPEGS, by_position=True)
 
 
 def test_encoded_images_get_the_channels_of_the_model(tmp_path):
     write_imagenet2012(tmp_path, {"test": [(image, 0) for image in jpegs(3)]})
     split = load_split("imagenet2012", "test", image_size=(8, 8), data_dir=str(tmp_path))
     gray = dataclasses.replace(ON_JPEGS, channels=1)
-    found = score(Linear(), {"params": weights_of(1000)[:64]}, split, gray)
+    found = score(
+        Linear(), {"params": weights_of(1000)[:64]}, split, gray, rule="all", by_position=True
+    )
     assert found.images == 3
 
 
@@ -140,9 +148,17 @@ def test_what_does_not_fit_is_said(problem):
 def test_progress_is_shown_where_asked_for(problem, capsys, monkeypatch):
     monkeypatch.setattr("cait_jax.evaluation.progress.SECONDS_BETWEEN_LINES", 0.0)
     split, variables, _ = problem
-    score(Linear(), variables, split, IN_MEMORY, batch_size=32, progress="digits")
+    score(
+        Linear(),
+        variables,
+        split,
+        IN_MEMORY,
+        batch_size=32,
+        progress="digits\x1b",
+        by_position=True,
+    )
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" images, ")[0] for line in lines] == [
-        "digits: 32 of 41",
-        "digits: 41 of 41",
+        "digits\\x1b: 32 of 41",
+        "digits\\x1b: 41 of 41",
     ]

@@ -1,4 +1,4 @@
-"""Unknown keys are named, differences are listed, and no key of the base config goes unread."""
+"""A config from a command line: unknown keys, wrong values and differences are named; no key goes unread."""
 
 from pathlib import Path
 
@@ -7,10 +7,29 @@ from ml_collections import ConfigDict
 
 from cait_jax import UserError
 from cait_jax.train import defaults, train
-from cait_jax.train.config import as_json, check_command_line, check_resumable, flatten
+from cait_jax.train.config import (
+    as_json,
+    check_resumable,
+    check_values,
+    flatten,
+    load_config,
+    take_apart,
+)
+from cait_jax.train.keys import RULES
+from cait_jax.train.rules import Text
 from configs import common, digits
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+DIGITS = f"--config={CONFIGS / 'digits.py'}"
+
+
+def read(*argv):
+    """The config of a command line of train.py."""
+    line = take_apart(argv)
+    assert line.rest == []
+    return load_config(line.file, line.overrides)
 
 
 @pytest.mark.parametrize(
@@ -23,20 +42,114 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 )
 def test_an_unknown_key_names_the_nearest(argv, message):
     with pytest.raises(UserError, match=message):
-        check_command_line(["train.py", f"--config={CONFIGS / 'digits.py'}", *argv])
+        read(DIGITS, *argv)
 
 
 def test_a_missing_config_file_names_the_nearest():
     for flag in (["--config=configs/digit.py"], ["--config", "configs/digit.py"]):
         with pytest.raises(UserError, match=r"nearest: configs/digits\.py"):
-            check_command_line(["train.py", *flag])
+            read(*flag)
 
 
-def test_known_keys_pass():
-    check_command_line(
-        ["train.py", f"--config={CONFIGS / 'digits.py'}", "--config.seed=3", "--workdir=x"]
-    )
-    check_command_line(["train.py"])
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("def get_config(:", "line 1: SyntaxError"),
+        ("import nothing_of_this_name", "line 1: ModuleNotFoundError"),
+        ("x = 1", "has no get_config"),
+        (
+            "from configs import common\ndef get_config():\n  config = common.get_config()\n"
+            "  config.batch_size = 6.5\n  return config",
+            "line 4: TypeError",
+        ),
+    ],
+)
+def test_a_config_file_that_fails_is_named_with_the_line(tmp_path, source, sentence):
+    file = tmp_path / "mine.py"
+    file.write_text(source)
+    with pytest.raises(UserError, match=rf"mine\.py.*{sentence}") as caught:
+        load_config(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_every_way_to_write_a_setting():
+    config = read(
+        DIGITS, "--config.seed=3", "--config.seed", "4", "-config.epochs=2", "--noconfig.augment.flip",
+        "--config.data.balanced", "--config.augment.crop_area=0.5,1", "--config.data.mean=[0.25]",
+        "--config.image_size=(8, 8)", "--config.model.attention=None", "--config.mesh.data=-1",
+        "--config.model.class_token=2", "--config.augment.rand_augment=", "--config.init.ema=true",
+    )  # fmt: skip
+    assert (config.seed, config.epochs, type(config.epochs)) == (4, 2.0, float)
+    assert (config.augment.flip, config.data.balanced, config.init.ema) == (False, True, True)
+    assert (config.augment.crop_area, config.data.mean) == ((0.5, 1.0), (0.25,))
+    assert (config.image_size, config.model.attention, config.mesh.data) == ((8, 8), None, -1)
+    assert (config.model.class_token, config.augment.rand_augment) == ("2", "")
+    assert config.is_locked
+    line = take_apart(["--workdir=x", "--config=a.py:b=c", "--", "--config.seed=1"])
+    assert (line.file, line.overrides) == ("a.py:b=c", {})
+    assert line.rest == ["--workdir=x", "--", "--config.seed=1"]
+
+
+def test_every_key_has_a_rule_that_its_default_fits():
+    config = common.get_config()
+    assert RULES.keys() == flatten(config).keys()
+    check_values(config)
+    recipes = [file for file in CONFIGS.glob("*.py") if "def get_config()" in file.read_text()]
+    assert len(recipes) > 30
+    for file in recipes:
+        check_values(load_config(str(file)))
+
+
+WRONG = ("nan", "inf", "-inf", "1e400", "abc", "1,2,3,4", "None", "-0.5", "(", "")
+
+
+@pytest.mark.parametrize("key", sorted(RULES))
+def test_no_value_passes_a_key_that_no_run_can_use(key):
+    """Whatever is read is finite, of the key's type and in its range; all else is refused in one sentence."""
+    rule = RULES[key]
+    accepted = {}
+    for text in WRONG:
+        sentence = None
+        try:
+            accepted[text] = flatten(load_config(str(CONFIGS / "digits.py"), {key: text}))[key]
+        except UserError as error:
+            sentence = str(error)
+        if sentence is not None:
+            assert sentence.startswith(f"--config.{key} is {text or repr(text)} and must be ")
+            assert "\n" not in sentence
+    for text, value in accepted.items():
+        assert value is None or isinstance(rule, Text) or value in (-0.5, (-0.5,))
+        assert value is not None or (text == "None" and rule.optional)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "wanted"),
+    [
+        ("augment.crop_area", "0.5", "2 increasing finite numbers in (0, 1], such as 0.08,1"),
+        ("augment.crop_area", "1,nan", "2 increasing finite numbers in (0, 1], such as 0.08,1"),
+        ("augment.crop_area", "1,0.5", "2 increasing finite numbers in (0, 1], such as 0.08,1"),
+        ("data.mean", "(0.5,0.5)", "1 or 3 finite numbers, such as 0.485,0.456,0.406"),
+        ("data.std", "0", "1 or 3 finite numbers above 0, such as 0.229,0.224,0.225"),
+        ("batch_size", "6.5", "a whole number of 1 or more"),
+        ("batch_size", "1e3", "a whole number of 1 or more"),
+        ("batch_size", "3000000000", "a whole number of 1 or more and at most 2,147,483,647"),
+        ("image_size", "8,8,8", "a whole number from 1 to 16,384, or height and width, such as 224,192"),
+        ("seed", "-1", "a whole number from 0 to 4,294,967,295"),
+        ("epochs", "1e9", "a finite number above 0 and at most 1,000,000"),
+        ("optimizer.learning_rate", "nan", "a finite number of 0 or more"),
+        ("model.drop_path", "1.5", "a finite number in [0, 1), or None"),
+        ("model.dtype", "float16", "one of bfloat16, float32, float64; nearest: bfloat16"),
+        ("optimizer.name", "adam", "one of adamw, lamb, lion, sgd; nearest: adamw"),
+        ("model.name", "cait_xs", "a known name; nearest: cait_xs36, cait_xs24, cait_xxs36"),
+        ("optimizer.train", "-1", "one of all, head, class_attention, or a whole number of 0 or more"),
+        ("mesh.data", "0", "a whole number of 1 or more, or -1"),
+        ("augment.flip", "maybe", "True or False"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_told_what_it_must_be(key, text, wanted):
+    with pytest.raises(UserError) as caught:
+        load_config(str(CONFIGS / "digits.py"), {key: text})
+    assert str(caught.value) == f"--config.{key} is {text} and must be {wanted}"
 
 
 def test_a_tuple_survives_the_checkpoint():

@@ -9,9 +9,10 @@ import pytest
 from trees import random_params
 
 from cait_jax import UserError, create_model, save_pretrained
-from cait_jax.train.config import check_command_line, check_values
+from cait_jax.train.config import check_values, load_config
 from cait_jax.train.folder_recipe import Photographs, folder_config, look_through
 from cait_jax.train.setup import set_up
+from configs import digits
 
 ROOT = Path(__file__).parents[2]
 
@@ -170,23 +171,32 @@ def test_a_class_that_would_only_be_measured_is_refused(tmp_path):
         look_through(fill(tmp_path / "photos", **counts))
 
 
+def test_splits_of_other_classes_are_refused(tmp_path):
+    """Without `train` each split's own folders are its classes."""
+    photos = fill(tmp_path / "photos", val__a=20, val__b=20, val__c=20, test__b=2, test__c=2)
+    config = digits.get_config()
+    config.data.name, config.data.train_split, config.data.eval_split = str(photos), "val", "test"
+    with pytest.raises(UserError, match=r"'val' and 'test' of .* have other classes"):
+        set_up(config)
+
+
 def test_the_config_file_takes_a_folder(tmp_path):
     from configs import folder
 
     photos = fill(tmp_path / "photos", train__a=20, train__b=20, val__a=2, val__b=2)
     config = folder.get_config(str(photos))
     assert config == folder_config(photos, "cait_xxs24_224")
-    argv = ["train.py", f"--config={ROOT / 'configs' / 'folder.py'}:{photos}"]
-    check_command_line([*argv, "--config.seed=1"])
+    file = f"{ROOT / 'configs' / 'folder.py'}:{photos}"
+    assert load_config(file, {"seed": "1"}).seed == 1
     with pytest.raises(UserError, match="nearest: batch_size"):
-        check_command_line([*argv, "--config.batchsize=1"])
+        load_config(file, {"batchsize": "1"})
     (tmp_path / "photos" / "val" / "c").mkdir()
     with pytest.raises(UserError, match=r"has classes that .* does not have: c"):
-        check_command_line(argv)
+        load_config(file)
     with pytest.raises(UserError, match=r"digits\.py takes no argument: leave out ':x'"):
-        check_command_line(["train.py", f"--config={ROOT / 'configs' / 'digits.py'}:x"])
+        load_config(f"{ROOT / 'configs' / 'digits.py'}:x")
     with pytest.raises(UserError, match=r"nearest: .*folder\.py"):
-        check_command_line(["train.py", f"--config={ROOT / 'configs' / 'folders.py'}:{photos}"])
+        load_config(f"{ROOT / 'configs' / 'folders.py'}:{photos}")
 
 
 def test_train_py_names_a_missing_folder_in_one_sentence(tmp_path):

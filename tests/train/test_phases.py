@@ -120,3 +120,18 @@ def test_a_mask_that_never_changes_is_known_while_tracing(params):
 def test_phases_that_make_no_run(phases):
     with pytest.raises(UserError, match="at least 1 step"):
         in_phases(make_optimizer, phases)
+
+
+@pytest.mark.parametrize(
+    ("head_epochs", "blocks_epochs", "steps"),
+    [(0.25, 0.75, [1, 1]), (0.01, 0.01, [1, 1]), (2.0, 0.1, [2, 1]), (1.4, 1.4, [1, 2])],
+)
+def test_a_phase_has_a_step_however_short(head_epochs, blocks_epochs, steps):
+    phases = head_then_blocks(1.0, head_epochs=head_epochs, blocks_epochs=blocks_epochs)
+    assert [phase.steps for phase in phases] == steps
+    in_phases(make_optimizer, phases)
+
+
+def test_no_epochs_are_no_steps():
+    phases = head_then_blocks(1.0, head_epochs=0.0, blocks_epochs=3.0)
+    assert [phase.steps for phase in phases] == [0, 3]

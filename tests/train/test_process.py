@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -162,3 +163,56 @@ def test_layer_scale_grows_under_lamb(tmp_path, environment):
     run = [sys.executable, "train.py", "--config=configs/digits.py", f"--workdir={tmp_path}"]
     subprocess.run([*run, *overrides], cwd=ROOT, env=environment, capture_output=True, check=True)
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["eval/accuracy"] >= 0.90
+
+
+def test_a_full_disk_is_one_sentence_at_the_end_and_the_run_goes_on_afterwards(
+    tmp_path, environment
+):
+    """Files may not grow over 64 KiB, as on a disk without room: no checkpoint can be written."""
+    workdir = tmp_path / "run"
+    environment = {key: value for key, value in environment.items() if "CACHE" not in key}
+    limited = f"ulimit -f 64; exec {shlex.join(command(workdir))}"
+    result = subprocess.run(
+        ["bash", "-c", limited],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    *before, last = result.stderr.splitlines()
+    assert last.startswith(f"train.py: Saving step 3 under {workdir / 'checkpoints'} failed")
+    assert "File too large" in last
+    assert all(line.startswith(("step", "cait_nano4")) for line in before)
+
+    result = subprocess.run(
+        command(workdir), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "step 60/60" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "give a recipe by --config=FILE, such as --config=configs/digits.py"),
+        (["--config=configs/digits.py", "--workdri=x"], "there is no flag --workdri; nearest: workdir"),
+        (["--config=configs/digits.py", "config.seed=1"], "'config.seed=1' is no flag"),
+        (["--config=configs/digits.py", "--processes=two"], "flag --processes=two: invalid literal"),
+        (["--config=configs/digits.py", "--config.epochs=inf"], "--config.epochs is inf and must be"),
+        (["--config=configs/digits.py", "--config.image_size=8,x"], "--config.image_size is 8,x and"),
+        (["--config=configs/digits.py", "--config.model.num_heads=5"],
+         "cait_nano4_patch4_8: --config.model.num_heads 5 does not divide width 64"),
+        (["--config=configs/digits.py", "--workdir=/dev/null/run"], "/dev/null/run: not a directory"),
+    ],
+)  # fmt: skip
+def test_a_command_line_that_is_wrong_is_one_sentence(arguments, sentence, environment):
+    result = subprocess.run(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"train.py: {sentence}")
+    assert len(result.stderr.splitlines()) == 1

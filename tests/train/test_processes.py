@@ -14,7 +14,9 @@ from run_files import untimed
 from tfds_files import numbered_jpeg, write_imagenet2012
 from trees import assert_same_bits
 
+from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
+from cait_jax.train.processes import local_folder, run_folder_name
 from cait_jax.train.report import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -172,3 +174,20 @@ def test_a_workdir_of_its_own_is_refused_at_the_start(tmp_path, environment, dat
     for said in finish(started, status=1):
         assert "is not the same folder in all processes (process 1 does not see" in said
     assert not list((tmp_path / "one").glob(".shared-*"))
+
+
+@pytest.mark.parametrize("name", ["photos [1]-m", "a*b", "what?", r"b\s", os.fsdecode(b"caf\xe9")])
+def test_a_folder_whose_checkpoints_orbax_would_not_find_again_is_refused(name, tmp_path):
+    with pytest.raises(
+        UserError, match=r"checkpoints cannot be kept in .*; give another --workdir"
+    ):
+        local_folder(tmp_path / name)
+    renamed = run_folder_name(name)
+    assert renamed != name
+    assert local_folder(tmp_path / renamed) == tmp_path / renamed
+
+
+@pytest.mark.parametrize("name", ["my run", "caf\u00e9", 'a"%20#', "-x"])
+def test_other_names_of_folders_stay(name, tmp_path):
+    assert run_folder_name(name) == name
+    assert local_folder(tmp_path / name) == tmp_path / name

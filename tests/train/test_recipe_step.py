@@ -234,7 +234,7 @@ def test_rows_of_recorded_logits_come_with_their_examples(tmp_path):
         ({"loss__threshold": 0.5}, "loss.threshold goes with loss.name 'binary'"),
         ({"distill__kind": "harder"}, "no distill.kind 'harder'; nearest: hard"),
         ({"optimizer__name": "adam"}, "no optimizer 'adam'; nearest: adamw"),
-        ({"optimizer__train": "7"}, "no part 7: choose"),
+        ({"optimizer__train": "7"}, "no part 7: set --config.optimizer.train to"),
         ({"augment__rand_augment": "rand-m9-x1-inc1"}, "x1"),
         ({"augment__mixup": -1.0}, "alpha of mixup must be 0"),
         ({"optimizer__layer_decay": 0.0}, "layer_decay is 0.0 and must be in"),

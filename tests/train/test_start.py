@@ -8,6 +8,7 @@ from trees import random_params
 from cait_jax import UserError, create_model, load_pretrained, save_pretrained
 from cait_jax.train import train
 from cait_jax.train.setup import set_up
+from cait_jax.train.start import check_teacher_classes, given_logits
 from configs import digits
 
 
@@ -92,3 +93,35 @@ def test_starts_that_cannot_be_are_one_sentence(config, tmp_path, keys, sentence
     with pytest.raises(UserError, match=sentence) as caught:
         train(config, tmp_path / "run")
     assert "\n" not in str(caught.value)
+
+
+def test_recorded_logits_are_brought_to_the_order_of_the_students_classes(config, tmp_path):
+    logits = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    np.savez(tmp_path / "l.npz", logits=logits, class_names=np.array(["dog", "ant", "cat"]))
+    config.distill.kind, config.distill.logits = "soft", str(tmp_path / "l.npz")
+    found = given_logits(config, 4, ("ant", "cat", "dog"))
+    np.testing.assert_array_equal(found, logits[:, [1, 2, 0]])
+    np.testing.assert_array_equal(given_logits(config, 4, ("dog", "ant", "cat")), logits)
+    with pytest.raises(
+        UserError, match="are of the classes dog, ant, cat, and the student learns ant"
+    ):
+        given_logits(config, 4, ("ant", "cat", "fox"))
+    np.savez(tmp_path / "l.npz", logits=logits)  # without names they are in the student's order
+    np.testing.assert_array_equal(given_logits(config, 4, ("ant", "cat", "fox")), logits)
+
+
+def test_a_teacher_of_classes_in_another_order_is_refused(config, weights, tmp_path):
+    model, variables = load_pretrained(weights[0])
+    digits_names = [str(i) for i in range(10)]
+    config.distill.kind, config.distill.teacher = "soft", str(tmp_path / "teacher")
+    for names, right in ((digits_names, True), (None, True), (digits_names[::-1], False)):
+        save_pretrained(tmp_path / "teacher", model, variables, label_names=names)
+        if right:
+            check_teacher_classes(config, digits_names)
+            continue
+        with pytest.raises(
+            UserError, match="knows the classes 9, 8, 7, 6 and 6 more in this order"
+        ):
+            check_teacher_classes(config, digits_names)
+        with pytest.raises(UserError):
+            set_up(config)

@@ -86,11 +86,11 @@ def test_any_other_shape_is_the_constructors_call(attributes, argument, value):
 @pytest.mark.parametrize(
     ("attributes", "sentence"),
     [
-        ({"residual": "rezero", "talking_heads": False}, r"residual='rezero', talking_heads=False"),
-        ({"class_token": "mean"}, r"timm's VisionTransformer has no talking_heads=True"),
-        ({"class_token": 1, "talking_heads": False}, r"VisionTransformer has no class_token=1"),
-        ({"residual": "plain", "block_norm": False}, r"Cait has no residual='plain', block_norm="),
-        ({"class_mlp_ratio": 0.0}, r"class_mlp_ratio=0"),
+        ({"residual": "rezero", "talking_heads": False}, r"residual 'rezero', talking_heads False"),
+        ({"class_token": "mean"}, r"timm's VisionTransformer has no talking_heads True"),
+        ({"class_token": 1, "talking_heads": False}, r"VisionTransformer has no class_token 1"),
+        ({"residual": "plain", "block_norm": False}, r"Cait has no residual 'plain', block_norm "),
+        ({"class_mlp_ratio": 0.0}, r"class_mlp_ratio 0"),
     ],
 )
 def test_what_timm_lacks_is_refused_by_name(tmp_path, attributes, sentence):

@@ -1,5 +1,7 @@
 """Weights come out of a file as they went in, or not at all and with a sentence."""
 
+import argparse
+import contextlib
 import errno
 import os
 import pickle
@@ -45,12 +47,48 @@ def test_safetensors_keep_dtypes_and_bits(tmp_path):
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["w.safetensors"]
 
 
-def test_the_prefix_of_parallel_training_is_dropped_where_every_name_has_it(tmp_path):
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.", "_orig_mod.", "model.", "backbone.", "net.", "student.", "ema.", "ema_model.",
+        "module._orig_mod.", "_orig_mod.module.", "model.backbone._orig_mod.", "my_own_network.",
+    ],
+)  # fmt: skip
+def test_a_prefix_before_every_name_is_dropped(tmp_path, prefix):
     one = np.ones(1)
-    save_file({"module.a": one, "module.b": one}, tmp_path / "w.safetensors")
-    assert set(read_weights(tmp_path / "w.safetensors")) == {"a", "b"}
-    save_file({"module.a": one, "b": one}, tmp_path / "w.safetensors")
-    assert set(read_weights(tmp_path / "w.safetensors")) == {"module.a", "b"}
+    save_file(
+        {f"{prefix}a": one, f"{prefix}b.c": one, "n_averaged": np.zeros((), np.int64)},
+        tmp_path / "w.safetensors",
+    )
+    assert set(read_weights(tmp_path / "w.safetensors")) == {"a", "b.c"}
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_prefix_before_some_names_is_an_error_that_names_it(tmp_path, prefix):
+    one = np.ones(1)
+    save_file({f"{prefix}a": one, f"{prefix}b": one, "c": one}, tmp_path / "w.safetensors")
+    first = prefix[: prefix.index(".") + 1]
+    with pytest.raises(
+        UserError,
+        match=rf"w\.safetensors: 2 of 3 names begin with '{first}' .*, the others do not \(c\)",
+    ):
+        read_weights(tmp_path / "w.safetensors")
+
+
+def test_a_part_of_a_network_keeps_its_names(tmp_path):
+    save_file({"blocks.0.norm1.weight": np.ones(1)}, tmp_path / "w.safetensors")
+    assert set(read_weights(tmp_path / "w.safetensors")) == {"blocks.0.norm1.weight"}
+
+
+def test_of_weights_and_their_average_the_one_that_is_asked_for(tmp_path, caplog):
+    names = {"online_model.a": np.zeros(1), "ema_model.module.a": np.ones(1), "step": np.ones(())}
+    save_file(names, tmp_path / "w.safetensors")
+    assert read_weights(tmp_path / "w.safetensors")["a"] == 0
+    assert "also holds averaged weights (ema_model.): load it by ema=True" in caplog.text
+    assert read_weights(tmp_path / "w.safetensors", ema=True)["a"] == 1
+    save_file({"a": np.ones(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"holds no average of its weights: leave out ema=True"):
+        read_weights(tmp_path / "w.safetensors", ema=True)
 
 
 def written(path: Path) -> bytes:
@@ -173,7 +211,17 @@ def stand_in(result):
         return result
 
     torch.load = load
+    torch.serialization = types.SimpleNamespace(safe_globals=allowing(torch))
     return torch
+
+
+def allowing(torch):
+    @contextlib.contextmanager
+    def safe_globals(classes):
+        torch.allowed = classes
+        yield
+
+    return safe_globals
 
 
 BRAIN = np.array([1.5, -2.0], ml_dtypes.bfloat16)
@@ -181,6 +229,7 @@ STATE = {
     "a.weight": Tensor(np.arange(6.0, dtype=np.float32).reshape(2, 3).T),
     "b": Tensor(BRAIN, "bfloat16"),
 }
+OTHER = {name: Tensor(-1 * tensor.array, tensor.dtype) for name, tensor in STATE.items()}
 
 
 @pytest.mark.parametrize(
@@ -190,6 +239,10 @@ STATE = {
         {"model": STATE, "epoch": 3},
         {"state_dict": STATE, "optimizer": {}},
         {"model": {f"module.{name}": tensor for name, tensor in STATE.items()}},
+        {"state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in STATE.items()}},
+        {"model": {"depth": 3}, "model_state_dict": STATE, "args": argparse.Namespace(lr=1)},
+        {"module": {"model": STATE}, "model_ema": OTHER},
+        {"model_ema": STATE},
     ],
 )
 def test_state_dicts_of_pytorch(monkeypatch, content):
@@ -203,6 +256,17 @@ def test_state_dicts_of_pytorch(monkeypatch, content):
     assert len(weights) == 2
 
 
+@pytest.mark.parametrize("averaged", ["state_dict_ema", "model_ema"])
+def test_a_checkpoint_of_timm_or_deit_has_both(monkeypatch, caplog, averaged):
+    content = {"epoch": 3, "state_dict": STATE, averaged: OTHER, "optimizer": {"state": {}}}
+    torch = stand_in(content | {"args": argparse.Namespace()})
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    np.testing.assert_array_equal(read_weights(FIRST_RELEASE)["b"], BRAIN)
+    assert f"also holds averaged weights ({averaged})" in caplog.text
+    np.testing.assert_array_equal(read_weights(FIRST_RELEASE, ema=True)["b"], -1 * BRAIN)
+    assert torch.allowed == [argparse.Namespace]
+
+
 @pytest.mark.parametrize(
     ("result", "sentence"),
     [
@@ -210,7 +274,7 @@ def test_state_dicts_of_pytorch(monkeypatch, content):
         (RuntimeError("failed finding central directory. And more.\nAnd more."), "cut short or no"),
         (EOFError(), r"cut short .*\(EOFError\): download it again"),
         ([1], "holds a list, not named tensors"),
-        ({"model_ema": STATE}, "holds 'model_ema', of type dict, where weights are expected"),
+        ({"lots": STATE}, "holds 'lots', of type dict, where weights are expected"),
         ({"a": 3}, "holds 'a', of type int"),
     ],
 )

@@ -145,7 +145,7 @@ def test_weights_of_another_architecture_name_the_file(file):
         ("empty", r"empty is not a file of weights .*give one of these"),
         (
             "w.safetensors",
-            r"not the network they are of: load it as load_pretrained\(NAME, weights=",
+            r"not the network they are of: give name_or_path=NAME and weights=",
         ),
     ],
 )
@@ -165,7 +165,9 @@ def test_a_saved_network_may_take_other_weights(tmp_path, model, variables, file
     )
     _, found = load_pretrained(tmp_path / "saved", weights=file)
     np.testing.assert_array_equal(found["params"]["cls_token"], variables["params"]["cls_token"])
-    with pytest.raises(UserError, match=r"ema goes with the directory of a training run"):
+    with pytest.raises(
+        UserError, match=r"is a saved model, which has no average .* leave out ema=True"
+    ):
         load_pretrained(tmp_path / "saved", ema=True)
 
 

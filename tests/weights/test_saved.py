@@ -200,7 +200,10 @@ def edited(config, **changes):
     ("text", "sentence"),
     [
         (lambda config: "{", r"config\.json cannot be read .*save the model again"),
-        (lambda config: '{"architecture": "x"}', r"not written by save_pretrained: name the model"),
+        (
+            lambda config: '{"architecture": "x"}',
+            r"does not say which network .* give name_or_path=NAME and weights='.*model.safetensors'",
+        ),
         (lambda config: edited(config, format=2), r"of format 2, .* install a newer cait-jax"),
         (lambda config: edited(config, family="Gait"), r"no network 'Gait' .*CaiT"),
         (lambda config: edited(config, attributes={"withd": 3}), r"'withd'; nearest: .*width"),

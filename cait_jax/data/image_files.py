@@ -1,0 +1,242 @@
+"""Which files are images, by their names: below a folder, and of arguments; and how many others there are."""
+
+import glob
+import itertools
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cait_jax.data.formats import missing_decoder, readable_suffixes
+from cait_jax.errors import UserError, composed, nearest, printable
+
+# What file systems, NAS, cameras and editors leave beside pictures, casefolded. Hidden names count as such too.
+_SYSTEM = frozenset(
+    {
+        "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot", "$recycle.bin",
+        "recycler", "recycled", "system volume information", "lost+found", "lost.dir", "found.000",
+        "network trash folder", "temporary items", "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db",
+        "ehthumbs_vista.db", "desktop.ini", "autorun.inf", "picasa.ini", "zbthumbnail.info", "icon\r",
+    }
+)  # fmt: skip
+_SYSTEM_SUFFIXES = ("~", ".tmp", ".swp")
+# Folders of cameras' cards. They may be a class's name, so they are passed over only without an image.
+_CAMERA = frozenset({"misc", "private", "avchd", "avf_info", "canonmsc", "mp_root"})
+_NAMES_COMPARED = 10_000
+_SUFFIX = re.compile(r"\.[A-Za-z0-9_]{1,10}")
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a folder holds.
+
+    Attributes:
+      paths: the images, relative to the folder, with forward slashes, sorted by their composed form.
+      others: the other files likewise, unsorted, without those of systems.
+    """
+
+    paths: list[str]
+    others: list[str]
+
+
+def images_below(folder: str | Path) -> Images:
+    """Lists the images at any depth. Links to folders are followed once; files of systems count for nothing."""
+    seen = set()
+    found: list[str] = []
+    others: list[str] = []
+    for where, subfolders, names in os.walk(folder, followlinks=True):
+        status = os.stat(where)  # noqa: PTH116, a string, for speed
+        if (status.st_dev, status.st_ino) in seen:  # a link to what was read, or to a parent
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not is_system(name))
+        inside = where[len(str(folder)) :].strip(os.sep).replace(os.sep, "/")
+        for name in names:
+            if not is_system(name):
+                kind = found if is_image(name) else others
+                kind.append(f"{inside}/{name}" if inside else name)
+    return Images(sorted(found, key=lambda path: (composed(path), path)), others)
+
+
+def by_suffix(paths: Iterable[str]) -> Counter[str]:
+    """How many files there are of each suffix in lower case; `""` where a name has none that looks like one."""
+    return Counter(map(_suffix_of, paths))
+
+
+def subfolders(folder: str | Path) -> list[str]:
+    """The names of the folders in a folder, sorted; those of systems are passed over."""
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.is_dir() and not is_system(e.name))
+    return [
+        name for name in names
+        if name.casefold() not in _CAMERA or images_below(Path(folder) / name).paths
+    ]  # fmt: skip
+
+
+def has_images(folder: str | Path) -> bool:
+    """Whether images lie right in a folder."""
+    with os.scandir(folder) as entries:
+        return any(is_image(entry.name) for entry in entries)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is read."""
+    return name.lower().endswith(readable_suffixes()) and not is_system(name)
+
+
+def is_system(name: str) -> bool:
+    """Whether a name is hidden, or one that systems, NAS and editors give to files of their own."""
+    folded = name.casefold()
+    return name.startswith((".", "~$")) or folded in _SYSTEM or folded.endswith(_SYSTEM_SUFFIXES)
+
+
+def _suffix_of(path: str) -> str:
+    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122, a string, for speed
+    return suffix if _SUFFIX.fullmatch(suffix) else ""
+
+
+def left_out_in_words(left_out: Mapping[str, int], where: str | Path) -> str | None:
+    """Says what is not read, in one sentence; None where nothing is left out.
+
+    Args:
+      left_out: counts by suffix, or of images by a folder's name that ends in a slash.
+      where: what holds them.
+    """
+    if not left_out:
+        return None
+    total = sum(left_out.values())
+    files = "1 file" if total == 1 else f"{total:,} files"
+    return printable(f"left out of {where}: {files} ({counts_in_words(left_out)})")
+
+
+def counts_in_words(left_out: Mapping[str, int]) -> str:
+    """Counts as for `left_out_in_words`, the greatest first, each with the extra that reads such files."""
+    parts = []
+    for name, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0])):
+        if name.endswith("/"):
+            parts.append(f"{count:,} images in {name}")
+        else:
+            parts.append(f"{count:,} {name or 'without a suffix'}{_reader(name)}")
+    return ", ".join(parts)
+
+
+def _reader(suffix: str) -> str:
+    install = missing_decoder(suffix)
+    return f", read after {install}" if install else ""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What arguments name.
+
+    Attributes:
+      paths: the images, every file once.
+      left_out: of folders and patterns, what is not read, by suffix.
+    """
+
+    paths: list[Path]
+    left_out: Counter[str]
+
+
+def find_images(arguments: Sequence[str | Path]) -> Arguments:
+    """Finds the images that files, folders and patterns name.
+
+    A path that does not exist as it is written means the one that is equal to it in Unicode's composed form.
+
+    Args:
+      arguments: files, of any suffix; folders, of which all images are meant at any depth; and
+        patterns such as `"*.jpg"` or `"photos/**/*.png"`, of which all images and folders are meant.
+        `~` is the home directory.
+
+    Returns:
+      The paths in the order of the arguments, sorted within each; and what is left out.
+
+    Raises:
+      UserError: an argument names no image.
+    """
+    paths: dict[str, Path] = {}
+    others: dict[str, Path] = {}
+    for argument in arguments:
+        given = Path(argument).expanduser()
+        found, rest = _named_by(as_on_disk(given))
+        if not found:
+            raise UserError(_why_nothing(given, by_suffix(map(str, rest))))
+        for kind, of_kind in ((paths, found), (others, rest)):
+            for path in of_kind:
+                kind.setdefault(os.path.abspath(path), path)  # noqa: PTH100, a link is another image
+    return Arguments(list(paths.values()), by_suffix(others.keys() - paths.keys()))
+
+
+def expand_images(arguments: Sequence[str | Path]) -> list[Path]:
+    """The `paths` of `find_images`."""
+    return find_images(arguments).paths
+
+
+def as_on_disk(path: Path) -> Path:
+    """The existing path that equals `path` in Unicode's composed form; `path` itself if there is none."""
+    if path.exists() or str(path).isascii():
+        return path
+    if path.parent == path or not (parent := as_on_disk(path.parent)).is_dir():
+        return path
+    same = (name for name in os.listdir(parent) if composed(name) == composed(path.name))  # noqa: PTH208
+    return parent / next(same, path.name)
+
+
+def _named_by(argument: Path) -> tuple[list[Path], list[Path]]:
+    """The images that an argument names, and the other files."""
+    if argument.is_dir():
+        return _below(argument)
+    if argument.exists():
+        return [argument], []
+    images: list[Path] = []
+    others: list[Path] = []
+    if glob.has_magic(str(argument)):
+        for path in _matches(str(argument)):
+            if path.is_dir():
+                inside, rest = _below(path)
+                images += inside
+                others += rest
+            elif not is_system(path.name):
+                (images if is_image(path.name) else others).append(path)
+    return images, others
+
+
+def _below(folder: Path) -> tuple[list[Path], list[Path]]:
+    held = images_below(folder)
+    return [folder / name for name in held.paths], [folder / name for name in held.others]
+
+
+def _matches(pattern: str) -> Iterator[Path]:
+    """What a pattern matches, in whichever form its letters are on the disk."""
+    patterns = {pattern: None} | {
+        unicodedata.normalize(form, pattern): None for form in ("NFC", "NFD")
+    }
+    matches = {
+        match: None
+        for each in patterns
+        for match in sorted(glob.glob(each, recursive=True))  # noqa: PTH207, absolute ones too
+    }
+    return map(Path, matches)
+
+
+def _why_nothing(argument: Path, left_out: Mapping[str, int]) -> str:
+    aside = left_out_in_words(left_out, argument)
+    aside = f"; {aside}" if aside else ""
+    if argument.is_dir():
+        return f"folder {argument} holds no image; images end in {', '.join(readable_suffixes())}{aside}"
+    if glob.has_magic(str(argument)):
+        return f"no image matches {argument}; images end in {', '.join(readable_suffixes())}{aside}"
+    return f"there is no file or folder {argument}{nearest_path(argument)}"
+
+
+def nearest_path(path: Path) -> str:
+    """Names what beside a missing `path` is most like it, as the end of a sentence."""
+    if not path.parent.is_dir():
+        return f"; its folder {path.parent} does not exist either"
+    beside = itertools.islice(path.parent.iterdir(), _NAMES_COMPARED)
+    near = nearest(path.name, (other.name for other in beside))
+    return f"; {near}" if near.startswith("nearest") else f"; check what is in {path.parent}"
