@@ -205,7 +205,7 @@ def misfit(name: str, error: Exception) -> UserError:
 
     Args:
       name: of the model or the network.
-      error: its message begins with the attribute, as those of `check_options` do.
+      error: its message begins with the attribute, as those of `complete_options` do.
     """
     attribute, space, rest = str(error).partition(" ")
     named = setting(attribute) if attribute in KEY_OF and can_set(attribute) else attribute
