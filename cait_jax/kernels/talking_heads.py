@@ -64,11 +64,11 @@ def talking_heads_attention(
       pre_bias: adds the same to all logits of a query and so changes nothing; its gradient is 0.
       post_weight: (from, to).
       post_bias: by head.
-      implementation: `"xla"`: plain. `"xla_lean"`: plain, and nothing of size (heads, queries, keys) is kept for
-        the backward pass, which computes it anew. `"xla_by_image"`: likewise, one image at a time, so that its
+      implementation: `"xla"`: plain. `"xla_lean"`: plain, with everything of size (heads, queries, keys)
+        rematerialised in the backward pass. `"xla_by_image"`: as `xla_lean`, one image at a time, so that its
         maps stay in a CPU's cache; plain where maps are small. `"pallas_tpu"`, `"pallas_gpu"`: kernels in
-        which nothing of that size leaves the chip; with `_interpreted`, computed by XLA on any device, slowly,
-        to test them. None: what `default_implementation` says of JAX's default backend.
+        which nothing of that size leaves the chip; with `_interpreted`, run by XLA on any device, slowly, to
+        test them. None: `default_implementation` of JAX's default backend.
       precision: of matrix products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -135,6 +135,6 @@ def _by_image(q: Any, k: Any, v: Any, *weights: Any, precision: Any) -> Any:
 
 def _mix_heads_of_one(maps: Any, weight: Any, bias: Any, precision: Any) -> Any:
     """`mix_heads` of one image without an axis for it, as one product of matrices: CPUs' fastest, and back."""
-    flat = maps.reshape(len(maps), -1)
+    flat = maps.reshape(maps.shape[0], -1)
     mixed = jnp.matmul(weight.astype(maps.dtype).T, flat, precision=precision)
     return mixed.reshape(maps.shape) + bias.astype(maps.dtype)[:, None, None]

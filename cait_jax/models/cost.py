@@ -35,7 +35,7 @@ def macs(model: Network) -> int:
 def residual_bytes(model: Network, batch_size: int) -> int:
     """Bytes that a training step keeps of the forward pass for the backward pass, in plain JAX.
 
-    A compiler keeps less where it can compute something anew, and more where it copies.
+    A compiler keeps less where it rematerialises, and more where it copies.
 
     Args:
       model: a network that trains, with its `remat`.

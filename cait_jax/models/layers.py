@@ -1,36 +1,39 @@
-"""The pieces every block is made of: patch embedding, LayerScale, dropout, stochastic depth."""
+"""Layers that the networks share: dtype policy, patch embedding, LayerScale, dropout by example."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
 Images = Float[Array | np.ndarray, "batch height width channels"]
 Tokens = Float[Array, "batch tokens d"]
-# Where each example stands in the global batch. Modules take None for "no randomness".
+# Position of each example in the global batch; None for no randomness.
 ExampleIds = Int[Array, "batch"] | None
-Share = float | Float[Array, ""]
+DropPathScale = float | Float[Array, ""]
 
-# Marks what a matrix product gave, for `remat="elementwise"`.
-PRODUCT = "product"
+# Names the output of a matmul, or of attention as a whole, for the remat policy that saves those.
+saveable = functools.partial(checkpoint_name, name="product")
+SAVE_MATMULS = jax.checkpoint_policies.save_only_these_names("product")
 LINEAR_INIT = nn.initializers.normal(stddev=0.02)
-# Going back it is computed anew from what went in, fetched once: its own derivative keeps two float32 arrays as
-# large. (Common subexpressions are left apart, or TPU's compiler fetches the input for each use.)
-LayerNorm: Any = nn.remat(nn.LayerNorm)
+# Rematerialised in the backward pass from its input: JAX's derivative of a norm keeps two more float32 arrays of
+# that size. CSE stays prevented, or TPU's compiler reads the input once for every use.
+LayerNorm: Any = functools.partial(nn.remat(nn.LayerNorm), epsilon=1e-6, use_fast_variance=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class Numerics:
-    """Number formats of a network.
+class DtypePolicy:
+    """Dtypes and matmul precision of a network.
 
     Attributes:
-      dtype: what activations are computed in.
-      param_dtype: what parameters are stored in.
-      precision: how exactly matrices are multiplied; `"highest"` for parity runs.
+      dtype: of activations.
+      param_dtype: of parameters.
+      precision: of matmuls, as in `jax.lax.dot_general`; `"highest"` for parity runs.
     """
 
     dtype: Any = jnp.float32
@@ -38,36 +41,25 @@ class Numerics:
     precision: Any = None
 
     @property
-    def wide(self) -> Any:
+    def accum_dtype(self) -> Any:
         """The dtype of attention logits, softmax and class logits: at least float32."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
-    def dense(self, features: int, name: str, kernel_init: Any = LINEAR_INIT) -> nn.Dense:
-        """A linear layer with bias, initialised as the paper's code does if not said otherwise."""
-        return nn.Dense(
-            features,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            kernel_init=kernel_init,
-            name=name,
-        )
+    @property
+    def norm(self) -> dict[str, Any]:
+        """Keyword arguments of Flax's norms."""
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-    def norm(self, name: str) -> nn.LayerNorm:
-        """A LayerNorm with the epsilon of every network here."""
-        return LayerNorm(
-            epsilon=1e-6,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            use_fast_variance=False,
-            name=name,
-        )
+    @property
+    def dense(self) -> dict[str, Any]:
+        """Keyword arguments of Flax's linear layers and convolutions."""
+        return {**self.norm, "precision": self.precision}
 
 
 def keep_mask(
     key: PRNGKeyArray | UInt[Array, "2"],
     example_ids: Int[Array, "batch"],
-    rate: Share,
+    rate: DropPathScale,
     shape: tuple[int, ...],
 ) -> Bool[Array, "batch *shape"]:
     """Draws which entries survive dropout, each example from a key of its own.
@@ -80,9 +72,6 @@ def keep_mask(
       example_ids: position of each example in the global batch.
       rate: probability of dropping an entry.
       shape: shape of one example's mask.
-
-    Returns:
-      True where an entry is kept.
     """
 
     def draw(example_id: Array) -> Array:
@@ -92,7 +81,7 @@ def keep_mask(
 
 
 class Dropout(nn.Module):
-    """Dropout of single entries; survivors are scaled by `1 / (1 - rate)`. Random stream: `dropout`."""
+    """Dropout of single entries where `example_ids` are given. Random stream: `dropout`."""
 
     rate: float
 
@@ -100,7 +89,7 @@ class Dropout(nn.Module):
     def __call__(
         self, x: Float[Array, "batch *rest"], example_ids: ExampleIds = None
     ) -> Float[Array, "batch *rest"]:
-        """Drops entries of `x` when `example_ids` are given, and returns `x` itself otherwise."""
+        """Scales survivors by `1 / (1 - rate)`."""
         if example_ids is None or self.rate == 0.0:
             return x
         keep = keep_mask(self.make_rng("dropout"), example_ids, self.rate, x.shape[1:])
@@ -108,27 +97,21 @@ class Dropout(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """Drops a whole residual branch of an example (Huang et al., arXiv 1603.09382).
+    """Drops whole residual branches where `example_ids` are given (Huang et al., arXiv 1603.09382).
 
-    Survivors are scaled by `1 / (1 - rate)`. Random stream: `drop_path`.
+    Random stream: `drop_path`.
     """
 
     rate: float
 
     @nn.compact
     def __call__(
-        self, branch: Tokens, example_ids: ExampleIds = None, share: Share = 1.0
+        self, branch: Tokens, example_ids: ExampleIds = None, scale: DropPathScale = 1.0
     ) -> Tokens:
-        """Drops branches when `example_ids` are given, and returns `branch` itself otherwise.
-
-        Args:
-          branch: the branch.
-          example_ids: position of each example in the global batch.
-          share: what part of the rate applies here, from 0 to 1, where it grows with depth.
-        """
+        """Drops at `rate * scale` and divides survivors by 1 minus that; `scale` is in [0, 1]."""
         if example_ids is None or self.rate == 0.0:
             return branch
-        rate = self.rate * share
+        rate = self.rate * scale
         keep = keep_mask(self.make_rng("drop_path"), example_ids, rate, (1, 1))
         # One factor an image: a mask of the branch's shape would be kept for the backward pass.
         factor = jnp.where(keep, 1.0 / (1.0 - rate), 0.0)
@@ -136,66 +119,65 @@ class StochasticDepth(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Multiplies each channel of a residual branch by a learned gamma (paper, equation 4).
-
-    Attributes:
-      init_value: start value of every gamma; small for deep networks.
-    """
+    """Multiplies each channel of a residual branch by a learned gamma (paper, equation 4)."""
 
     init_value: float
-    numerics: Numerics = Numerics()
+    dtypes: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, branch: Tokens) -> Tokens:
         """Scales the last axis of `branch`."""
-        gamma = self.param(
-            "gamma",
-            nn.initializers.constant(self.init_value),
-            (branch.shape[-1],),
-            self.numerics.param_dtype,
-        )
+        init, shape = nn.initializers.constant(self.init_value), (branch.shape[-1],)
+        gamma = self.param("gamma", init, shape, self.dtypes.param_dtype)
         return branch * gamma.astype(branch.dtype)[None, None, :]
-
-
-def _uniform_fan_in(key: Any, shape: tuple[int, ...], dtype: Any, *, fan_in: int) -> Array:
-    bound = fan_in**-0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class PatchEmbed(nn.Module):
     """Cuts an image in square patches and maps each linearly to a token, row by row.
 
-    Weight and bias start uniform in +-1/sqrt(fan in), as the published code's convolution does.
+    Weight and bias start uniform in +-1/sqrt(fan in), as in the published code's convolution.
     """
 
     width: int
     patch_size: int
-    numerics: Numerics = Numerics()
+    dtypes: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, images: Images) -> Tokens:
         """Maps (batch, height, width, channels) to (batch, height / patch * width / patch, width)."""
         batch, height, width, channels = images.shape
-        side, fan_in = self.patch_size, self.patch_size**2 * channels
+        side = self.patch_size
+        rows, columns, bound = height // side, width // side, (side**2 * channels) ** -0.5
 
         def init(key: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-            return _uniform_fan_in(key, shape, dtype, fan_in=fan_in)
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        # The convolution as a product: windows do not overlap, and compilers unroll its gradient.
-        windows = images.reshape(batch, height // side, side, width // side, side, channels)
+        # The convolution as a matmul: windows do not overlap, and compilers unroll its gradient.
+        windows = images.reshape(batch, rows, side, columns, side, channels)
         patches = nn.DenseGeneral(
             self.width,
             axis=(-3, -2, -1),
-            dtype=self.numerics.dtype,
-            param_dtype=self.numerics.param_dtype,
-            precision=self.numerics.precision,
             kernel_init=init,
             bias_init=init,
             name="proj",
+            **self.dtypes.dense,
         )(jnp.swapaxes(windows, 2, 3))
-        return patches.reshape(images.shape[0], -1, self.width)
+        return patches.reshape(batch, rows * columns, self.width)
+
+
+class HeadMixing(nn.Module):
+    """Weights of a linear map with bias over the heads of attention maps (Shazeer et al., arXiv 2003.02436)."""
+
+    heads: int
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def weights(self) -> tuple[Float[Array, "heads heads"], Float[Array, "heads"]]:
+        """Returns kernel (from, to) and bias, for `mix_heads`."""
+        kernel = self.param("kernel", LINEAR_INIT, (self.heads, self.heads), self.param_dtype)
+        return kernel, self.param("bias", nn.initializers.zeros, (self.heads,), self.param_dtype)
 
 
 def record(module: nn.Module, name: str, value: Array) -> None:
-    """Leaves `value` in the `intermediates` collection, where a caller asked for that; free otherwise."""
+    """Stores `value` in the `intermediates` collection where the caller made it mutable."""
     module.sow("intermediates", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)

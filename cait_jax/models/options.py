@@ -11,15 +11,38 @@ DROP_PATH_GROWTHS = ("constant", "linear")
 CLASS_TOKENS = ("class_attention", "input", "mean")
 
 
-def check_options(model: Any) -> None:
-    """Refuses attributes that could only fail later, or compute something else than was meant.
+def complete_options(model: Any) -> None:
+    """Sets the attributes whose default depends on others, and checks that all fit each other.
 
     Args:
-      model: a `CaiT` whose attributes are set.
+      model: a `CaiT` that is being constructed.
 
     Raises:
       ValueError: naming the attribute, its value and what it must be.
     """
+    if isinstance(model.class_token, str) and model.class_token.isdecimal():  # of a command line
+        object.__setattr__(model, "class_token", int(model.class_token))
+    if model.class_depth is None:
+        depth = 2 if model.class_token == "class_attention" else 0
+        object.__setattr__(model, "class_depth", depth)
+    if isinstance(model.class_token, int):
+        object.__setattr__(model, "stacked", False)
+    _check_sizes(model)
+    _check_choices(model)
+    _check_class_token(model)
+
+
+def check_images(model: Any, images: Any) -> None:
+    """Raises ValueError if images do not have the size and channels of a `CaiT`."""
+    expected = (*model.image_size, model.in_channels)
+    if images.shape[1:] != expected:
+        raise ValueError(
+            f"images of shape {images.shape[1:]} do not fit a model for {expected} (height, width, "
+            "channels): resize them, or create the model with that image_size and in_channels"
+        )
+
+
+def _check_sizes(model: Any) -> None:
     height, width = model.image_size
     if height < 1 or width < 1 or height % model.patch_size or width % model.patch_size:
         raise ValueError(
@@ -39,6 +62,9 @@ def check_options(model: Any) -> None:
         rate = getattr(model, name)
         if rate is not None and not 0.0 <= rate < 1.0:
             raise ValueError(f"{name} {rate} must lie in [0, 1)")
+
+
+def _check_choices(model: Any) -> None:
     for name, known in (
         ("remat", REMATS),
         ("residual", SCHEMES),
@@ -55,7 +81,6 @@ def check_options(model: Any) -> None:
             f"residual {model.residual!r} keeps its norms: only "
             f"{', '.join(name for name in SCHEMES if name not in ALWAYS_NORMED)} go without block_norm"
         )
-    _check_class_token(model)
 
 
 def _check_class_token(model: Any) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from cait_jax.models.layers import Images, Numerics, record
+from cait_jax.models.layers import DtypePolicy, Images, record
 
 Maps = Float[Array, "batch height width channels"]
 
@@ -47,7 +47,7 @@ class ConvNorm(nn.Module):
     groups: int = 1
     relu: bool = True
     zero_scale: bool = False
-    numerics: Numerics = Numerics()
+    dtypes: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, x: Maps, train: bool = False) -> Float[Array, "batch out_h out_w features"]:
@@ -61,9 +61,7 @@ class ConvNorm(nn.Module):
             padding=((pad, pad), (pad, pad)),
             feature_group_count=self.groups,
             use_bias=False,
-            dtype=self.numerics.dtype,
-            param_dtype=self.numerics.param_dtype,
-            precision=self.numerics.precision,
+            **self.dtypes.dense,
             kernel_init=nn.initializers.normal((2.0 / fan_out) ** 0.5),
             name="conv",
         )(x)
@@ -72,8 +70,7 @@ class ConvNorm(nn.Module):
             momentum=0.9,
             epsilon=1e-5,
             use_fast_variance=False,
-            dtype=self.numerics.dtype,
-            param_dtype=self.numerics.param_dtype,
+            **self.dtypes.norm,
             scale_init=nn.initializers.zeros if self.zero_scale else nn.initializers.ones,
             name="bn",
         )(x)
@@ -84,7 +81,7 @@ class SqueezeExcite(nn.Module):
     """Scales each channel by a gate computed from the means of all (Hu et al., arXiv 1709.01507)."""
 
     hidden: int
-    numerics: Numerics = Numerics()
+    dtypes: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
@@ -94,9 +91,7 @@ class SqueezeExcite(nn.Module):
             return nn.Conv(
                 features,
                 kernel_size=(1, 1),
-                dtype=self.numerics.dtype,
-                param_dtype=self.numerics.param_dtype,
-                precision=self.numerics.precision,
+                **self.dtypes.dense,
                 kernel_init=nn.initializers.normal((2.0 / features) ** 0.5),
                 name=name,
             )
@@ -113,26 +108,26 @@ class Bottleneck(nn.Module):
     stride: int
     group_width: int
     se_ratio: float
-    numerics: Numerics = Numerics()
+    dtypes: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, x: Maps, train: bool = False) -> Float[Array, "batch out_h out_w features"]:
         """Adds the branch to the shortcut, which is a 1x1 convolution where sizes change."""
         groups = self.features // min(self.group_width, self.features)
-        numerics = self.numerics
+        dtypes = self.dtypes
 
-        branch = ConvNorm(self.features, 1, numerics=numerics, name="conv1")(x, train)
-        branch = ConvNorm(self.features, 3, self.stride, groups, numerics=numerics, name="conv2")(
+        branch = ConvNorm(self.features, 1, dtypes=dtypes, name="conv1")(x, train)
+        branch = ConvNorm(self.features, 3, self.stride, groups, dtypes=dtypes, name="conv2")(
             branch, train
         )
-        branch = SqueezeExcite(round(x.shape[-1] * self.se_ratio), numerics, name="se")(branch)
+        branch = SqueezeExcite(round(x.shape[-1] * self.se_ratio), dtypes, name="se")(branch)
         branch = ConvNorm(
-            self.features, 1, relu=False, zero_scale=True, numerics=numerics, name="conv3"
+            self.features, 1, relu=False, zero_scale=True, dtypes=dtypes, name="conv3"
         )(branch, train)
 
         if x.shape[-1] != self.features or self.stride != 1:
             x = ConvNorm(
-                self.features, 1, self.stride, relu=False, numerics=numerics, name="downsample"
+                self.features, 1, self.stride, relu=False, dtypes=dtypes, name="downsample"
             )(x, train)
         return nn.relu(x + branch)
 
@@ -144,7 +139,7 @@ class Stage(nn.Module):
     depth: int
     group_width: int
     se_ratio: float
-    numerics: Numerics = Numerics()
+    dtypes: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, x: Maps, train: bool = False) -> Float[Array, "batch out_h out_w features"]:
@@ -155,7 +150,7 @@ class Stage(nn.Module):
                 2 if i == 0 else 1,
                 self.group_width,
                 self.se_ratio,
-                self.numerics,
+                self.dtypes,
                 name=f"b{i + 1}",
             )(x, train)
         record(self, "features", x)
@@ -166,13 +161,14 @@ class Classifier(nn.Module):
     """Linear layer on the mean over all positions."""
 
     num_classes: int
-    numerics: Numerics = Numerics()
+    dtypes: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, features: Float[Array, "batch channels"]) -> Float[Array, "batch outputs"]:
         """Logits of the pooled features."""
         init = nn.initializers.normal(0.01)
-        return self.numerics.dense(self.num_classes, name="fc", kernel_init=init)(features)
+        fc = nn.Dense(self.num_classes, kernel_init=init, name="fc", **self.dtypes.dense)
+        return fc(features)
 
 
 class RegNetY(nn.Module):
@@ -229,18 +225,16 @@ class RegNetY(nn.Module):
             raise ValueError(
                 f"images of {images.shape[-1]} channels do not fit a model for {self.in_channels}"
             )
-        numerics = Numerics(self.dtype, self.param_dtype, self.precision)
-        x = ConvNorm(self.stem_width, 3, 2, numerics=numerics, name="stem")(
+        dtypes = DtypePolicy(self.dtype, self.param_dtype, self.precision)
+        x = ConvNorm(self.stem_width, 3, 2, dtypes=dtypes, name="stem")(
             jnp.asarray(images, self.dtype), train
         )
         sizes = stage_sizes(self.w0, self.wa, self.wm, self.depth, self.group_width)
         for i, (width, depth) in enumerate(sizes, start=1):
-            x = Stage(width, depth, self.group_width, self.se_ratio, numerics, name=f"s{i}")(
-                x, train
-            )
+            x = Stage(width, depth, self.group_width, self.se_ratio, dtypes, name=f"s{i}")(x, train)
         features = x.mean(axis=(1, 2))
         record(self, "features", features)
         if self.num_classes == 0:
-            return features.astype(numerics.wide)
-        head = Numerics(numerics.wide, self.param_dtype, self.precision)
+            return features.astype(dtypes.accum_dtype)
+        head = DtypePolicy(dtypes.accum_dtype, self.param_dtype, self.precision)
         return Classifier(self.num_classes, head, name="head")(features)

@@ -1,4 +1,4 @@
-"""Parameters of stacked blocks (one leading depth axis) to parameters of single blocks, and back."""
+"""Stacked blocks: one `nn.scan`, whose parameters have a leading depth axis."""
 
 import re
 from collections.abc import Mapping
@@ -6,19 +6,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from cait_jax.models.layers import ExampleIds, Tokens
 
 _SINGLE = re.compile(r"blocks_(\d+)")
 
 
+def scan_blocks(
+    block: nn.Module,
+    depth: int,
+    x: Tokens,
+    example_ids: ExampleIds,
+    drop_path_scales: Float[Array, "depth"] | None,
+) -> Tokens:
+    """Applies a block `depth` times, each time with parameters, draws and a drop path scale of its own."""
+    scan = nn.scan(
+        lambda block, x, scale: (block(x, example_ids, 1.0 if scale is None else scale), None),
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True, "drop_path": True},
+        length=depth,
+    )
+    return scan(block, x, drop_path_scales)[0]
+
+
 def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Splits `blocks`, whose leaves have a leading depth axis, into `blocks_0`, `blocks_1`, ...
-
-    Args:
-      params: parameters of a model with `stacked=True`.
-
-    Returns:
-      The same numbers as a model with `stacked=False` takes them.
-    """
+    """Splits the parameters `blocks` of a model with `stacked=True` into `blocks_0`, `blocks_1`, ..."""
     rest = {name: value for name, value in params.items() if name != "blocks"}
     depth = jax.tree.leaves(params["blocks"])[0].shape[0]
     single = {
@@ -29,14 +43,7 @@ def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Joins `blocks_0`, `blocks_1`, ... into `blocks` along a new leading axis: undoes `unstack_blocks`.
-
-    Args:
-      params: parameters of a model with `stacked=False`.
-
-    Returns:
-      The same numbers as a model with `stacked=True` takes them.
-    """
+    """Joins the parameters `blocks_0`, `blocks_1`, ... into `blocks`: the inverse of `unstack_blocks`."""
     names = sorted(
         (name for name in params if _SINGLE.fullmatch(name)), key=lambda name: int(name[7:])
     )

@@ -14,11 +14,22 @@ from cait_jax.interface import KEY_OF, can_set, setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.layers import Images
 from cait_jax.models.regnet import RegNetY
-from cait_jax.models.vit import VisionTransformer
 
 Network = CaiT | RegNetY
 
 FLOAT_DTYPES = ("bfloat16", "float32", "float64")
+
+
+class VisionTransformer(CaiT):
+    """`CaiT` with the choices of ViT (Dosovitskiy et al., arXiv 2010.11929) as defaults.
+
+    With `distilled=True` it is the distilled network of DeiT (Touvron et al., arXiv 2012.12877).
+    """
+
+    residual: str = "plain"
+    talking_heads: bool = False
+    class_token: str | int = "input"
+    drop_path_growth: str = "linear"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +205,7 @@ def misfit(name: str, error: Exception) -> UserError:
 
     Args:
       name: of the model or the network.
-      error: its message begins with the attribute, as those of `check_options` do.
+      error: its message begins with the attribute, as those of `complete_options` do.
     """
     attribute, space, rest = str(error).partition(" ")
     named = setting(attribute) if attribute in KEY_OF and can_set(attribute) else attribute

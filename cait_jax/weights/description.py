@@ -12,8 +12,7 @@ from flax import linen as nn
 from cait_jax.errors import UserError, nearest
 from cait_jax.models.cait import CaiT
 from cait_jax.models.regnet import RegNetY
-from cait_jax.models.vit import VisionTransformer
-from cait_jax.models.zoo import float_dtype, misfit
+from cait_jax.models.zoo import VisionTransformer, float_dtype, misfit
 from cait_jax.trees import by_name
 from cait_jax.weights.finite import check_finite
 from cait_jax.weights.published import to_published, variables_template

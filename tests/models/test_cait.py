@@ -8,10 +8,9 @@ from trees import random_params
 
 import cait_jax
 from cait_jax import create_model, forward_intermediates
-from cait_jax.models.cait import CaiT
+from cait_jax.models.cait import CaiT, Mlp
 from cait_jax.models.cost import macs_of
 from cait_jax.models.layers import keep_mask
-from cait_jax.models.mlp import Mlp
 from cait_jax.models.stacking import stack_blocks, unstack_blocks
 
 NAME = "cait_nano4_patch4_8"
@@ -426,7 +425,7 @@ def test_remat_changes_no_gradient_with_dropout_on(params, remat, stacked):
     def products(model):
         return macs_of(jax.make_jaxpr(jax.grad(lambda p: loss(p, model)))(given).jaxpr)
 
-    # Norms and GELU alone are always computed anew, which costs no product.
+    # Norms and GELU alone are always rematerialised, which costs no matmul.
     assert (products(model) > products(model.clone(remat="none"))) == (remat != "none")
 
 

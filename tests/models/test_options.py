@@ -8,7 +8,7 @@ from trees import random_params
 
 from cait_jax import UserError, create_model, forward_intermediates
 from cait_jax.models.cait import CaiT
-from cait_jax.models.vit import VisionTransformer
+from cait_jax.models.zoo import VisionTransformer
 
 SIZE = {"image_size": 8, "patch_size": 2, "width": 32, "num_heads": 2, "depth": 2}
 NO_SCALE = {"plain", "t_fixup"}
@@ -160,6 +160,20 @@ def test_fixup_has_a_scalar_bias_before_every_linear_layer_of_a_branch():
     x = images()
     before = model.apply({"params": params}, x)
     same(before, model.apply({"params": moved}, x), atol=1e-5 * float(jnp.abs(before).max()))
+
+
+@pytest.mark.parametrize("remat", ["none", "elementwise", "block"])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_fixups_biases_are_in_branches_and_nowhere_else(stacked, remat):
+    params = started(small(residual="fixup", depth=1, stacked=stacked, remat=remat))["params"]
+    mlp = {"mlp/before_fc1/bias", "mlp/before_fc2/bias"}
+    patches = {"attn/before_qkv/bias", "attn/before_proj/bias"} | mlp
+    token = {f"attn/before_{layer}/bias" for layer in ("q", "k", "v", "proj")} | mlp
+    first = "blocks" if stacked else "blocks_0"
+    blocks = {first: patches, "blocks_token_only_0": token, "blocks_token_only_1": token}
+    assert {name for name in names(params) if "before" in name} == {
+        f"{block}/{bias}" for block, biases in blocks.items() for bias in biases
+    }
 
 
 def test_t_fixup_scales_glorot_where_its_rule_says():

@@ -10,8 +10,8 @@ import optax
 import pytest
 from flax import linen as nn
 
+from cait_jax.models import cait
 from cait_jax.models.cait import CaiT
-from cait_jax.models.layers import Numerics
 from cait_jax.models.stacking import unstack_blocks
 from cait_jax.weights.published import from_published, to_published
 
@@ -155,8 +155,8 @@ def test_a_tanh_gelu_fails(recorded, monkeypatch):
 def test_an_epsilon_of_1e_5_fails(recorded, monkeypatch):
     params = from_published(published(recorded, "weight"), small_cait())["params"]
 
-    def norm(numerics, name):
-        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
+    def norm(*, name, **dtypes):
+        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name, **dtypes)
 
-    monkeypatch.setattr(Numerics, "norm", norm)
+    monkeypatch.setattr(cait, "LayerNorm", norm)
     assert logits_error(recorded, params) > 1e-5

@@ -1,12 +1,14 @@
-"""Golden parameter counts, and that every named model has one."""
+"""Golden parameter counts, that every named model has one, and that every network traces for any batch size."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from trees import random_params
 
 from cait_jax import create_model, list_models
 from cait_jax.models.regnet import stage_sizes
-from cait_jax.models.vit import VisionTransformer
+from cait_jax.models.zoo import VisionTransformer
 
 # The released models' and the paper's counts, as published (1000 classes).
 PUBLISHED = {
@@ -124,3 +126,48 @@ def test_distilled_names_go_with_published_ones():
 def test_released_names_carry_their_resolution():
     assert create_model("cait_m48_448").image_size == (448, 448)
     assert create_model("cait_m48_448", image_size=(224, 320)).image_size == (224, 320)
+
+
+# 16 patches in 2 heads are attended to in one step on a CPU; 64 in 4 heads one image at a time.
+CAIT = {"image_size": 8, "patch_size": 2, "width": 16, "num_heads": 2, "depth": 2}
+REGNETY = {
+    "image_size": 32,
+    "w0": 8,
+    "wa": 4.0,
+    "wm": 2.0,
+    "depth": 2,
+    "group_width": 8,
+    "stem_width": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes"),
+    [
+        ("cait_nano4_patch4_8", CAIT),
+        ("cait_nano4_patch4_8", CAIT | {"patch_size": 1, "num_heads": 4}),
+        ("cait_nano4_patch4_8", CAIT | {"stacked": False}),
+        ("cait_nano4_patch4_8", CAIT | {"class_token": 1}),
+        ("vit_tiny", CAIT),
+        ("deit_tiny_distilled", CAIT),
+        ("regnety_160", REGNETY),
+    ],
+)
+def test_one_exported_program_takes_every_batch_size(name, attributes):
+    model = create_model(name, num_classes=3, **attributes)
+    shape = (*model.image_size, model.in_channels)
+    images = jax.random.normal(jax.random.key(1), (5, *shape))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    statistics = {k: jax.tree.map(lambda a: jnp.ones(a.shape), v) for k, v in variables.items()}
+    variables = statistics | {"params": random_params(model)}
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    symbolic = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+    exported = jax.export.export(jax.jit(model.apply))(variables, symbolic)
+    assert str(exported.out_avals[0].shape) == "(batch, 3)"
+    for size in (2, 5):
+        logits = exported.call(variables, images[:size])
+        expected = model.apply(variables, images[:size])
+        scale = float(jnp.abs(expected).max())
+        assert scale > 0.1
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * scale)
