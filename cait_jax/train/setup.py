@@ -204,7 +204,6 @@ def set_up(
         devices, data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
     )
     check_batch_size(config.batch_size, batch_parts(mesh), config.optimizer.accumulate)
-    _warn_of_shared_draws(config)
     size = config.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
 
@@ -231,6 +230,7 @@ def set_up(
                 f"{train_split.channels} channel(s): give one value, or one a channel"
             )
     training_crop(config, train_split)
+    _warn_of_shared_draws(config)
     model: Any = create_model(
         image_size=size,
         num_classes=train_split.num_classes,

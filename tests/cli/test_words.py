@@ -110,6 +110,8 @@ READS = [
 )
 @pytest.mark.parametrize("command", [*READS, "convert {pictures}/out"])
 def test_of_a_model_that_cannot_be_used(command, model, places):
+    if command.startswith("features") and re.search("headless|others", model):
+        return  # features need no head
     check(*said(f"{command} {model}", places), places)
 
 

@@ -1,10 +1,18 @@
 import subprocess
 import sys
 
+import pytest
 from PIL import features
 
 from cait_jax.data import decode, formats
 from cait_jax.data.formats import SUFFIXES, missing_decoder, readable_suffixes
+
+
+@pytest.fixture(autouse=True)
+def _suffixes_are_looked_up_again():
+    readable_suffixes.cache_clear()
+    yield
+    readable_suffixes.cache_clear()
 
 
 def test_suffixes_are_known_in_lower_case():
@@ -19,6 +27,7 @@ def test_what_is_missing_for_heif(monkeypatch):
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
     assert missing_decoder(".HEIC") == missing_decoder(".hif") == 'pip install "cait-jax[heif]"'
     assert ".heic" not in readable_suffixes()
+    readable_suffixes.cache_clear()
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: object())
     assert missing_decoder(".heic") is None
     assert ".heic" in readable_suffixes()

@@ -66,11 +66,11 @@ def test_what_goes_together_passes(settings):
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
-        ("optimizer.eps", 0.0, "more than 0"),
-        ("optimizer.clip_norm", -1.0, "0 or more"),
-        ("optimizer.decay_epochs", 0.0, "more than 0"),
-        ("optimizer.decay_rate", 1.5, r"in \(0, 1\]"),
-        ("distill.temperature", 0.0, "more than 0"),
+        ("optimizer.eps", 0.0, "a finite number above 0"),
+        ("optimizer.clip_norm", -1.0, "a finite number of 0 or more"),
+        ("optimizer.decay_epochs", 0.0, "a finite number above 0"),
+        ("optimizer.decay_rate", 1.5, r"a finite number in \(0, 1\]"),
+        ("distill.temperature", 0.0, "a finite number above 0"),
     ],
 )
 def test_ranges_of_what_the_optimiser_and_the_teacher_read(key, value, sentence):

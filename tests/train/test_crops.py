@@ -72,5 +72,6 @@ def test_images_in_memory_are_not_cropped_as_they_are_decoded():
 
 
 def test_an_unknown_way_to_resize_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match=re.escape("--config.data.resize is 'fsat'; nearest: fast")):
-        training_crop(config(**{"data.resize": "fsat"}), FILES)
+    message = "--config.data.resize is fsat and must be one of exact, fast; nearest: fast"
+    with pytest.raises(UserError, match=re.escape(message)):
+        set_up(config(**{"data.resize": "fsat"}), split_of=lambda *_, **__: FILES)

@@ -95,8 +95,8 @@ def test_what_is_asked_for_comes_before_the_table():
         ({"model": "cait_xxs24_24"}, "nearest: cait_xxs24_224"),
         ({"model": "runs/none"}, "runs/none does not exist"),
         ({"what": "heads"}, "nearest: head"),
-        ({"batch_size": 501}, "at most the images, such as 500"),
-        ({"batch_size": 30, "devices": 4}, "such as 28"),
+        ({"batch_size": 501}, "at most the images, such as batch_size=500"),
+        ({"batch_size": 30, "devices": 4}, "such as batch_size=28"),
         ({"devices": 501}, "fewer than the 501 devices"),
     ],
 )

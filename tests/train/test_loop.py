@@ -373,7 +373,11 @@ def test_cifar10_trains_in_memory(tmp_path):
             "--config.eval.crop_ratio is 1.1 and must be a finite number in (0, 1]",
         ),
         ("augment.crop_area", (0.5, 0.1), "must be 2 increasing finite numbers in (0, 1]"),
-        ("data.resize", "exat", "--config.data.resize is exat and must be exact or fast"),
+        (
+            "data.resize",
+            "exat",
+            "--config.data.resize is exat and must be one of exact, fast; nearest: exact",
+        ),
         ("augment.simple_crop", True, "and those of digits are in memory"),
         (
             "data.workers",

@@ -183,7 +183,10 @@ def test_data_parallel_devices_sum_gradients_and_nothing_more():
 @pytest.mark.parametrize(
     ("sizes", "sentence"),
     [
-        ({"data": 3}, "mesh.data=3, mesh.fsdp=1, mesh.tensor=1 does not fit 8 device"),
+        (
+            {"data": 3},
+            "mesh.data=3, --config.mesh.fsdp=1, --config.mesh.tensor=1 does not fit 8 device",
+        ),
         ({"fsdp": 3}, "leave --config.mesh.data=-1 to fill what is left"),
         ({"fsdp": -1}, "one of them may be -1"),
         ({"tensor": 0}, "every size must be 1 or more"),

@@ -230,15 +230,30 @@ def test_rows_of_recorded_logits_come_with_their_examples(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"loss__name": "softmx"}, "no loss.name 'softmx'; nearest: softmax"),
-        ({"loss__threshold": 0.5}, "loss.threshold goes with loss.name 'binary'"),
-        ({"distill__kind": "harder"}, "no distill.kind 'harder'; nearest: hard"),
-        ({"optimizer__name": "adam"}, "no optimizer 'adam'; nearest: adamw"),
+        (
+            {"loss__name": "softmx"},
+            "loss.name is softmx and must be one of softmax, binary; nearest: softmax",
+        ),
+        (
+            {"loss__threshold": 0.5},
+            "loss.threshold goes with --config.loss.name=binary, not softmax",
+        ),
+        (
+            {"distill__kind": "harder"},
+            "distill.kind is harder and must be one of none, hard, soft; nearest: hard",
+        ),
+        (
+            {"optimizer__name": "adam"},
+            "optimizer.name is adam and must be one of .*; nearest: adamw",
+        ),
         ({"optimizer__train": "7"}, "no part 7: set --config.optimizer.train to"),
         ({"augment__rand_augment": "rand-m9-x1-inc1"}, "x1"),
-        ({"augment__mixup": -1.0}, "alpha of mixup must be 0"),
-        ({"optimizer__layer_decay": 0.0}, "layer_decay is 0.0 and must be in"),
-        ({"data__repeats": 0}, "data.repeats is 0 and must be at least 1"),
+        (
+            {"augment__mixup": -1.0},
+            "augment.mixup is -1.0 and must be a finite number of 0 or more",
+        ),
+        ({"optimizer__layer_decay": 0.0}, "layer_decay is 0.0 and must be a finite number in"),
+        ({"data__repeats": 0}, "data.repeats is 0 and must be a whole number of 1 or more"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_compiled(overrides, sentence):

@@ -157,7 +157,7 @@ def test_settings_that_do_not_fit(tmp_path, model, variables, options, sentence)
         (lambda p: p.update(cls_token=jnp.zeros((1, 1, 8))), r"\(1, 1, 8\) .* \(1, 1, 16\)"),
         (
             lambda p: p.update(cls_token=jnp.zeros((1, 1, 16), jnp.bfloat16)),
-            r"is bfloat16 .* should be float32 .* model\.clone\(param_dtype",
+            r"is bfloat16 .* should be float32 .* with their param_dtype",
         ),
     ],
 )
