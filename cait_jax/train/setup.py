@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cait_jax.data.ahead import Ahead
-from cait_jax.data.augment import Augmentation
 from cait_jax.data.balance import Balanced
-from cait_jax.data.mix import Mixing
-from cait_jax.data.order import copies_in_a_group
 from cait_jax.data.pipeline import Batches, eval_batches, train_batches
-from cait_jax.data.randaugment import parse_policy
 from cait_jax.data.sources import Split, load_split
 from cait_jax.errors import UserError
 from cait_jax.evaluation.evaluate import evaluate, jit_eval_step, make_eval_step
@@ -37,8 +32,13 @@ from cait_jax.sharding import (
     replicated,
     shared_size,
 )
+from cait_jax.train.augmentation import (
+    augmentation_of,
+    mixing_of,
+    training_crop,
+    warn_of_shared_draws,
+)
 from cait_jax.train.config import check_values
-from cait_jax.train.crops import training_crop
 from cait_jax.train.learning import length_of, optimizer_of, part_of, phases_of, schedule_of
 from cait_jax.train.losses import label_loss, teacher_loss
 from cait_jax.train.parts import trainable
@@ -52,8 +52,6 @@ from cait_jax.train.start import (
 )
 from cait_jax.train.state import TrainState, create_state
 from cait_jax.train.step import Recipe, TrainStep, make_train_step
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +111,7 @@ class Setup:
             crop=training_crop(config, self.train_split),
             order=Balanced(self._labels, config.seed) if config.data.balanced else None,
             repeats=config.data.repeats,
-            mix_rows=config.augment.mix_rows if _mixing(config).enabled else 0,
+            mix_rows=config.augment.mix_rows if mixing_of(config).enabled else 0,
             beside=None if self.teacher_logits is None else {"teacher": self.teacher_logits},
         )
 
@@ -230,7 +228,7 @@ def set_up(
                 f"{train_split.channels} channel(s): give one value, or one a channel"
             )
     training_crop(config, train_split)
-    _warn_of_shared_draws(config)
+    warn_of_shared_draws(config)
     model: Any = create_model(
         image_size=size,
         num_classes=train_split.num_classes,
@@ -307,8 +305,7 @@ def _check_trainable(name: str) -> None:
 
 
 def _recipe(config: ConfigDict, model: Any, phases: Sequence[Phase]) -> Recipe:
-    augment, distill = config.augment, config.distill
-    policy = augment.rand_augment
+    distill = config.distill
     part = part_of(config.optimizer.train)
     learns: Callable[[Any, Any], Any] | None = None
     if phases:
@@ -327,54 +324,15 @@ def _recipe(config: ConfigDict, model: Any, phases: Sequence[Phase]) -> Recipe:
         seed=config.seed,
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
-        augmentation=Augmentation(
-            flip=augment.flip,
-            pad_crop=augment.pad_crop,
-            rotate=augment.rotate,
-            zoom=augment.zoom,
-            shear=augment.shear,
-            translate=augment.translate,
-            rand_augment=parse_policy(policy) if policy else None,
-            three_augment=augment.three_augment,
-            color_jitter=augment.color_jitter,
-        ),
-        erase=augment.erase,
+        augmentation=augmentation_of(config),
+        erase=config.augment.erase,
         label_smoothing=config.loss.label_smoothing,
-        mixing=_mixing(config),
+        mixing=mixing_of(config),
         trainable=learns,
         sharpness_radius=config.optimizer.sharpness_radius,
         accumulate=config.optimizer.accumulate,
         ema_decay=config.optimizer.ema_decay,
     )
-
-
-def _mixing(config: ConfigDict) -> Mixing:
-    augment = config.augment
-    return Mixing(
-        mixup=augment.mixup,
-        cutmix=augment.cutmix,
-        probability=augment.mix_probability,
-        switch=augment.mix_switch,
-        rows=augment.mix_rows,
-    )
-
-
-def _warn_of_shared_draws(config: ConfigDict) -> None:
-    """Logs how many rows are mixed by one draw with another copy of their image."""
-    if not _mixing(config).enabled:
-        return
-    rows, repeats = config.augment.mix_rows, config.data.repeats
-    shared = copies_in_a_group(config.batch_size, rows, repeats)
-    if shared:
-        _log.warning(
-            "%d of the %d rows of a batch share their mixup or CutMix draw with another copy of their image: "
-            "data.repeats=%d needs as many groups, and augment.mix_rows=%d makes %d",
-            shared,
-            config.batch_size,
-            repeats,
-            rows,
-            -(-config.batch_size // (rows or config.batch_size)),
-        )
 
 
 def abstract_state(setup: Setup) -> Any:

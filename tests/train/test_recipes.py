@@ -281,15 +281,3 @@ def test_no_recipe_mixes_copies_of_an_image_by_one_draw(name):
         assert not copies_in_a_group(config.batch_size, augment.mix_rows, config.data.repeats)
     if config.data.name == "imagenet2012":
         assert augment.mix_rows == 64
-
-
-def test_copies_that_share_a_draw_are_logged(caplog):
-    config = module("digits").get_config()
-    config.augment.mixup, config.data.repeats = 0.8, 3
-    config.augment.mix_rows = 32  # two groups of 64 rows
-    set_up(config)
-    assert "42 of the 64 rows of a batch share their mixup or CutMix draw" in caplog.text
-    caplog.clear()
-    config.augment.mix_rows = 20
-    set_up(config)
-    assert not caplog.records

@@ -11,8 +11,9 @@ from cait_jax.data.order import CROPPING, permutation, philox
 from cait_jax.data.sources import Encoded, InMemory
 from cait_jax.errors import UserError
 from cait_jax.train import defaults
-from cait_jax.train.crops import training_crop
+from cait_jax.train.augmentation import training_crop
 from cait_jax.train.setup import set_up
+from configs import digits
 
 JPEGS = [{"image": numbered_jpeg(number, 60, 80), "label": number} for number in range(8)]
 FILES = Encoded(JPEGS, tuple(map(str, range(8))), 3)
@@ -75,3 +76,15 @@ def test_an_unknown_way_to_resize_is_refused_with_the_nearest():
     message = "--config.data.resize is fsat and must be one of exact, fast; nearest: fast"
     with pytest.raises(UserError, match=re.escape(message)):
         set_up(config(**{"data.resize": "fsat"}), split_of=lambda *_, **__: FILES)
+
+
+def test_copies_that_share_a_draw_are_logged(caplog):
+    config = digits.get_config()
+    config.augment.mixup, config.data.repeats = 0.8, 3
+    config.augment.mix_rows = 32  # two groups of 64 rows
+    set_up(config)
+    assert "42 of the 64 rows of a batch share their mixup or CutMix draw" in caplog.text
+    caplog.clear()
+    config.augment.mix_rows = 20
+    set_up(config)
+    assert not caplog.records
