@@ -20,7 +20,7 @@ from cait_jax.strict_json import json_values
 TIMING_KEYS = ("time", "train/images_per_second")
 """The keys of `metrics.jsonl` that may differ between two runs of the same config."""
 
-_SHORT = {"learning_rate": "lr", "gradient_norm": "grad_norm"}
+_SHORT = {"learning_rate": "lr"}
 _FORMATS = {"loss": ".4f", "accuracy": ".3f", "lr": ".1e", "grad_norm": ".2f"}
 _TRAIN = "train/"
 _EVAL = "eval/"
@@ -91,7 +91,7 @@ class Stream(Protocol):
 class Report:
     """Writes the metrics of a run under `workdir` and shows how it goes on `stream`.
 
-    Keys are `"train/loss"`, `"train/accuracy"`, `"train/learning_rate"`, `"train/gradient_norm"`
+    Keys are `"train/loss"`, `"train/accuracy"`, `"train/learning_rate"`, `"train/grad_norm"`
     and `"eval/..."`. On a terminal `stream` carries a bar, else lines. Throughput (images/s) is
     measured since the last `log`. It leaves out the first step, which compiles, and pauses that end
     with a `write` without `train/` values, such as evaluation. Where `primary` is False every

@@ -23,7 +23,7 @@ TRAIN = {
     "train/loss": 0.43123,
     "train/accuracy": 0.912,
     "train/learning_rate": 4.9e-4,
-    "train/gradient_norm": 1.234,
+    "train/grad_norm": 1.234,
 }
 
 
