@@ -69,9 +69,12 @@ WHOLE = Recipe(
 )
 
 
-def test_the_whole_recipe_is_the_same_on_any_devices_and_in_micro_batches():
-    one, *_ = one_step(small(), WHOLE)
-    other, *_ = one_step(small(), WHOLE, devices=4, accumulate=2)
+@pytest.mark.parametrize("mix_rows", [0, 6])  # 6: of 16 rows two groups, and one of the four that remain
+def test_the_whole_recipe_is_the_same_on_any_devices_and_in_micro_batches(mix_rows):
+    mixing = dataclasses.replace(WHOLE.mixing, rows=mix_rows)
+    recipe = dataclasses.replace(WHOLE, mixing=mixing)
+    one, *_ = one_step(small(), recipe)
+    other, *_ = one_step(small(), recipe, devices=4, accumulate=2)
     assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert other["accuracy"] == one["accuracy"]
     plain, *_ = one_step(small(), Recipe(cross_entropy, mean=MEAN, std=STD))
