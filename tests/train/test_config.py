@@ -111,7 +111,20 @@ def test_every_key_has_a_rule_that_its_default_fits():
         check_values(load_config(str(file)))
 
 
-WRONG = ("nan", "inf", "-inf", "1e400", "9" * 400, "9" * 5000, "abc", "1,2,3,4", "None", "-0.5", "(", "")
+WRONG = (
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "9" * 400,
+    "9" * 5000,
+    "abc",
+    "1,2,3,4",
+    "None",
+    "-0.5",
+    "(",
+    "",
+)
 
 
 @pytest.mark.parametrize("key", sorted(RULES))
