@@ -95,6 +95,10 @@ def test_refusals_of_the_machine_are_sentences():
     assert sentence(refused) == (
         "/runs: permission denied; change its permissions, or choose another place"
     )
+    absent = FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/x")
+    assert sentence(absent) == (
+        "/proc/x: no such file or directory; check the path, or choose another place"
+    )
     exhausted = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes.")
     assert "too little memory (RESOURCE_EXHAUSTED" in sentence(exhausted)
     assert sentence(exhausted).endswith(

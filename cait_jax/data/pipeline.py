@@ -10,6 +10,7 @@ import functools
 import itertools
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from jaxtyping import UInt8
 from cait_jax.data.order import CROPPING, Chosen, Order, Rows, permutation, philox
 from cait_jax.data.sources import Encoded, InMemory, Split, read_record, record_name
 from cait_jax.errors import UserError
+from cait_jax.interface import Way, advise
 
 Batch = dict[str, np.ndarray]
 
@@ -31,6 +33,8 @@ MAX_BROKEN = 0.01
 JUDGED_FROM = 100
 """How many images are read before that part is judged; as many broken ones in a row are too many at once."""
 
+# Grain's message.
+_WORKER_ENDED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")
 _MAX_THREADS = 16
 _log = logging.getLogger(__name__)
 
@@ -72,8 +76,14 @@ class Batches(Iterator[Batch]):
             if self._replaced is not None:
                 self._replaced.account(batch)
             index = batch.pop("index", None)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, RuntimeError) and (ended := _WORKER_ENDED.search(str(error))):
+                ways = advise(Way("lower {}", "workers"), Way("lower {}", "batch_size"))
+                raise UserError(
+                    f"a process that decodes images ended with exit code {ended[1]}, for lack of memory if it is "
+                    f"-9: {ways}"
+                ) from error
             raise
         # Workers' arrays lie in shared memory that lives no longer than Grain's own array class.
         whole = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cait_jax.errors import UserError, nearest
+from cait_jax.errors import UserError, nearest, some
 from cait_jax.interface import can_set, setting
 from cait_jax.train.conflicts import check_conflicts
 from cait_jax.train.keys import RULES
@@ -126,6 +126,25 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
     return config
 
 
+def check_keys(config: Any) -> None:
+    """Refuses what is not a config with exactly the keys of `cait_jax/train/defaults.py`.
+
+    Args:
+      config: what `get_config` returned.
+
+    Raises:
+      UserError: it is of another type, or naming the keys that are missing or unknown.
+    """
+    start = "start from configs.common.get_config()"
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"the config is a {type(config).__name__}, not a ConfigDict: {start}")
+    known = flatten(config).keys()
+    if missing := sorted(RULES.keys() - known):
+        raise UserError(f"the config lacks {some(missing)}: {start}")
+    if unknown := sorted(known - RULES.keys()):
+        raise UserError(f"there is no config key {unknown[0]!r}; {nearest(unknown[0], RULES)}")
+
+
 def check_values(config: ConfigDict) -> None:
     """Refuses values that no run could use, by `RULES`, and those that exclude each other.
 
@@ -135,6 +154,7 @@ def check_values(config: ConfigDict) -> None:
     Raises:
       UserError: naming the key, its value and what it must be, or the keys that exclude each other.
     """
+    check_keys(config)
     flat = flatten(config)
     for key, rule in RULES.items():
         if not (rule.optional if flat[key] is None else rule.fits(flat[key])):
@@ -216,6 +236,10 @@ def load_config(file: str, overrides: Mapping[str, str] | None = None) -> Config
         raise UserError(_failure(path, error)) from error
     finally:
         sys.path.pop(0)
+    try:
+        check_keys(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return override(config, overrides or {})
 
 

@@ -88,9 +88,14 @@ class Number(Rule):
     def fits(self, value: Any) -> bool:
         """Whether it is such a number; True and False are none."""
         kind = numbers.Integral if self.whole else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, kind):
             return False
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # an integer of more than 308 digits
+            return False
+        if not math.isfinite(number):
+            return False
         over = number > self.low if self.above else number >= self.low
         under = number < self.high if self.below else number <= self.high
         return value == self.also or (over and under)

@@ -10,7 +10,7 @@ import numpy as np
 
 from cait_jax.errors import UserError
 from cait_jax.interface import Way, advise
-from cait_jax.weights.published import to_published
+from cait_jax.weights.published import published_names, to_published
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def fit_head(
       The weights, and the names that were started anew.
 
     Raises:
-      UserError: the weights have a head for another number of classes, or none, and `reset` is False.
+      UserError: the weights fit but for a head of another number of classes, or none, and `reset` is False.
     """
     if model.num_classes == 0:
         body = {name: array for name, array in weights.items() if not _of_head(name)}
@@ -56,6 +56,8 @@ def fit_head(
     shapes = jax.eval_shape(head, jax.random.key(0))
     empty = jax.tree.map(lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), shapes)
     if not any(_of_head(name) for name in weights):
+        if not weights.keys() <= published_names(model):
+            return dict(weights), []  # another network's, which `from_published` refuses
         raise UserError(
             f"these weights have no head, and the model has {model.num_classes} classes: "
             + advise(

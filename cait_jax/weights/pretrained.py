@@ -101,7 +101,7 @@ def load_pretrained(
         trained, stored = _read(place, ema)
     else:
         place = Path(name_or_path)
-        trained, stored = _read(place, ema)
+        trained, stored = _read(place, ema and weights is None)
         if trained is None:
             raise UserError(
                 f"{place} holds weights but not the network they are of: give "

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cait_jax.errors import UserError, some
+from cait_jax.interface import Way, advise
 from cait_jax.models.zoo import Network
 
 _NUMBERED = re.compile(r"(blocks|blocks_token_only)_(\d+)")
@@ -33,7 +34,8 @@ def from_published(weights: Mapping[str, Any], model: Network) -> dict[str, Any]
       The variables of `model`: `params` in its `param_dtype` and, of RegNetY, `batch_stats` in float32.
 
     Raises:
-      UserError: naming every weight that is missing, left over, or of another shape.
+      UserError: naming every weight that is missing, left over, or of another shape, or one that is not
+        floating point.
     """
     template = variables_template(model)
     class_attention = _has_class_attention(template)
@@ -63,6 +65,12 @@ def from_published(weights: Mapping[str, Any], model: Network) -> dict[str, Any]
         return jnp.asarray(whole, leaf.dtype)
 
     variables = jax.tree_util.tree_map_with_path(fill, template)
+    for name in sorted(weights.keys() - unused):
+        dtype = np.asarray(weights[name]).dtype
+        if not jnp.issubdtype(dtype, jnp.floating) and not name.endswith(_COUNTER):
+            raise UserError(
+                f"{name} is {dtype}, as in quantised weights: choose weights in floating point"
+            )
     faults = [
         f"{len(names)} {what} ({some(names)})"
         for what, names in (
@@ -73,7 +81,11 @@ def from_published(weights: Mapping[str, Any], model: Network) -> dict[str, Any]
         if names
     ]
     if faults:
-        raise UserError(f"these weights are not for this model: {'; '.join(faults)}")
+        other = advise(Way("name theirs by {}", "name_or_path"), otherwise="name theirs")
+        raise UserError(
+            f"these weights are not for this model: {'; '.join(faults)}: choose weights of this network, "
+            f"or {other}"
+        )
     return variables
 
 
@@ -100,6 +112,14 @@ def to_published(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
                 counter = f"{name.removesuffix('running_mean')}{_COUNTER}"
                 weights[counter] = np.zeros((), np.int64)
     return weights
+
+
+def published_names(model: Network) -> frozenset[str]:
+    """The published names of all of a model's variables."""
+    empty = jax.tree.map(
+        lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), variables_template(model)
+    )
+    return frozenset(to_published(empty))
 
 
 def variables_template(model: Network) -> dict[str, Any]:

@@ -23,8 +23,9 @@ _AVERAGED = (
 # Lightning and other wrappers; of self-supervised pairs; of averages.
 _PREFIXES = (
     "module.", "_orig_mod.", "model.", "network.", "net.", "backbone.", "encoder.", "student.", "online_model.",
+    "state_dict.",
 )  # fmt: skip
-_AVERAGED_PREFIXES = ("ema.", "ema_model.", "model_ema.", "teacher.")
+_AVERAGED_PREFIXES = ("ema.", "ema_model.", "model_ema.", "state_dict_ema.", "teacher.")
 # What the names of our own networks begin with: files of a part of one have it before every name.
 _OURS = (
     "blocks",

@@ -421,3 +421,12 @@ def test_real_imagenet_batches(real_data_dir, workers):
     ) as batches:
         shown = labels(itertools.islice(batches, 2))
     assert sorted(shown) == sorted(split.records[index]["label"] for index in range(20))
+
+
+def test_a_worker_that_was_killed_is_a_sentence():
+    def killed():
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search")
+        yield
+
+    with pytest.raises(UserError, match=r"ended with exit code -9, .*: lower workers, or lower "):
+        next(pipeline.Batches(killed()))

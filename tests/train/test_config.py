@@ -62,6 +62,17 @@ def test_a_missing_config_file_names_the_nearest():
             "  config.batch_size = 6.5\n  return config",
             "line 4: TypeError",
         ),
+        ("def get_config():\n  return {'seed': 1}", "is a dict, not a ConfigDict: start from "),
+        ("def get_config():\n  pass", "is a NoneType, not a ConfigDict: start from "),
+        (
+            "from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'seed': 1})",
+            r"the config lacks augment\.color_jitter, .* and \d+ more: start from ",
+        ),
+        (
+            "from configs import common\ndef get_config():\n  config = common.get_config().unlock()\n"
+            "  config.model.widht = 3\n  return config",
+            r"there is no config key 'model\.widht'; nearest: model\.width",
+        ),
     ],
 )
 def test_a_config_file_that_fails_is_named_with_the_line(tmp_path, source, sentence):
@@ -100,7 +111,20 @@ def test_every_key_has_a_rule_that_its_default_fits():
         check_values(load_config(str(file)))
 
 
-WRONG = ("nan", "inf", "-inf", "1e400", "abc", "1,2,3,4", "None", "-0.5", "(", "")
+WRONG = (
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "9" * 400,
+    "9" * 5000,
+    "abc",
+    "1,2,3,4",
+    "None",
+    "-0.5",
+    "(",
+    "",
+)
 
 
 @pytest.mark.parametrize("key", sorted(RULES))

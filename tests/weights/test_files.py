@@ -86,6 +86,12 @@ def test_of_weights_and_their_average_the_one_that_is_asked_for(tmp_path, caplog
     assert read_weights(tmp_path / "w.safetensors")["a"] == 0
     assert "also holds averaged weights (ema_model.): load it by ema=True" in caplog.text
     assert read_weights(tmp_path / "w.safetensors", ema=True)["a"] == 1
+    names = {"state_dict.a": np.zeros(1), "state_dict_ema.a": np.ones(1)}
+    save_file(names, tmp_path / "w.safetensors")
+    assert [read_weights(tmp_path / "w.safetensors", ema=ema)["a"] for ema in (False, True)] == [
+        0,
+        1,
+    ]
     save_file({"a": np.ones(1)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match=r"holds no average of its weights: leave out ema=True"):
         read_weights(tmp_path / "w.safetensors", ema=True)

@@ -171,6 +171,39 @@ def test_a_saved_network_may_take_other_weights(tmp_path, model, variables, file
         load_pretrained(tmp_path / "saved", ema=True)
 
 
+def test_a_file_beside_a_saved_model_may_hold_an_average(tmp_path, model, variables):
+    save_pretrained(tmp_path / "saved", model, variables)
+    plain = to_published(variables)
+    average = {f"model_ema.{name}": array / 2 for name, array in plain.items()}
+    both = average | {f"model.{name}": array for name, array in plain.items()}
+    write_safetensors(tmp_path / "both.safetensors", both)
+    write_safetensors(tmp_path / "plain.safetensors", plain)
+    _, found = load_pretrained(tmp_path / "saved", weights=tmp_path / "both.safetensors", ema=True)
+    assert_same_bits(found, jax.tree.map(lambda leaf: leaf / 2, variables))
+    with pytest.raises(UserError, match="holds no average of its weights: leave out ema=True"):
+        load_pretrained(tmp_path / "saved", weights=tmp_path / "plain.safetensors", ema=True)
+
+
+def test_weights_of_another_network_without_a_head_are_not_told_to_take_one(tmp_path, variables):
+    """What has no `head` but other names is another network, or its head has another name."""
+    weights = to_published(variables)
+    weights["fc.weight"] = weights.pop("head.weight")
+    weights["fc.bias"] = weights.pop("head.bias")
+    for content, sentence in (
+        (
+            weights,
+            r"2 missing \(head.bias, head.weight\); 2 left over \(fc.bias, fc.weight\): choose",
+        ),
+        (
+            {name: np.ones(3, np.float32) for name in ("conv1.w", "bn1.w")},
+            r"2 left over \(bn1.w, conv1.w\): choose",
+        ),
+    ):
+        write_safetensors(tmp_path / "other.safetensors", content)
+        with pytest.raises(UserError, match=sentence):
+            load_pretrained(NAME, weights=tmp_path / "other.safetensors", num_classes=3, **SHAPE)
+
+
 def test_settings_of_released_weights_are_the_tables():
     settings = load_settings("cait_s24_384")
     assert settings.preprocessing == find_released("cait_s24_384").preprocessing()

@@ -55,6 +55,10 @@ def test_published_shapes(weights):
             r"patch_embed.proj.weight is \(96, 3, 2, 2\), not \(96, 1, 2, 2\)",
         ),
         (lambda w: [w.pop(k) for k in list(w) if "attn" in k], r"32 missing .* and 28 more"),
+        (
+            lambda w: w.update({k: (10 * v).astype(np.int8) for k, v in w.items()}),
+            r"^blocks\.0\.attn\.proj\.bias is int8, .*: choose weights in floating point$",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(model, weights, edit, message):
