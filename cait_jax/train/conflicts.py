@@ -20,6 +20,11 @@ _CONFLICTS: tuple[tuple[Callable[[Settings], Any], str], ...] = (
         "--config.augment.rand_augment= (empty), or --config.augment.color_jitter=0",
     ),
     (
+        lambda of: of["augment.mix_rows"] % 2,
+        "--config.augment.mix_rows must be even, or 0 for the whole batch: in an odd group one image would be "
+        "mixed with itself",
+    ),
+    (
         lambda of: of["distill.kind"] == "none" and of["distill.weights"] is not None,
         "--config.distill.weights is given and nothing learns from it: set --config.distill.kind to hard or "
         "soft",

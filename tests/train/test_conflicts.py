@@ -17,6 +17,7 @@ PHASES = {"phases.head_epochs": 5.0}
     [
         (THREE, "three_augment replaces RandAugment, which is on"),
         (JITTER, "color_jitter has no place beside RandAugment"),
+        ({"augment.mix_rows": 63}, "must be even, or 0 for the whole batch"),
         ({"distill.weights": "teacher.pth"}, "distill.weights is given and nothing learns from it"),
         (
             {"distill.kind": "hard", "distill.weights": "a.pth", "distill.logits": "a.npz"},

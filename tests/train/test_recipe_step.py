@@ -69,7 +69,9 @@ WHOLE = Recipe(
 )
 
 
-@pytest.mark.parametrize("mix_rows", [0, 6])  # 6: of 16 rows two groups, and one of the four that remain
+@pytest.mark.parametrize(
+    "mix_rows", [0, 6]
+)  # 6: of 16 rows two groups, and one of the four that remain
 def test_the_whole_recipe_is_the_same_on_any_devices_and_in_micro_batches(mix_rows):
     mixing = dataclasses.replace(WHOLE.mixing, rows=mix_rows)
     recipe = dataclasses.replace(WHOLE, mixing=mixing)
