@@ -106,9 +106,9 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
                 return Run(setup.model, state, metrics, finished=True)
             if start < setup.total_steps:
                 report.message(_greeting(setup, state, workdir, start))
-            for split in (setup.train_split, setup.eval_split):
-                if left_out := left_out_of(split):
-                    report.message(left_out)
+            left_out = map(left_out_of, (setup.train_split, setup.eval_split))
+            for message in dict.fromkeys(filter(None, left_out)):  # once of a folder for both
+                report.message(message)
             return _run(setup, state, start, metrics, data, checkpoints, report, evaluated)
 
 
