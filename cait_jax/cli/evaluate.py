@@ -124,7 +124,14 @@ def command(
 
     examples = open_split(found.split)
     # A split that does not exist is told before the work begins.
-    train = open_split(train_split) if knn or probe else None
+    train = None
+    if knn or probe:
+        try:
+            train = open_split(train_split)
+        except UserError as error:
+            raise UserError(
+                f"--knn and --probe learn from --train-split {train_split}: {error}"
+            ) from error
     if train is not None:
         _refuse_shared_images(train, examples, train_split, found.split)
     reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers}

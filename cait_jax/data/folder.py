@@ -15,6 +15,7 @@ from cait_jax.data.formats import readable_suffixes
 from cait_jax.data.image_files import (
     as_on_disk,
     by_suffix,
+    count_images,
     counts_in_words,
     images_below,
     left_out_in_words,
@@ -56,9 +57,13 @@ class FolderRecords:
         try:
             image = (self.root / name).read_bytes()
         except OSError as error:
+            path, reason = self.root / name, error.strerror
+            if isinstance(error, PermissionError):
+                raise UserError(
+                    f"image {path} cannot be read: {reason}; make it readable or leave it out"
+                ) from error
             raise UserError(
-                f"image {self.root / name} cannot be read any more: {error.strerror}; put it back "
-                "or open the folder again"
+                f"image {path} cannot be read any more: {reason}; put it back or open the folder again"
             ) from error
         return {"image": image, "label": int(self.labels[index]), "file_name": name}
 
@@ -110,7 +115,7 @@ def load_folder(root: str | Path, split: str | None = None, *, channels: int = 3
         part,
         tuple(itertools.compress(files, chosen)),
         np.array(labels, np.int32)[chosen],
-        {**by_suffix(others), **found.beside},
+        {**by_suffix(others), **found.beside, **_loose_images(part)},
     )
     return Encoded(records, class_names, channels, exif=True)
 
@@ -228,7 +233,9 @@ def _find(folder: Path, split: str | None) -> _Found:
     if split is None:
         raise UserError(f"folder {folder} is divided into {known}; say which split")
     if purpose is None or purpose not in layout.splits:
-        raise UserError(f"folder {folder} has no split {split!r}; it is divided into {known}")
+        raise UserError(
+            f"folder {folder} has no split {split!r}; it is divided into {known}: choose one of these"
+        )
     beside = {f"{name}/": len(images_below(folder / name).paths) for name in layout.beside}
     part = folder / layout.splits[purpose]
     names = _class_names(part)
@@ -242,6 +249,12 @@ def _find(folder: Path, split: str | None) -> _Found:
             "rename or remove them there, or add them to train"
         )
     return _Found(part, trained, of_training=True, beside=beside)
+
+
+def _loose_images(part: Path) -> dict[str, int]:
+    """Images beside the folders of the classes."""
+    count = count_images(part)
+    return {"./": count} if count else {}
 
 
 def _class_names(part: Path) -> tuple[str, ...]:

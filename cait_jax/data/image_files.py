@@ -43,11 +43,15 @@ class Images:
 
 
 def images_below(folder: str | Path) -> Images:
-    """Lists the images at any depth. Links to folders are followed once; files of systems count for nothing."""
+    """Lists the images at any depth. Links to folders are followed once; files of systems count for nothing.
+
+    Raises:
+      OSError: a folder cannot be listed.
+    """
     seen = set()
     found: list[str] = []
     others: list[str] = []
-    for where, subfolders, names in os.walk(folder, followlinks=True):
+    for where, subfolders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         status = os.stat(where)  # noqa: PTH116, a string, for speed
         if (status.st_dev, status.st_ino) in seen:  # a link to what was read, or to a parent
             subfolders.clear()
@@ -62,15 +66,34 @@ def images_below(folder: str | Path) -> Images:
     return Images(sorted(found, key=lambda path: (composed(path), path)), others)
 
 
+def _refuse(error: OSError) -> None:
+    raise error  # os.walk passes over a folder that it cannot list
+
+
 def by_suffix(paths: Iterable[str]) -> Counter[str]:
     """How many files there are of each suffix in lower case; `""` where a name has none that looks like one."""
     return Counter(map(_suffix_of, paths))
 
 
 def subfolders(folder: str | Path) -> list[str]:
-    """The names of the folders in a folder, sorted; those of systems are passed over."""
+    """The names of the folders in a folder, sorted; those of systems are passed over.
+
+    Raises:
+      UserError: a link without a suffix, as to a folder, leads nowhere.
+    """
+    names = []
     with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.is_dir() and not is_system(e.name))
+        for entry in entries:
+            if is_system(entry.name):
+                continue
+            if entry.is_dir():
+                names.append(entry.name)
+            elif entry.is_symlink() and not _suffix_of(entry.name) and not os.path.exists(entry):  # noqa: PTH110
+                target = os.readlink(entry)  # noqa: PTH115
+                raise UserError(
+                    f"{entry.path} is a link to {target}, which does not exist: mend the link or remove it"
+                )
+    names.sort()
     return [
         name for name in names
         if name.casefold() not in _CAMERA or images_below(Path(folder) / name).paths
@@ -79,8 +102,13 @@ def subfolders(folder: str | Path) -> list[str]:
 
 def has_images(folder: str | Path) -> bool:
     """Whether images lie right in a folder."""
+    return count_images(folder) > 0
+
+
+def count_images(folder: str | Path) -> int:
+    """How many images lie right in a folder."""
     with os.scandir(folder) as entries:
-        return any(is_image(entry.name) for entry in entries)
+        return sum(is_image(entry.name) and not entry.is_dir() for entry in entries)
 
 
 def is_image(name: str) -> bool:
@@ -103,7 +131,8 @@ def left_out_in_words(left_out: Mapping[str, int], where: str | Path) -> str | N
     """Says what is not read, in one sentence; None where nothing is left out.
 
     Args:
-      left_out: counts by suffix, or of images by a folder's name that ends in a slash.
+      left_out: counts by suffix, or of images by a folder's name that ends in a slash; `"./"` counts those that
+        are in no folder.
       where: what holds them.
     """
     if not left_out:
@@ -117,7 +146,9 @@ def counts_in_words(left_out: Mapping[str, int]) -> str:
     """Counts as for `left_out_in_words`, the greatest first, each with the extra that reads such files."""
     parts = []
     for name, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0])):
-        if name.endswith("/"):
+        if name == "./":
+            parts.append(f"{count:,} images outside the class folders")
+        elif name.endswith("/"):
             parts.append(f"{count:,} images in {name}")
         else:
             parts.append(f"{count:,} {name or 'without a suffix'}{_reader(name)}")

@@ -59,6 +59,8 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
       Exception: of any type, as Pillow's readers report broken files.
     """
     silence_warnings()
+    if not data:
+        raise BrokenImage("the file is empty")
     reader = next((cls for start, cls in _READERS if re.match(start, data, re.DOTALL)), None)
     if reader is None:
         raise BrokenImage(_NO_IMAGE)

@@ -384,7 +384,7 @@ class _EvaluationExamples:
     def __getitem__(self, index: int) -> Batch:
         position = self.rows.position(int(index))
         if position < len(self.split):
-            return {**_example(self.split, position, self.crop), "mask": np.array(True)}
+            return {**self._whole(position), "mask": np.array(True)}
         padding: Batch = {
             "image": np.zeros(self.shape, np.uint8),
             "label": np.array(0, np.int32),
@@ -393,6 +393,14 @@ class _EvaluationExamples:
         if self.split.multi_label:
             padding["labels"] = np.zeros(self.split.num_classes, np.bool_)
         return padding
+
+    def _whole(self, position: int) -> Batch:
+        from cait_jax.data.decode import BrokenImage
+
+        try:
+            return _example(self.split, position, self.crop)
+        except BrokenImage as error:
+            raise BrokenImage(f"{error}; remove or replace it") from error
 
 
 def _example(

@@ -15,11 +15,11 @@ from cait_jax.data.folder import left_out_of
 from cait_jax.interface import Way, advise
 from cait_jax.models.cait import CaiT
 from cait_jax.sharding import over_batch, put_batch
-from cait_jax.train.config import as_json, check_resumable
+from cait_jax.train.config import as_json
 from cait_jax.train.interrupt import StopRequest
 from cait_jax.train.processes import check_shared, local_folder
 from cait_jax.train.report import Report, rewind
-from cait_jax.train.resume import check_same_data, describe_data
+from cait_jax.train.resume import check_resumed, describe_data
 from cait_jax.train.setup import Setup, abstract_state, set_up
 from cait_jax.train.state import TrainState
 
@@ -74,9 +74,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
     ) as checkpoints:
         data = describe_data(setup.train_split, setup.eval_split)
         if checkpoints.latest_step() is not None:
-            saved = checkpoints.meta()
-            check_resumable(saved["config"], config, str(workdir))
-            check_same_data(saved, data, str(workdir))
+            check_resumed(checkpoints.meta(), config, data, str(workdir))
         meta: dict[str, Any] = {}
         restored = checkpoints.restore(abstract_state(setup))
         if restored is None:
@@ -106,9 +104,9 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
                 return Run(setup.model, state, metrics, finished=True)
             if start < setup.total_steps:
                 report.message(_greeting(setup, state, workdir, start))
-            for split in (setup.train_split, setup.eval_split):
-                if left_out := left_out_of(split):
-                    report.message(left_out)
+            left_out = map(left_out_of, (setup.train_split, setup.eval_split))
+            for message in dict.fromkeys(filter(None, left_out)):  # once of a folder for both
+                report.message(message)
             return _run(setup, state, start, metrics, data, checkpoints, report, evaluated)
 
 

@@ -4,9 +4,14 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from cait_jax.data.folder import FolderRecords
 from cait_jax.data.sources import Encoded, Split
 from cait_jax.errors import UserError
+from cait_jax.train.config import as_json, check_resumable
+
+_OF_SPLITS = ("name", "train_split", "eval_split")
 
 
 def describe_data(train: Split, evaluation: Split) -> dict[str, Any]:
@@ -26,6 +31,33 @@ def _describe(split: Split) -> dict[str, Any]:
         listed = "".join(f"{name}\0{label}\0" for name, label in pairs)
         found["files_sha256"] = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
     return found
+
+
+def check_resumed(
+    meta: Mapping[str, Any], config: ConfigDict, now: Mapping[str, Any], workdir: str
+) -> None:
+    """Refuses to resume a run with settings or on data that would make it another run.
+
+    Data that changed under the same name are named before the settings that follow from their size. A folder may
+    have moved if its list of files is the same.
+
+    Args:
+      meta: of the checkpoint.
+      config: of the run now.
+      now: of `describe_data`.
+      workdir: of the run.
+
+    Raises:
+      UserError: as `check_resumable` and `check_same_data` do.
+    """
+    saved, current = dict(meta["config"]), as_json(config)
+    recorded = meta.get("data", {})
+    if recorded == now and all("files_sha256" in split for split in recorded.values()):
+        saved["data"] = {**saved["data"], "name": current["data"]["name"]}
+    if all(saved["data"].get(key) == current["data"].get(key) for key in _OF_SPLITS):
+        check_same_data(meta, now, workdir)
+    check_resumable(saved, config, workdir)
+    check_same_data(meta, now, workdir)
 
 
 def check_same_data(meta: Mapping[str, Any], now: Mapping[str, Any], workdir: str) -> None:

@@ -214,6 +214,8 @@ def test_train_and_test_splits_are_matched_by_name(headless, images, tmp_path):
     assert found["knn"] == knn_accuracy(bank, np.arange(6) % 3, queries, np.array([1, 2, 1]), k=6)
     (data / "test" / "cow").rename(data / "test" / "yak")
     assert "cannot be found in the split to learn from: yak" in cait(*arguments, status=1)[1]
+    arguments[arguments.index("val")] = "train"
+    assert "learn from --train-split train: folder " in cait(*arguments, status=1)[1]
 
 
 def test_what_is_left_out_is_said_by_every_command(saved, images, tmp_path):

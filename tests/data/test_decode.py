@@ -407,6 +407,8 @@ def test_what_is_no_image_is_told_what_would_be():
     for data in (b"%PDF-1.7", b"\0\0\0\x18ftypisom\0\0\2\0isomiso2"):
         with pytest.raises(BrokenImage, match=known):
             decode_image(data)
+    with pytest.raises(BrokenImage, match=r"^the file is empty$"):
+        decode_image(b"")
 
 
 def test_random_crop_is_a_function_of_its_generator():

@@ -1,6 +1,8 @@
 """What is an image by its name, and what is said of the rest. What arguments name: `test_folder.py`."""
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 from test_folder import fill, message_of
@@ -55,3 +57,52 @@ def test_names_in_sentences_are_escaped(tmp_path, name):
     assert "\x1b" not in said
     said.encode()
     assert "\u202e" not in said
+
+
+def test_images_outside_the_class_folders_are_said(tmp_path):
+    fill(tmp_path, "a/1.jpg", "b/2.jpg", "loose.jpg", "other.PNG", "labels.csv")
+    found = load_folder(tmp_path)
+    assert (len(found), found.records.left_out) == (2, {"./": 2})
+    assert (
+        left_out_of(found)
+        == f"left out of {tmp_path}: 2 files (2 images outside the class folders)"
+    )
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    fill(tmp_path, "a/1.jpg", "a/deep/2.jpg", "b/3.jpg")
+    scandir = os.scandir
+
+    def refusing(path="."):
+        if os.fspath(path) == str(tmp_path / "a/deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    for read in (load_folder, lambda folder: find_images([folder])):
+        with pytest.raises(PermissionError, match="a/deep"):
+            read(tmp_path)
+
+
+def test_a_class_that_is_a_link_to_nowhere_is_refused(tmp_path):
+    fill(tmp_path, "d/a/1.jpg", "d/b/2.jpg", "away/3.jpg")
+    (tmp_path / "d/c").symlink_to(tmp_path / "away")
+    (tmp_path / "d/readme.txt").symlink_to(tmp_path / "nowhere")
+    assert load_folder(tmp_path / "d").class_names == ("a", "b", "c")
+    (tmp_path / "away").rename(tmp_path / "gone")
+    assert message_of(load_folder, tmp_path / "d") == (
+        f"{tmp_path / 'd/c'} is a link to {tmp_path / 'away'}, which does not exist: mend the link or remove it"
+    )
+
+
+def test_an_image_without_permission_is_told_so(tmp_path, monkeypatch):
+    fill(tmp_path, "a/1.jpg", "b/2.jpg")
+    found = load_folder(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert message_of(found.records.__getitem__, 0) == (
+        f"image {tmp_path / 'a/1.jpg'} cannot be read: Permission denied; make it readable or leave it out"
+    )

@@ -152,7 +152,7 @@ def test_files_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "not a JPEG, PNG or WebP image"),
+        (b"", "the file is empty"),
         (b"{}", "not a JPEG, PNG or WebP image"),
         (JPEG[:-200], "truncated"),
         (encode(noise(0, 9, 9))[:-60], ""),

@@ -9,7 +9,9 @@ from PIL import Image
 from cait_jax import UserError
 from cait_jax.data.folder import load_folder
 from cait_jax.data.sources import InMemory
-from cait_jax.train.resume import check_same_data, describe_data
+from cait_jax.train import defaults
+from cait_jax.train.config import as_json
+from cait_jax.train.resume import check_resumed, check_same_data, describe_data
 
 
 def pictures(root, *classes, count=2):
@@ -82,3 +84,28 @@ def test_a_run_of_before_knows_its_class_names():
     check_same_data({"class_names": ["a", "b"]}, now, "runs/a")
     with pytest.raises(UserError, match="class 1 was 'c' and is 'b' now"):
         check_same_data({"class_names": ["a", "c"]}, now, "runs/a")
+
+
+def config_of(root, batch_size=4):
+    config = defaults.get_config()
+    config.data.name, config.data.eval_split = str(root), "val"
+    config.eval.batch_size = batch_size
+    return config
+
+
+def test_changed_data_are_named_before_the_settings_that_follow_from_them(root):
+    meta = {"config": as_json(config_of(root)), "data": described(root)}
+    remove_an_image_of_evaluation(root)
+    with pytest.raises(UserError, match="other evaluation data: it had 4 images and has 3 now"):
+        check_resumed(meta, config_of(root, batch_size=3), described(root), "runs/a")
+
+
+def test_a_folder_may_move_with_its_files_alone(root):
+    meta = {"config": as_json(config_of(root)), "data": described(root)}
+    moved = root.rename(root.with_name("moved"))
+    check_resumed(meta, config_of(moved), described(moved), "runs/a")
+    with pytest.raises(UserError, match=r"batch_size was 4 and is now 3: take them back"):
+        check_resumed(meta, config_of(moved, batch_size=3), described(moved), "runs/a")
+    add_an_image(moved)
+    with pytest.raises(UserError, match=r"data\.name was '.*' and is now '.*moved'"):
+        check_resumed(meta, config_of(moved), described(moved), "runs/a")
