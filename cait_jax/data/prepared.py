@@ -42,7 +42,7 @@ def find_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
         names = [*_NOT_TFDS, *tfds.list_builders(with_community_datasets=False)]
         near = nearest(name, names, count=6)
         hint = near if near.startswith("nearest") else "tfds.list_builders() names the known ones"
-        raise UserError(f"unknown data set {name!r}; {hint}") from error
+        raise UserError(f"there is no folder and no data set called {name!r}; {hint}") from error
     except Exception as error:  # a wrong version or config, an unreadable folder
         raise UserError(
             f"data set {name!r} cannot be opened: {first_line(error.__cause__ or error)}; check "
