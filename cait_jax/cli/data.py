@@ -9,7 +9,7 @@ import click
 
 from cait_jax.cli.numbers import COUNT
 from cait_jax.cli.output import as_json, check_writable, note, say, table
-from cait_jax.errors import printable
+from cait_jax.errors import printable, some
 
 _FEW_CLASSES = 20
 
@@ -133,6 +133,8 @@ def show_command(
         summaries.append(summarize(data, name, opened, data_dir))
         if aside := left_out_of(opened):
             note(aside)
+        if summaries[-1].broken_images:
+            note(f"broken in {name}: {some(summaries[-1].broken_images)}")
         if name == names[0]:
             words = list(class_words(opened.class_names))
             if sheet is not None:

@@ -16,6 +16,7 @@ from cait_jax.data.sources import (
     is_folder,
     load_split,
     read_record,
+    record_name,
     split_names,
 )
 from cait_jax.errors import UserError, printable
@@ -40,6 +41,7 @@ class SplitSummary:
       width: least, median and greatest width in pixels of those.
       height: likewise.
       left_out: of a folder, how many files are not read, by suffix.
+      broken_images: the names of those that are broken.
     """
 
     name: str
@@ -50,6 +52,7 @@ class SplitSummary:
     width: tuple[int, int, int]
     height: tuple[int, int, int]
     left_out: dict[str, int] = field(default_factory=dict)
+    broken_images: tuple[str, ...] = ()
 
 
 def open_split(name: str, split: str, data_dir: str | None = None) -> Split:
@@ -83,23 +86,25 @@ def summarize(name: str, split_name: str, split: Split, data_dir: str | None) ->
         )
     from cait_jax.data.decode import BrokenImage, decode_image
 
-    sizes, broken = [], 0
+    sizes, broken = [], []
     chosen = spread(len(split), _DECODED)
     for index in chosen:
+        record = read_record(split, index)
         try:
-            sizes.append(decode_image(read_record(split, index)["image"]).shape[:2])
+            sizes.append(decode_image(record["image"]).shape[:2])
         except BrokenImage:
-            broken += 1
+            broken.append(record_name(index, record))
     heights, widths = zip(*sizes, strict=True) if sizes else ((0,), (0,))
     return SplitSummary(
         split_name,
         len(split),
         _bytes_of(name, split_name, split, data_dir),
-        broken,
+        len(broken),
         len(chosen),
         _spread_of(widths),
         _spread_of(heights),
         dict(_left_out(split)),
+        tuple(broken),
     )
 
 

@@ -1,6 +1,7 @@
 """`cait data`, run as a user would."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -55,8 +56,9 @@ def test_a_folder_is_shown(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(EXAMPLES[number % 5][0])
     (tmp_path / "photos/a/broken.jpg").write_bytes(b"???")
-    out, _ = cait_data("show", tmp_path / "photos", "--sheet", tmp_path / "s.png")
+    out, err = cait_data("show", tmp_path / "photos", "--sheet", tmp_path / "s.png")
     assert "1 of 31" in out
+    assert re.search(r"broken in all: image \d+ \(a/broken\.jpg\)$", err, re.MULTILINE)
     assert "2 classes: a, b" in out
     assert "1 images on it are broken" in out
     found = json.loads(cait_data("show", tmp_path / "photos", "--split", "train", "--json")[0])

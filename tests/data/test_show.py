@@ -31,6 +31,7 @@ def test_a_folder_is_summed_up(tmp_path):
     split = open_split(name, "all")
     found = summarize(name, "all", split, None)
     assert (found.images, found.broken, found.decoded) == (10, 1, 10)
+    assert [name for name in found.broken_images if "a/broken.png" in name]
     assert found.bytes == sum(path.stat().st_size for path in tmp_path.glob("*/*"))
     assert (found.width, found.height) == ((60, 60, 60), (20, 24, 28))
 
