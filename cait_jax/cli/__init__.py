@@ -56,7 +56,7 @@ class Commands(click.Group):
         raise click.ClickException(printable(said))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The program itself: what it says of a mistake is the last line of standard error."""
+        """Runs as a process of its own: the error message is the last line of standard error."""
         exits.quiet_libraries()
         self._is_program = True
         try:

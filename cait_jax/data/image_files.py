@@ -35,7 +35,7 @@ class Images:
 
     Attributes:
       paths: the images, relative to the folder, with forward slashes, sorted by their composed form.
-      others: the other files likewise, unsorted, without those of systems.
+      others: the other files, relative to the folder, unsorted, without those of systems.
     """
 
     paths: list[str]

@@ -81,8 +81,9 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
             start, state = 0, setup.start()
         else:
             start, state, meta = restored
-        # The evaluation that was due when the restored state was saved, unless it was not finished.
-        evaluated = start == 0 or not _evaluates(setup, start) or bool(checkpoints.metrics(start))
+        # Of the restored state's own evaluation; empty if none was due, or it was not finished.
+        recorded = checkpoints.metrics(start) if start else {}
+        evaluated = bool(recorded) or start == 0 or _to_evaluation(setup, start) > 0
         if jax.process_index() == 0:
             rewind(workdir / "metrics.jsonl", start, evaluated=evaluated)
         with Report(
@@ -93,9 +94,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
             tensorboard=config.report.tensorboard,
             primary=jax.process_index() == 0,
         ) as report:
-            metrics = meta.get("metrics", {})
-            if evaluated and restored is not None and _evaluates(setup, start):
-                metrics = checkpoints.metrics(start)
+            metrics = recorded or meta.get("metrics", {})
             if start >= setup.total_steps and evaluated:
                 report.message(
                     f"the run in {workdir} is finished ({start} steps, {_summary(metrics)}): to start "
@@ -110,12 +109,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
             return _run(setup, state, start, metrics, data, checkpoints, report, evaluated)
 
 
-def _evaluates(setup: Setup, step: int) -> bool:
-    """Whether the state after a step is evaluated."""
-    return _to_evaluation(setup, step) == 0
-
-
 def _to_evaluation(setup: Setup, step: int) -> int:
+    """Steps from a step to the next whose state is evaluated; 0 if its own is."""
     every = max(1, round(setup.config.eval.every_epochs * setup.steps_per_epoch))
     return min(-step % every, setup.total_steps - step)
 
