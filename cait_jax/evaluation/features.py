@@ -111,7 +111,7 @@ def features_of_split(
 
     Args:
       model: as for `extract_features`.
-      variables: likewise.
+      variables: of the model.
       split: of `cait_jax.data.load_split`, with the channels of the preprocessing.
       preprocessing: size, crop and normalisation of the images.
       title: of the bar.
