@@ -293,7 +293,7 @@ def cifar10(data_dir: str, rounds: int) -> dict[str, Any]:
     """Seconds of a batch of CIFAR-10 from memory, and of the step that it feeds."""
     import jax
 
-    from cait_jax.sharding import over_batch, put_batch
+    from cait_jax.sharding import batch_sharding, put_batch
     from cait_jax.train.setup import set_up
     from configs import cifar10_small
 
@@ -307,7 +307,7 @@ def cifar10(data_dir: str, rounds: int) -> dict[str, Any]:
             start = time.perf_counter()
             batch = next(batches)
             middle = time.perf_counter()
-            state, metrics = setup.train_step(state, put_batch(batch, over_batch(setup.mesh)))
+            state, metrics = setup.train_step(state, put_batch(batch, batch_sharding(setup.mesh)))
             jax.block_until_ready((state, metrics))
             if turn:  # the first compiles
                 times["batch"].append(middle - start)

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.sharding import over_batch, put_batch
+from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train import loop
 from cait_jax.train.report import Report
 from cait_jax.train.setup import Setup, set_up
@@ -36,7 +36,7 @@ class Clock(Report):
 def bare(setup: Setup, steps: int) -> float:
     """Seconds of `steps` calls of the compiled step."""
     state = setup.init()
-    batch = put_batch(next(setup.batches()), over_batch(setup.mesh))
+    batch = put_batch(next(setup.batches()), batch_sharding(setup.mesh))
     state, metrics = setup.train_step(state, batch)
     jax.block_until_ready(metrics)
     start = time.perf_counter()

@@ -51,7 +51,7 @@ from cait_jax.kernels import default_implementation
 from cait_jax.models.cait import CaiT
 from cait_jax.models.cost import macs
 from cait_jax.models.zoo import VARIANTS
-from cait_jax.sharding import batch_divided, make_mesh, over_batch, replicated
+from cait_jax.sharding import batch_sharding, constrain_batch, make_mesh, replicated
 from cait_jax.train.optimizer import make_optimizer
 from cait_jax.weights.published import from_published, to_published, variables_template
 
@@ -129,7 +129,7 @@ class Ours:
     def __init__(self, weights: dict[str, np.ndarray], images: np.ndarray, devices: int) -> None:
         self.weights, self.images = weights, images
         self.mesh = make_mesh(jax.devices()[:devices])
-        self.whole, self.rows = replicated(self.mesh), over_batch(self.mesh)
+        self.whole, self.rows = replicated(self.mesh), batch_sharding(self.mesh)
         self.functions: dict[str, Callable[[], Any]] = {}
 
     def logits(self, model: CaiT) -> np.ndarray:
@@ -173,7 +173,9 @@ class Ours:
     def _forward(
         self, model: CaiT, variables: Any, images: Any
     ) -> tuple[Callable[[], Any], int | None]:
-        forward = batch_divided(lambda variables, images: model.apply(variables, images), self.mesh)
+        forward = constrain_batch(
+            lambda variables, images: model.apply(variables, images), self.mesh
+        )
         jitted = jax.jit(forward, in_shardings=(self.whole, self.rows), out_shardings=self.rows)
         compiled = jitted.lower(variables, images).compile()
         return lambda: compiled(variables, images), needed(compiled, self.mesh.size)
@@ -201,7 +203,7 @@ class Ours:
         start = jax.jit(optimizer.init, out_shardings=self.whole)(params)
         state = [params, start, jax.device_put(np.int32(0), self.whole)]
         jitted = jax.jit(
-            batch_divided(step, self.mesh),
+            constrain_batch(step, self.mesh),
             donate_argnums=(0, 1, 2),
             in_shardings=(self.whole,) * 3 + (self.rows,) * 2,
             out_shardings=self.whole,

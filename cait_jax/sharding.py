@@ -1,9 +1,9 @@
-"""The mesh of devices, and how batches and states lie on it.
+"""The device mesh, and the shardings of batches and states on it.
 
-The mesh has three axes. `data`: each device has other images, and the same parameters. `fsdp`: each has other
-images and a part of every large parameter, which is gathered where it is needed (Rajbhandari et al., arXiv
-1910.02054, stage 3). `tensor`: devices share the images and divide the work of one layer (Shoeybi et al., arXiv
-1909.08053). Models know nothing of it: `RULES` place a parameter by its name.
+The mesh has three axes. `data`: devices differ in images and share parameters. `fsdp`: devices differ in images,
+and each holds a shard of every large parameter, which is all-gathered where it is used (Rajbhandari et al., arXiv
+1910.02054, stage 3). `tensor`: devices share images and split the work of each layer (Shoeybi et al., arXiv
+1909.08053). Models do not know the mesh: `RULES` shard a parameter by its path.
 """
 
 import functools
@@ -17,13 +17,14 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cait_jax.axes import AXES, BATCH_AXES
 from cait_jax.errors import UserError
 from cait_jax.interface import setting
-from cait_jax.trees import names_and_leaves
 
-# How the last axes of an array lie, by its name's end; the first that fits counts, what fits none is on every
-# device. Axes before those (a stack of blocks) are whole.
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Mesh axes of the last axes of an array, by the end of its path; the first match counts, and what matches none
+# is replicated. Leading axes, such as that of stacked blocks, are not sharded.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"patch_embed/proj/kernel", ("fsdp",)),
     (r"(qkv|q|k|v|fc1|head|head_dist)/kernel", ("fsdp", "tensor")),
@@ -37,34 +38,28 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 def make_mesh(
     devices: list[jax.Device] | None = None, *, data: int = -1, fsdp: int = 1, tensor: int = 1
 ) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor`.
-
-    Args:
-      devices: the devices; all of them if not given.
-      data: size of the axis; of one axis it may be -1, which is what the others leave.
-      fsdp: likewise.
-      tensor: likewise; the devices that share images must belong to one process.
+    """A mesh with the axes `data`, `fsdp` and `tensor`, of which one may be -1 for the remaining devices.
 
     Raises:
-      UserError: the sizes do not make up the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or `tensor` spans processes.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
-    filled = [name for name, size in sizes.items() if size == -1]
+    inferred = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
-    said = ", ".join(f"{setting(f'config.mesh.{name}', size)}" for name, size in sizes.items())
-    if len(filled) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    given = ", ".join(f"{setting(f'config.mesh.{name}', size)}" for name, size in sizes.items())
+    if len(inferred) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(
-            f"{said} is no mesh: every size must be 1 or more, and one of them may be -1, which takes "
+            f"{given} is no mesh: every size must be 1 or more, and one of them may be -1, which takes "
             "the devices that are left"
         )
-    if len(devices) % known or (not filled and known != len(devices)):
+    if len(devices) % known or (not inferred and known != len(devices)):
         raise UserError(
-            f"{said} does not fit {len(devices)} device(s): the sizes must multiply to that; leave "
+            f"{given} does not fit {len(devices)} device(s): the sizes must multiply to that; leave "
             f"{setting('config.mesh.data', -1)} to fill what is left"
         )
-    if filled:
-        sizes[filled[0]] = len(devices) // known
+    if inferred:
+        sizes[inferred[0]] = len(devices) // known
     local = sum(device.process_index == devices[0].process_index for device in devices)
     if local % sizes["tensor"]:
         raise UserError(
@@ -80,55 +75,43 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def over_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis is divided, in its order, over `data` and `fsdp`."""
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis is split, in order, over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def placed(tree: Any, mesh: Mesh) -> Any:
-    """How each array of a tree lies on a mesh, by `RULES`.
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of each leaf by `RULES`, for parameters or a whole training state.
 
-    The name is the path, so what an optimiser or an average keeps of a parameter lies as the parameter does. An
-    axis of an array that a mesh axis does not divide stays whole.
-
-    Args:
-      tree: arrays or shapes: parameters, or a whole training state.
-      mesh: of `make_mesh`.
-
-    Returns:
-      The same tree of shardings.
+    Since paths decide, the optimiser's moments and the EMA are sharded as their parameter. An array axis that the
+    mesh axis does not divide is not sharded.
     """
-    names, structure = names_and_leaves(tree)
-    shardings = [NamedSharding(mesh, _spec(name, leaf.shape, mesh)) for name, leaf in names]
+    paths, structure = leaf_paths(tree)
+    shardings = [NamedSharding(mesh, _spec(path, leaf.shape, mesh)) for path, leaf in paths]
     return jax.tree.unflatten(structure, shardings)
 
 
-def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     for pattern, axes in RULES:
-        if re.search(rf"(^|/){pattern}$", name) and len(axes) <= len(shape):
-            whole = (None,) * (len(shape) - len(axes))
-            fitting = (
+        if re.search(rf"(^|/){pattern}$", path) and len(axes) <= len(shape):
+            leading = (None,) * (len(shape) - len(axes))
+            divisible = (
                 axis if axis and size % mesh.shape[axis] == 0 else None
-                for axis, size in zip(axes, shape[len(whole) :], strict=True)
+                for axis, size in zip(axes, shape[len(leading) :], strict=True)
             )
-            return PartitionSpec(*whole, *fitting)
+            return PartitionSpec(*leading, *divisible)
     return PartitionSpec()
 
 
-def batch_divided(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """The function, with every module that it traces keeping its batch divided over `data` and `fsdp`.
+def constrain_batch(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Traces `function` with the mesh set and the output of every Flax module constrained to `batch_sharding`.
 
-    Without this the compiler may as well divide the channels, as the parameters are, and gather the batch. Inside,
-    the mesh is set, for kernels that each device runs on its own images.
-
-    Args:
-      function: applies Flax modules, whose outputs have the batch as their first axis.
-      mesh: of `make_mesh`.
+    Without the constraint the compiler may shard channels, as the parameters are, and gather the batch.
     """
     if mesh.size == 1:
         return function
 
-    def pin(array: Any) -> Any:
+    def constrain(array: Any) -> Any:
         free = (PartitionSpec.UNCONSTRAINED,) * (array.ndim - 1)
         spec = PartitionSpec(BATCH_AXES, *free)
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
@@ -137,26 +120,50 @@ def batch_divided(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any
         output = call(*args, **kwargs)
         if context.method_name != "__call__":
             return output
-        return jax.tree.map(pin, output)
+        return jax.tree.map(constrain, output)
 
     @functools.wraps(function)
-    def divided(*args: Any, **kwargs: Any) -> Any:
+    def constrained(*args: Any, **kwargs: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.intercept_methods(interceptor):
             return function(*args, **kwargs)
 
-    return divided
+    return constrained
+
+
+def shard_over_batch(function: Callable[..., Any], batched: int) -> Callable[..., Any]:
+    """`shard_map`s a function over the batch where a mesh is set; devices along `tensor` repeat the work.
+
+    Args:
+      function: its first `batched` arguments and its result have the batch as first axis; other arguments are
+        replicated.
+      batched: number of batched arguments.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    images = PartitionSpec(tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names))
+
+    def sharded(*arguments: Any) -> Any:
+        rest = (PartitionSpec(),) * (len(arguments) - batched)
+        return jax.shard_map(
+            function,
+            in_specs=(images,) * batched + rest,
+            out_specs=images,
+            check_vma=False,
+        )(*arguments)
+
+    return sharded
+
+
+def constrain_replicated(tree: Any) -> Any:
+    """The leaves, constrained to be replicated over the mesh that is set; unchanged without one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), tree)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, Any]:
-    """Makes global arrays of this process's rows.
-
-    Args:
-      batch: arrays of this process's rows, in the order of the process's devices.
-      sharding: as `over_batch` gives it.
-
-    Returns:
-      The global arrays.
-    """
+    """Global arrays from this process's rows, which are in the order of its devices."""
     if jax.process_count() == 1:  # a third of the time that the general way takes
         return jax.device_put(dict(batch), sharding)
     return {
@@ -165,31 +172,41 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
     }
 
 
-def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts a batch is divided."""
+def batch_shards(mesh: Mesh) -> int:
+    """The number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def shared_size(batch_size: int, mesh: Mesh) -> int:
-    """The next size of a batch, from `batch_size` up, that the devices share evenly."""
-    return -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
+def padded_batch_size(batch_size: int, mesh: Mesh) -> int:
+    """The smallest multiple of `batch_shards` that is at least `batch_size`."""
+    return -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
 
 
-def check_batch_size(batch_size: int, devices: int, accumulate: int = 1) -> None:
-    """Refuses a batch that the devices cannot share evenly.
-
-    Args:
-      batch_size: images a step over all devices.
-      devices: into how many parts a batch is divided, see `batch_parts`.
-      accumulate: micro batches a step.
+def check_batch_size(batch_size: int, shards: int, grad_accum: int = 1) -> None:
+    """Refuses a batch that shards and micro batches do not divide.
 
     Raises:
       UserError: naming the numbers.
     """
-    parts = devices * accumulate
+    parts = shards * grad_accum
     if batch_size < 1 or batch_size % parts:
         raise UserError(
-            f"batch_size {batch_size} must be a multiple of {parts} ({devices} devices times "
-            f"{accumulate} micro batches): set "
+            f"batch_size {batch_size} must be a multiple of {parts} ({shards} devices times "
+            f"{grad_accum} micro batches): set "
             f"{setting('config.batch_size', max(1, batch_size // parts) * parts)}"
         )
+
+
+def leaf_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """Each leaf with its path, such as `"params/head/kernel"`; and the tree's structure."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    named = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves
+    ]
+    return named, structure
+
+
+def leaf_shapes(tree: Any) -> dict[str, str]:
+    """Path to dtype and shape of each leaf, such as `"params/head/kernel"` to `"float32 (192, 10)"`."""
+    paths, _ = leaf_paths(tree)
+    return {path: f"{np.dtype(leaf.dtype)} {tuple(leaf.shape)}" for path, leaf in paths}

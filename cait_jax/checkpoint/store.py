@@ -40,8 +40,8 @@ from cait_jax.checkpoint.seal import (
     seal,
 )
 from cait_jax.errors import UserError
+from cait_jax.sharding import leaf_shapes
 from cait_jax.strict_json import json_values
-from cait_jax.trees import by_name
 
 _log = logging.getLogger(__name__)
 
@@ -565,7 +565,7 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _differences(stored: PyTree, targets: PyTree) -> list[str]:
     """How the leaves stored differ from those asked for, one clause each."""
-    here, there = by_name(targets), by_name(stored)
+    here, there = leaf_shapes(targets), leaf_shapes(stored)
     clauses = [f"{name} is not in the checkpoint" for name in here if name not in there]
     clauses += [f"the checkpoint's {name} has no place in it" for name in there if name not in here]
     for name in here:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from cait_jax.axes import on_every_device
 from cait_jax.errors import UserError
+from cait_jax.sharding import constrain_replicated
 
 Images = Float[Array, "batch height width channels"]
 Labels = Int[Array, "batch"]
@@ -98,7 +98,7 @@ def mix(
     groups, rest = divmod(count, rows)
     keys = jax.vmap(lambda group: jax.random.fold_in(key, group))(jnp.arange(groups + bool(rest)))
     # Whole on every device: divided, each turn of a rejection sampler would be an all-reduce.
-    drawn = on_every_device(jax.vmap(lambda key: sample_share(key, size, settings))(keys))
+    drawn = constrain_replicated(jax.vmap(lambda key: sample_share(key, size, settings))(keys))
 
     def grouped(array: Array) -> Array:
         return array[: groups * rows].reshape(groups, rows, *array.shape[1:])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Int, PRNGKeyArray, Real
 
-from cait_jax.axes import by_device
+from cait_jax.sharding import shard_over_batch
 
 ON_CHIP = 8  # images of 224 pixels, each with some ten float32 arrays, beside a TPU's cores
 
@@ -56,4 +56,4 @@ def for_each_example(
             default=at_once,
         )
 
-    return by_device(by_platform, 2)(example_ids, images, key)
+    return shard_over_batch(by_platform, 2)(example_ids, images, key)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cait_jax.data.augment import normalise
 from cait_jax.evaluation.metrics import Batch, Measure, Sums
-from cait_jax.sharding import batch_divided, over_batch, put_batch, replicated
+from cait_jax.sharding import batch_sharding, constrain_batch, put_batch, replicated
 
 EvalStep = Callable[[Any, Batch, Sums], Sums]
 
@@ -40,9 +40,9 @@ def make_eval_step(
 
 def jit_eval_step(eval_step: EvalStep, mesh: Mesh) -> EvalStep:
     """Jits an evaluation step: the batch divided over the devices, sums on each, variables as they lie."""
-    whole, rows = replicated(mesh), over_batch(mesh)
+    whole, rows = replicated(mesh), batch_sharding(mesh)
     return jax.jit(
-        batch_divided(eval_step, mesh), in_shardings=(None, rows, whole), out_shardings=whole
+        constrain_batch(eval_step, mesh), in_shardings=(None, rows, whole), out_shardings=whole
     )
 
 

@@ -16,12 +16,12 @@ from cait_jax.evaluation.metrics import Batch
 from cait_jax.evaluation.progress import show_progress
 from cait_jax.models.zoo import forward_intermediates
 from cait_jax.sharding import (
-    batch_divided,
+    batch_sharding,
+    constrain_batch,
     make_mesh,
-    over_batch,
+    padded_batch_size,
     put_batch,
     replicated,
-    shared_size,
 )
 
 FeaturesOf = Callable[
@@ -66,14 +66,14 @@ def extract_features(
       without padding, in every process.
     """
     mesh = make_mesh() if mesh is None else mesh
-    whole, rows = replicated(mesh), over_batch(mesh)
+    whole, rows = replicated(mesh), batch_sharding(mesh)
 
     def step(variables: Any, batch: Batch) -> dict[str, Array]:
         images = normalise(batch["image"], mean, std)
         features = features_of(model, variables, images).astype("float32")
         return {"features": features, "label": batch["label"], "mask": batch["mask"]}
 
-    step = jax.jit(batch_divided(step, mesh), in_shardings=(whole, rows), out_shardings=whole)
+    step = jax.jit(constrain_batch(step, mesh), in_shardings=(whole, rows), out_shardings=whole)
     variables = jax.device_put(variables, whole)
     features, labels = [], []
 
@@ -122,7 +122,7 @@ def features_of_split(
     with (
         eval_batches(
             split,
-            batch_size=shared_size(batch_size, make_mesh()),
+            batch_size=padded_batch_size(batch_size, make_mesh()),
             image_size=preprocessing.image_size,
             workers=workers,
             crop_ratio=preprocessing.crop_ratio,

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from cait_jax.errors import UserError
-from cait_jax.sharding import make_mesh, over_batch, replicated, shared_size
+from cait_jax.sharding import batch_sharding, make_mesh, padded_batch_size, replicated
 
 _BANK_CHUNK = 16384
 
@@ -90,13 +90,13 @@ def knn_predict(
         raise UserError("there are no test examples to classify; choose another split")
 
     mesh = make_mesh(jax.local_devices() if devices is None else devices)
-    size = shared_size(batch_size, mesh)
+    size = padded_batch_size(batch_size, mesh)
     # Neighbours come chunk by chunk, so a chunk must hold k.
     chunk = max(k, min(_BANK_CHUNK, len(train_features)))
     chunks = -(-len(train_features) // chunk)
     bank = _padded(_unit(train_features), chunks * chunk).reshape(chunks, chunk, -1)
     labels = _padded(train_labels.astype(np.int32), chunks * chunk, -1).reshape(chunks, chunk)
-    whole, rows = replicated(mesh), over_batch(mesh)
+    whole, rows = replicated(mesh), batch_sharding(mesh)
     classify = jax.jit(
         functools.partial(
             _classify, k=k, temperature=temperature, num_classes=int(train_labels.max()) + 1

@@ -15,12 +15,12 @@ from cait_jax.data.augment import normalise
 from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import UserError
 from cait_jax.sharding import (
-    batch_divided,
+    batch_sharding,
+    constrain_batch,
     make_mesh,
-    over_batch,
+    padded_batch_size,
     put_batch,
     replicated,
-    shared_size,
 )
 
 
@@ -65,13 +65,13 @@ def run_over_photographs(
       The answers of each batch of `batch_size` files.
     """
     mesh = make_mesh() if mesh is None else mesh
-    whole, rows = replicated(mesh), over_batch(mesh)
-    batch_size = shared_size(min(batch_size, len(paths)), mesh)
+    whole, rows = replicated(mesh), batch_sharding(mesh)
+    batch_size = padded_batch_size(min(batch_size, len(paths)), mesh)
 
     def step(variables: Any, images: Any) -> Any:
         return function(variables, normalise(images, preprocessing.mean, preprocessing.std))
 
-    step = jax.jit(batch_divided(step, mesh), in_shardings=(whole, rows), out_shardings=whole)
+    step = jax.jit(constrain_batch(step, mesh), in_shardings=(whole, rows), out_shardings=whole)
     variables = jax.device_put(variables, whole)
     chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
 

@@ -17,7 +17,7 @@ from cait_jax.evaluation.evaluate import evaluate, jit_eval_step, make_eval_step
 from cait_jax.evaluation.labels import choose_classes, choose_rule, measure_of
 from cait_jax.evaluation.metrics import finish, zero_sums
 from cait_jax.evaluation.progress import show_progress
-from cait_jax.sharding import make_mesh, over_batch, replicated, shared_size
+from cait_jax.sharding import batch_sharding, make_mesh, padded_batch_size, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def score(
     with (
         eval_batches(
             split,
-            batch_size=shared_size(batch_size, mesh),
+            batch_size=padded_batch_size(batch_size, mesh),
             image_size=preprocessing.image_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -126,7 +126,7 @@ def score(
             ),
             jax.device_put(variables, replicated(mesh)),
             batches,
-            over_batch(mesh),
+            batch_sharding(mesh),
             zero_sums(measure, num_classes),
             update,
         )

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cait_jax.axes import by_device
 from cait_jax.kernels import gpu, tpu
+from cait_jax.sharding import shard_over_batch
 
 _KERNELS: dict[str, Any] = {"tpu": tpu, "gpu": gpu}
 
@@ -31,7 +31,7 @@ def fused_attention(
       precision: of matrix products.
       interpret: whether XLA computes what is in them.
     """
-    attention = by_device(_differentiable(platform, precision, interpret), 3)
+    attention = shard_over_batch(_differentiable(platform, precision, interpret), 3)
     return attention(q, k, v, pre_weight, pre_bias, post_weight, post_bias)
 
 

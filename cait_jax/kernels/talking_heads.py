@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cait_jax.axes import by_device
 from cait_jax.kernels.fused import fused_attention
+from cait_jax.sharding import shard_over_batch
 
 # Name to whose kernels, and whether XLA computes what is in them, on any device.
 _KERNELS = {
@@ -89,7 +89,7 @@ def talking_heads_attention(
         return lean(q, k, v, *weights)
     if implementation == "xla_by_image":
         by_image = functools.partial(_by_image, precision=precision)
-        return by_device(by_image, 3)(q, k, v, *weights)
+        return shard_over_batch(by_image, 3)(q, k, v, *weights)
     if implementation not in _KERNELS:
         raise ValueError(
             f"unknown implementation of attention {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"

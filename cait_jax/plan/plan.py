@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cait_jax.axes import AXES
 from cait_jax.data.unread import unread_split
 from cait_jax.kernels import default_implementation
 from cait_jax.models.cait import CaiT
@@ -22,7 +21,7 @@ from cait_jax.plan.largest import Largest, largest_batch
 from cait_jax.plan.program import read_program
 from cait_jax.plan.roofline import Roofline, roofline
 from cait_jax.plan.traffic import traffic_by_origin
-from cait_jax.sharding import check_batch_size
+from cait_jax.sharding import AXES, check_batch_size
 from cait_jax.train.distill import make_teacher
 from cait_jax.train.setup import Setup, abstract_batch, abstract_state, set_up
 from cait_jax.weights.names import preprocessing

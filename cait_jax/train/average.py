@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cait_jax.errors import UserError
-from cait_jax.trees import by_name
+from cait_jax.sharding import leaf_shapes
 
 
 def moving_average(average: Any, params: Any, decay: float) -> Any:
@@ -63,7 +63,7 @@ def mean_params(trees: Iterable[Any]) -> Any:
 
 
 def _check_alike(tree: Any, like: Any, number: int) -> None:
-    found, wanted = by_name(tree), by_name(like)
+    found, wanted = leaf_shapes(tree), leaf_shapes(like)
     for path in sorted(found.keys() ^ wanted.keys()):
         where = "it alone has" if path in found else "it lacks"
         raise UserError(

@@ -14,7 +14,7 @@ from cait_jax.data.ahead import Ahead
 from cait_jax.data.folder import left_out_of
 from cait_jax.interface import Way, advise
 from cait_jax.models.cait import CaiT
-from cait_jax.sharding import over_batch, put_batch
+from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train.config import as_json
 from cait_jax.train.interrupt import StopRequest
 from cait_jax.train.processes import check_shared, local_folder
@@ -127,7 +127,7 @@ def _run(
 ) -> Run:
     config, total = setup.config, setup.total_steps
     save_every = config.checkpoint.every_steps
-    sharding = over_batch(setup.mesh)
+    sharding = batch_sharding(setup.mesh)
     last_saved = start
     pending: tuple[int, Any] | None = None
 

@@ -23,14 +23,14 @@ from cait_jax.interface import setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.sharding import (
-    batch_divided,
-    batch_parts,
+    batch_sharding,
+    batch_shards,
     check_batch_size,
+    constrain_batch,
     make_mesh,
-    over_batch,
-    placed,
+    padded_batch_size,
+    param_shardings,
     replicated,
-    shared_size,
 )
 from cait_jax.train.augmentation import (
     augmentation_of,
@@ -126,7 +126,7 @@ class Setup:
 
     def eval_batches(self) -> Ahead:
         """This process's batches of one evaluation, which begin to load at once."""
-        size = shared_size(self.config.eval.batch_size, self.mesh)
+        size = padded_batch_size(self.config.eval.batch_size, self.mesh)
         batches = eval_batches(
             self.eval_split,
             batch_size=size,
@@ -167,7 +167,7 @@ class Setup:
                 eval_step,
                 weights,
                 batches,
-                over_batch(self.mesh),
+                batch_sharding(self.mesh),
                 dict.fromkeys(weights, zeros),
                 progress,
             )
@@ -201,7 +201,7 @@ def set_up(
     mesh = make_mesh(
         devices, data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
     )
-    check_batch_size(config.batch_size, batch_parts(mesh), config.optimizer.accumulate)
+    check_batch_size(config.batch_size, batch_shards(mesh), config.optimizer.accumulate)
     size = config.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
 
@@ -257,13 +257,13 @@ def set_up(
         images = jnp.zeros((1, *size, model.in_channels))
         return begin(model.init(jax.random.key(config.seed), images)["params"])
 
-    whole, rows = replicated(mesh), over_batch(mesh)
+    whole, rows = replicated(mesh), batch_sharding(mesh)
     shapes = jax.eval_shape(init)
     if recipe.trainable is not None:  # a part that the network does not have is told now
         recipe.trainable(shapes.params, 0)
-    state_lies, teacher_lies = placed(shapes, mesh), placed(teacher, mesh)
+    state_lies, teacher_lies = param_shardings(shapes, mesh), param_shardings(teacher, mesh)
     step = jax.jit(
-        batch_divided(make_train_step(model, optimizer, schedule, recipe), mesh),
+        constrain_batch(make_train_step(model, optimizer, schedule, recipe), mesh),
         in_shardings=(state_lies, rows, teacher_lies),
         out_shardings=(state_lies, whole),
         donate_argnums=0,
@@ -338,12 +338,12 @@ def _recipe(config: ConfigDict, model: Any, phases: Sequence[Phase]) -> Recipe:
 def abstract_state(setup: Setup) -> Any:
     """Shapes, dtypes and shardings of the state."""
     shapes = jax.eval_shape(setup.init)
-    return with_shardings(shapes, placed(shapes, setup.mesh))
+    return with_shardings(shapes, param_shardings(shapes, setup.mesh))
 
 
 def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a batch."""
-    count, model, lies = setup.config.batch_size, setup.model, over_batch(setup.mesh)
+    count, model, lies = setup.config.batch_size, setup.model, batch_sharding(setup.mesh)
     shapes = {
         "image": jax.ShapeDtypeStruct((count, *model.image_size, model.in_channels), jnp.uint8),
         "label": jax.ShapeDtypeStruct((count,), jnp.int32),

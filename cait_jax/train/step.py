@@ -135,12 +135,12 @@ def make_train_step(
         gradient_of = jax.value_and_grad(loss_and_accuracy, has_aux=True)
         whole = prepared(batch, keys)
 
-        def over_batch(params: Any) -> Any:
+        def batch_sharding(params: Any) -> Any:
             return mean_over_micro_batches(
                 lambda micro: gradient_of(params, micro), whole, recipe.accumulate
             )
 
-        (loss, accuracy), gradient = sharpness_aware(over_batch, recipe.sharpness_radius)(
+        (loss, accuracy), gradient = sharpness_aware(batch_sharding, recipe.sharpness_radius)(
             state.params
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

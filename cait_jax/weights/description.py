@@ -13,7 +13,7 @@ from cait_jax.errors import UserError, nearest
 from cait_jax.models.cait import CaiT
 from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import VisionTransformer, float_dtype, misfit
-from cait_jax.trees import by_name
+from cait_jax.sharding import leaf_shapes
 from cait_jax.weights.finite import check_finite
 from cait_jax.weights.published import to_published, variables_template
 
@@ -128,7 +128,7 @@ def checked_weights(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nd
     """
     expected = variables_template(model)
     given = {name: variables[name] for name in expected if name in variables}
-    found, wanted = by_name(given), by_name(expected)
+    found, wanted = leaf_shapes(given), leaf_shapes(expected)
     for name in sorted({*found, *wanted}):
         if found.get(name) != wanted.get(name):
             raise UserError(

@@ -18,7 +18,7 @@ from cait_jax.data.augment import (
     random_pad_crop,
 )
 from cait_jax.data.randaugment import RandAugment
-from cait_jax.sharding import make_mesh, over_batch, replicated
+from cait_jax.sharding import batch_sharding, make_mesh, replicated
 
 ALL = Augmentation(flip=True, pad_crop=2, rotate=15.0, zoom=0.1, shear=0.1, translate=0.1)
 
@@ -138,7 +138,7 @@ def test_recipes_are_the_same_on_one_device_and_eight(settings):
     batch, ids, key = jnp.round(images(16)), jnp.arange(16), jax.random.key(5)
     one = jax.jit(augment, static_argnums=3)(key, batch, ids, settings)
     mesh = make_mesh()
-    rows = over_batch(mesh)
+    rows = batch_sharding(mesh)
     sharded = jax.jit(
         functools.partial(augment, settings=settings),
         in_shardings=(replicated(mesh), rows, rows),

@@ -11,7 +11,7 @@ from cait_jax.data.mix import Mixing, cutmix_box, mix, sample_share, soft_labels
 from cait_jax.errors import UserError
 from cait_jax.plan.collectives import collectives
 from cait_jax.plan.program import read_program
-from cait_jax.sharding import make_mesh, over_batch, replicated
+from cait_jax.sharding import batch_sharding, make_mesh, replicated
 from cait_jax.train.step import mean_over_micro_batches
 
 BOTH = Mixing(mixup=0.8, cutmix=1.0)
@@ -142,7 +142,7 @@ def test_one_device_and_eight_mix_alike(settings):
     batch, targets = images(16), soft_labels(jnp.tile(LABELS, 2), 5, 0.1)
     mesh = make_mesh()
     assert mesh.size == 8
-    rows = over_batch(mesh)
+    rows = batch_sharding(mesh)
     sharded = jax.jit(
         functools.partial(mix, settings=settings),
         in_shardings=(replicated(mesh), rows, rows),
@@ -160,7 +160,7 @@ def test_one_device_and_eight_mix_alike(settings):
 @pytest.mark.parametrize(("rows", "local"), [(4, True), (8, True), (16, False), (0, False)])
 def test_groups_within_a_device_are_mixed_without_communication(rows, local):
     mesh = make_mesh()
-    sharding = over_batch(mesh)
+    sharding = batch_sharding(mesh)
     sharded = jax.jit(
         functools.partial(mix, settings=Mixing(mixup=0.8, cutmix=1.0, rows=rows)),
         in_shardings=(replicated(mesh), sharding, sharding),

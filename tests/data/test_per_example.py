@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cait_jax.data.per_example import for_each_example
-from cait_jax.sharding import batch_divided, make_mesh, over_batch
+from cait_jax.sharding import batch_sharding, constrain_batch, make_mesh
 
 
 def shifted(key, image):
@@ -46,8 +46,8 @@ def test_on_a_mesh_each_device_has_its_own_images():
     mesh = make_mesh(jax.devices()[:4], data=2, fsdp=2)
     images = jax.random.uniform(jax.random.key(0), (8, 2, 2, 1))
     ids, key = jnp.arange(8), jax.random.key(2)
-    function = batch_divided(functools.partial(for_each_example, shifted), mesh)
-    lies = over_batch(mesh)
+    function = constrain_batch(functools.partial(for_each_example, shifted), mesh)
+    lies = batch_sharding(mesh)
     divided = jax.jit(function, in_shardings=(None, lies, lies), out_shardings=lies)
     compiled = divided.lower(key, images, ids).compile()
     assert "all-gather" not in compiled.as_text()

@@ -13,7 +13,7 @@ from cait_jax.data.pipeline import eval_batches
 from cait_jax.data.sources import InMemory
 from cait_jax.evaluation.evaluate import evaluate, jit_eval_step, make_eval_step
 from cait_jax.evaluation.metrics import loss_and_accuracy, means, zero_sums
-from cait_jax.sharding import make_mesh, over_batch
+from cait_jax.sharding import batch_sharding, make_mesh
 
 COUNT = 53
 
@@ -42,7 +42,7 @@ def test_every_example_counts_once_in_one_compilation(problem, batch_size, devic
         step,
         variables,
         eval_batches(split, batch_size=batch_size, image_size=(8, 8)),
-        over_batch(mesh),
+        batch_sharding(mesh),
         zero_sums(loss_and_accuracy, 3),
         shown.append,
     )
@@ -67,7 +67,7 @@ def test_the_device_gets_no_more_than_one_batch_ahead(monkeypatch):
         lambda variables, batch, sums: np.int32(next(steps)),
         {},
         batches,
-        over_batch(make_mesh(jax.devices()[:1])),
+        batch_sharding(make_mesh(jax.devices()[:1])),
         np.int32(0),
     )
     assert waited == [0, 1, 2, 3]

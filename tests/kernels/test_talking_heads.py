@@ -20,7 +20,7 @@ from cait_jax.kernels import (
 )
 from cait_jax.kernels import tpu as tpu_kernels
 from cait_jax.models.zoo import create_model, list_models
-from cait_jax.sharding import batch_divided, make_mesh
+from cait_jax.sharding import constrain_batch, make_mesh
 
 KERNELS = ["pallas_tpu_interpreted", "pallas_gpu_interpreted"]
 NAMES = ("q", "k", "v", "pre_weight", "pre_bias", "post_weight", "post_bias")
@@ -177,7 +177,7 @@ def test_each_device_does_its_own_images(implementation, no_map_is_small):
     whole = NamedSharding(mesh, PartitionSpec())
     lies = [rows] * 3 + [whole] * 4
     compiled = (
-        jax.jit(batch_divided(back, mesh), in_shardings=lies, out_shardings=tuple(lies))
+        jax.jit(constrain_batch(back, mesh), in_shardings=lies, out_shardings=tuple(lies))
         .lower(*given)
         .compile()
     )

@@ -12,9 +12,8 @@ from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.plan.collectives import collectives, totals
 from cait_jax.plan.program import read_program
-from cait_jax.sharding import make_mesh, over_batch, placed, put_batch
+from cait_jax.sharding import batch_sharding, leaf_shapes, make_mesh, param_shardings, put_batch
 from cait_jax.train.setup import abstract_state, set_up
-from cait_jax.trees import by_name
 from configs import digits
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)]
@@ -70,7 +69,7 @@ def losses(config, devices, steps):
     with setup.batches() as batches:
         for _ in range(steps):
             state, metrics = setup.train_step(
-                state, put_batch(next(batches), over_batch(setup.mesh))
+                state, put_batch(next(batches), batch_sharding(setup.mesh))
             )
             found.append(float(metrics["loss"]))
     return found, state
@@ -138,7 +137,7 @@ def test_a_checkpoint_of_one_mesh_is_read_on_every_other(tmp_path):
 
 def test_an_axis_that_does_not_divide_stays_whole():
     tree = {"head": {"kernel": np.zeros((32, 10)), "bias": np.zeros(10)}}
-    lies = placed(tree, make_mesh(fsdp=1, tensor=4))
+    lies = param_shardings(tree, make_mesh(fsdp=1, tensor=4))
     assert lies["head"]["kernel"].spec == P("fsdp", None)
     assert lies["head"]["bias"].spec == P(None)
 
@@ -147,7 +146,7 @@ def compiled_step(config, devices=None):
     setup = set_up(config, devices)
     shapes = {"image": np.zeros((32, 8, 8, 1), np.uint8), "label": np.zeros(32, np.int32)}
     batch = {
-        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=over_batch(setup.mesh))
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=batch_sharding(setup.mesh))
         for name, array in shapes.items()
     }
     state = abstract_state(setup)
@@ -162,7 +161,9 @@ def test_under_fsdp_parameters_are_gathered_one_by_one(stacked):
     gathered = [each for each in exchanged if each.kind == "all-gather"]
     largest_layer = 32 * 128 * 4
     assert max(each.bytes for each in gathered) == largest_layer
-    whole = {shape.split(" ", 1)[1] for shape in by_name(state.params).values() if "(4, " in shape}
+    whole = {
+        shape.split(" ", 1)[1] for shape in leaf_shapes(state.params).values() if "(4, " in shape
+    }
     assert not whole & {array for each in gathered for array in each.arrays}
     assert totals(exchanged) == GOLDEN[stacked]
 

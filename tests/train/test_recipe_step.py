@@ -13,7 +13,7 @@ from cait_jax import UserError, create_model, save_pretrained
 from cait_jax.data.augment import Augmentation, normalise
 from cait_jax.data.mix import Mixing
 from cait_jax.data.randaugment import parse_policy
-from cait_jax.sharding import make_mesh, over_batch, put_batch, replicated
+from cait_jax.sharding import batch_sharding, make_mesh, put_batch, replicated
 from cait_jax.train.distill import make_teacher
 from cait_jax.train.losses import cross_entropy, hard_distillation, soft_distillation
 from cait_jax.train.optimizer import make_optimizer
@@ -44,7 +44,7 @@ def one_step(model, recipe, devices=1, accumulate=1, teacher=None, beside=None):
     schedule = lambda step: 1e-2  # noqa: E731
     optimizer = make_optimizer(schedule)
     mesh = make_mesh(jax.devices()[:devices])
-    whole, rows = replicated(mesh), over_batch(mesh)
+    whole, rows = replicated(mesh), batch_sharding(mesh)
     recipe = dataclasses.replace(recipe, accumulate=accumulate)
     params = random_params(model)
     step = jax.jit(
@@ -160,7 +160,9 @@ def steps_of(config, count):
     state, batches = setup.start(), setup.batches()
     found, rates = [jax.device_get(state.params)], []
     for _ in range(count):
-        state, metrics = setup.train_step(state, put_batch(next(batches), over_batch(setup.mesh)))
+        state, metrics = setup.train_step(
+            state, put_batch(next(batches), batch_sharding(setup.mesh))
+        )
         found.append(jax.device_get(state.params))
         rates.append(float(metrics["learning_rate"]))
     return found, rates

@@ -12,9 +12,9 @@ from trees import random_params
 from cait_jax import UserError, create_model
 from cait_jax.data.augment import Augmentation
 from cait_jax.sharding import (
+    batch_sharding,
     check_batch_size,
     make_mesh,
-    over_batch,
     put_batch,
     replicated,
 )
@@ -56,7 +56,7 @@ def run(devices, steps=20, accumulate=1, dtype="float32", **overrides):
     optimizer = make_optimizer(schedule, clip_norm=1.0)
     recipe = dataclasses.replace(RECIPE, accumulate=accumulate)
     mesh = make_mesh(devices)
-    whole, rows = replicated(mesh), over_batch(mesh)
+    whole, rows = replicated(mesh), batch_sharding(mesh)
     step = jax.jit(
         make_train_step(model, optimizer, schedule, recipe),
         in_shardings=(whole, rows),
