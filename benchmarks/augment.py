@@ -29,12 +29,11 @@ import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
+from cait_jax.augment.mixup import Mixup, mix
+from cait_jax.augment.pipeline import Augmentation, augment, normalise, random_erase
+from cait_jax.augment.randaugment import FILL, OPERATIONS, RandAugment, apply_operation
 from cait_jax.data import load_split
-from cait_jax.data.augment import Augmentation, augment, normalise
 from cait_jax.data.decode import center_crop, random_resized_crop
-from cait_jax.data.erase import random_erase
-from cait_jax.data.mix import Mixing, mix
-from cait_jax.data.randaugment import FILL, OPERATIONS, RandAugment, apply
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = {32: 512, 224: 64}
@@ -42,11 +41,11 @@ COLUMNS = (0.0, -10.0, -5.0, 2.0, 5.0, 9.0)
 
 
 def with_pillow(image: np.ndarray, rng: np.random.Generator, policy: RandAugment) -> np.ndarray:
-    """The same draws as in `cait_jax.data.randaugment`, made and applied on the host."""
+    """The same draws as in `cait_jax.augment.randaugment`, made and applied on the host."""
     picture = Image.fromarray(image)
-    for _ in range(policy.count):
+    for _ in range(policy.num_ops):
         operation = OPERATIONS[rng.integers(len(OPERATIONS))]
-        applied = rng.random() < policy.probability
+        applied = rng.random() < policy.prob
         size = min(10.0, max(0.0, rng.normal(policy.magnitude, policy.magnitude_std)))
         sign = 1 if rng.random() < 0.5 else -1
         if applied:
@@ -183,7 +182,7 @@ def contact_sheet(path: Path, data_dir: str | None) -> None:
     files = encoded(data_dir)
     pair = [center_crop(file, image_size=(side, side)) for file in (files[0], files[-1])]
     image, many = jnp.asarray(pair[0]), len(COLUMNS)
-    jitted = jax.jit(apply)
+    jitted = jax.jit(apply_operation)
     rows = {
         name: [image, *(jitted(image, i, magnitude) for magnitude in COLUMNS[1:])]
         for i, name in enumerate(OPERATIONS)
@@ -195,7 +194,7 @@ def contact_sheet(path: Path, data_dir: str | None) -> None:
     rows["color_jitter 0.3"] = augment(key, batch, ids, Augmentation(color_jitter=0.3))
     erased = random_erase(key, normalise(batch, MEAN, STD), ids, 1.0)
     rows["random_erase"] = 255 * (erased * jnp.array([[[STD]]]) + jnp.array([[[MEAN]]]))
-    for name, settings in (("mixup", Mixing(mixup=0.8)), ("cutmix", Mixing(cutmix=1.0))):
+    for name, settings in (("mixup", Mixup(mixup_alpha=0.8)), ("cutmix", Mixup(cutmix_alpha=1.0))):
         rows[name] = [
             mix(jax.random.key(i), batch[:2], jnp.eye(2), settings)[0][0] for i in range(many)
         ]

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from sklearn.svm import SVC
 
+from cait_jax.augment.pipeline import normalise
 from cait_jax.data import load_split
-from cait_jax.data.augment import normalise
 from cait_jax.models.zoo import forward_intermediates
 from cait_jax.train import Run, train
 from cait_jax.train.report import read_metrics

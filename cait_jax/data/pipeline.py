@@ -149,8 +149,8 @@ def train_batches(
       repeats: how often each example comes in a row, cropped and augmented anew. An epoch stays as long as
         the split, so it holds the first `1 / repeats` of its order (repeated augmentation, Hoffer et
         al., arXiv 1901.09335).
-      mix_rows: rows that will be mixed with each other (`cait_jax.data.mix`): the copies of an image are put into
-        different groups of so many rows. 0: the rows are in order.
+      mix_rows: rows that will be mixed with each other (`cait_jax.augment.mixup`): the copies of an image are put
+        into different groups of so many rows. 0: the rows are in order.
       beside: arrays with a row for each example of the split, such as a teacher's recorded logits.
 
     Returns:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cait_jax.data.augment import normalise
+from cait_jax.augment.pipeline import normalise
 from cait_jax.evaluation.metrics import Batch, Measure, Sums
 from cait_jax.sharding import batch_sharding, constrain_batch, put_batch, replicated
 

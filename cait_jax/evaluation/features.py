@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int32
 
-from cait_jax.data.augment import normalise
+from cait_jax.augment.pipeline import normalise
 from cait_jax.data.pipeline import eval_batches
 from cait_jax.data.preprocess import Preprocessing
 from cait_jax.data.sources import Split

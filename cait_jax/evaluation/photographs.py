@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cait_jax.data.augment import normalise
+from cait_jax.augment.pipeline import normalise
 from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import UserError
 from cait_jax.sharding import (

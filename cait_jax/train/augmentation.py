@@ -7,10 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cait_jax.data.augment import Augmentation
-from cait_jax.data.mix import Mixing
+from cait_jax.augment import mixup
 from cait_jax.data.order import copies_in_a_group
-from cait_jax.data.randaugment import parse_policy
 from cait_jax.data.sources import InMemory, Split
 from cait_jax.errors import UserError
 
@@ -43,38 +41,9 @@ def training_crop(config: ConfigDict, split: Split) -> Callable[..., Any]:
     return functools.partial(decode.simple_random_crop, resize=resize)
 
 
-def augmentation_of(config: ConfigDict) -> Augmentation:
-    """What is drawn for each image in the jitted step."""
-    augment = config.augment
-    policy = augment.rand_augment
-    return Augmentation(
-        flip=augment.flip,
-        pad_crop=augment.pad_crop,
-        rotate=augment.rotate,
-        zoom=augment.zoom,
-        shear=augment.shear,
-        translate=augment.translate,
-        rand_augment=parse_policy(policy) if policy else None,
-        three_augment=augment.three_augment,
-        color_jitter=augment.color_jitter,
-    )
-
-
-def mixing_of(config: ConfigDict) -> Mixing:
-    """How images of a batch are mixed."""
-    augment = config.augment
-    return Mixing(
-        mixup=augment.mixup,
-        cutmix=augment.cutmix,
-        probability=augment.mix_probability,
-        switch=augment.mix_switch,
-        rows=augment.mix_rows,
-    )
-
-
 def warn_of_shared_draws(config: ConfigDict) -> None:
     """Logs how many rows are mixed by one draw with another copy of their image."""
-    if not mixing_of(config).enabled:
+    if not mixup.from_config(config).enabled:
         return
     rows, repeats = config.augment.mix_rows, config.data.repeats
     shared = copies_in_a_group(config.batch_size, rows, repeats)

@@ -42,7 +42,7 @@ def binary_cross_entropy(
 
     Args:
       logits: log odds of each class.
-      targets: from 0 to 1, of `cait_jax.data.mix.soft_labels` or mixed; rows need not sum to 1.
+      targets: from 0 to 1, of `cait_jax.augment.mixup.soft_labels` or mixed; rows need not sum to 1.
       threshold: targets above it become 1 and all others 0, so that each image mixed in counts fully.
       sum_classes: sum over classes instead of averaging.
 

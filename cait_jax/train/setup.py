@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from cait_jax.augment import mixup, pipeline
 from cait_jax.data.ahead import Ahead
 from cait_jax.data.balance import Balanced
 from cait_jax.data.pipeline import Batches, eval_batches, train_batches
@@ -32,12 +33,7 @@ from cait_jax.sharding import (
     param_shardings,
     replicated,
 )
-from cait_jax.train.augmentation import (
-    augmentation_of,
-    mixing_of,
-    training_crop,
-    warn_of_shared_draws,
-)
+from cait_jax.train.augmentation import training_crop, warn_of_shared_draws
 from cait_jax.train.config import check_values
 from cait_jax.train.learning import length_of, optimizer_of, part_of, phases_of, schedule_of
 from cait_jax.train.losses import label_loss, teacher_loss
@@ -111,7 +107,7 @@ class Setup:
             crop=training_crop(config, self.train_split),
             order=Balanced(self._labels, config.seed) if config.data.balanced else None,
             repeats=config.data.repeats,
-            mix_rows=config.augment.mix_rows if mixing_of(config).enabled else 0,
+            mix_rows=config.augment.mix_rows if mixup.from_config(config).enabled else 0,
             beside=None if self.teacher_logits is None else {"teacher": self.teacher_logits},
         )
 
@@ -324,10 +320,10 @@ def _recipe(config: ConfigDict, model: Any, phases: Sequence[Phase]) -> Recipe:
         seed=config.seed,
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
-        augmentation=augmentation_of(config),
+        augmentation=pipeline.from_config(config),
         erase=config.augment.erase,
         label_smoothing=config.loss.label_smoothing,
-        mixing=mixing_of(config),
+        mixing=mixup.from_config(config),
         trainable=learns,
         sharpness_radius=config.optimizer.sharpness_radius,
         accumulate=config.optimizer.accumulate,

@@ -10,9 +10,8 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array
 
-from cait_jax.data.augment import Augmentation, augment, normalise
-from cait_jax.data.erase import random_erase
-from cait_jax.data.mix import Mixing, mix, soft_labels
+from cait_jax.augment.mixup import Mixup, mix, soft_labels
+from cait_jax.augment.pipeline import Augmentation, augment, normalise, random_erase
 from cait_jax.train.average import moving_average
 from cait_jax.train.distill import both_heads
 from cait_jax.train.losses import correct
@@ -56,7 +55,7 @@ class Recipe:
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     erase: float = 0.0
     label_smoothing: float = 0.0
-    mixing: Mixing = dataclasses.field(default_factory=Mixing)
+    mixing: Mixup = dataclasses.field(default_factory=Mixup)
     trainable: Callable[[Any, Any], Any] | None = None
     sharpness_radius: float = 0.0
     accumulate: int = 1

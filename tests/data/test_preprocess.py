@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from tfds_files import encode, noise, numbered_jpeg
 
-from cait_jax.data.augment import normalise
+from cait_jax.augment.pipeline import normalise
 from cait_jax.data.decode import BrokenImage, center_crop
 from cait_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from cait_jax.errors import UserError

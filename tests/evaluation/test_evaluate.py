@@ -8,7 +8,7 @@ from sklearn.metrics import log_loss
 from trees import random_params
 
 from cait_jax import create_model
-from cait_jax.data.augment import normalise
+from cait_jax.augment.pipeline import normalise
 from cait_jax.data.pipeline import eval_batches
 from cait_jax.data.sources import InMemory
 from cait_jax.evaluation.evaluate import evaluate, jit_eval_step, make_eval_step

@@ -6,7 +6,7 @@ from linear import MEAN, STD, linear_logits
 from trees import random_params
 
 from cait_jax import create_model
-from cait_jax.data.augment import normalise
+from cait_jax.augment.pipeline import normalise
 from cait_jax.data.pipeline import eval_batches
 from cait_jax.data.sources import InMemory
 from cait_jax.evaluation import extract_features

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from cait_jax import UserError
-from cait_jax.data.pixels import equalize
-from cait_jax.data.warp import warp
+from cait_jax.augment.randaugment import equalize, warp
 from cait_jax.plan.chips import parse_topology
 from cait_jax.plan.compiled import compile_cached, tpu_devices
 from cait_jax.plan.program import read_program

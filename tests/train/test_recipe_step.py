@@ -10,9 +10,9 @@ import pytest
 from trees import random_params
 
 from cait_jax import UserError, create_model, save_pretrained
-from cait_jax.data.augment import Augmentation, normalise
-from cait_jax.data.mix import Mixing
-from cait_jax.data.randaugment import parse_policy
+from cait_jax.augment.mixup import Mixup
+from cait_jax.augment.pipeline import Augmentation, normalise
+from cait_jax.augment.randaugment import parse_policy
 from cait_jax.sharding import batch_sharding, make_mesh, put_batch, replicated
 from cait_jax.train.distill import make_teacher
 from cait_jax.train.losses import cross_entropy, hard_distillation, soft_distillation
@@ -65,7 +65,7 @@ WHOLE = Recipe(
     augmentation=Augmentation(flip=True, rand_augment=parse_policy("rand-m9-mstd0.5-inc1")),
     erase=0.5,
     label_smoothing=0.1,
-    mixing=Mixing(mixup=0.8, cutmix=1.0),
+    mixing=Mixup(mixup_alpha=0.8, cutmix_alpha=1.0),
 )
 
 
@@ -132,7 +132,7 @@ def test_recorded_logits_teach_as_their_teacher_would_and_mix_with_the_images():
     # With the labels as the teacher's words, soft distillation at temperature 1 is the label's own loss,
     # mixed as the images are.
     says = np.eye(CLASSES, dtype=np.float32)[batch_of()["label"]] * 60
-    mixing = Mixing(mixup=0.8, cutmix=1.0)
+    mixing = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0)
     soft = functools.partial(soft_distillation, temperature=1.0, weight=1.0)
     taught = Recipe(cross_entropy, soft, mean=MEAN, std=STD, mixing=mixing)
     alone = Recipe(cross_entropy, mean=MEAN, std=STD, mixing=mixing)

@@ -10,7 +10,7 @@ import pytest
 from trees import random_params
 
 from cait_jax import UserError, create_model
-from cait_jax.data.augment import Augmentation
+from cait_jax.augment.pipeline import Augmentation
 from cait_jax.sharding import (
     batch_sharding,
     check_batch_size,

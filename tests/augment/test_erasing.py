@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cait_jax.data.erase import random_erase, sample_erasure
+from cait_jax.augment.pipeline import random_erase, sample_erasing_box
 
 AREA, ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 erase = jax.jit(random_erase, static_argnums=3)
@@ -14,7 +14,7 @@ erase = jax.jit(random_erase, static_argnums=3)
 
 def boxes(size, count=3000, area=AREA, aspect=ASPECT):
     """Top, left, height and width of many draws, zeros where there is none."""
-    one = functools.partial(sample_erasure, size=size, area=area, aspect=aspect)
+    one = functools.partial(sample_erasing_box, size=size, area=area, aspect=aspect)
     masks = np.asarray(jax.vmap(one)(jax.random.split(jax.random.key(0), count)))
     rows, columns = masks.any(2), masks.any(1)
     height, width = rows.sum(1), columns.sum(1)

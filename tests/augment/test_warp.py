@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cait_jax.data.warp import warp
+from cait_jax.augment.randaugment import warp
 
 FILL = (124, 116, 104)
 IDENTITY = (1, 0, 0, 0, 1, 0)

@@ -13,22 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cait_jax.data.per_example import for_each_example
-from cait_jax.data.randaugment import (
+from cait_jax.augment.pipeline import per_example_vmap
+from cait_jax.augment.randaugment import (
     OPERATIONS,
     RandAugment,
-    apply,
-    draw,
+    apply_operation,
     parse_policy,
     rand_augment,
+    sample_operation,
 )
 from cait_jax.errors import UserError
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "randaugment.npz"
 # The factors 1 + 0.9 s, and places in the image, are float64 in timm, and a product that is an integer there
-# can be rounded down here. Exact for a given factor: test_pixels.py.
+# can be rounded down here. Exact for a given factor: test_operations.py.
 EXACT = {"equalize", "invert", "posterize", "solarize", "solarize_add"}
-apply_jitted = jax.jit(apply)
+apply_jitted = jax.jit(apply_operation)
 
 
 def test_every_operation_gives_what_timm_gives():
@@ -60,8 +60,8 @@ def test_strength_is_that_of_whole_magnitudes_and_never_beyond_the_limit():
 
 
 def test_draws():
-    policy = RandAugment(magnitude=9.0, magnitude_std=0.5, probability=0.3)
-    operations, applied, magnitudes = jax.vmap(lambda key: draw(key, policy))(
+    policy = RandAugment(magnitude=9.0, magnitude_std=0.5, prob=0.3)
+    operations, applied, magnitudes = jax.vmap(lambda key: sample_operation(key, policy))(
         jax.random.split(jax.random.key(0), 6000)
     )
     counts = collections.Counter(np.asarray(operations).tolist())
@@ -79,10 +79,10 @@ def test_draws():
 def test_a_cpu_in_turn_and_other_devices_at_once_give_the_same():
     image = np.load(FIXTURE)["image"][:12, :10]
     images = jnp.stack([jnp.asarray(np.roll(image, i, axis=1)) for i in range(24)])
-    policy = RandAugment(probability=0.9)
+    policy = RandAugment(prob=0.9)
     one = functools.partial(rand_augment, policy=policy)
     key, ids = jax.random.key(1), jnp.arange(24)
-    in_turn = jax.jit(functools.partial(for_each_example, one))(key, images, ids)
+    in_turn = jax.jit(functools.partial(per_example_vmap, one))(key, images, ids)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)
     at_once = jax.jit(jax.vmap(one))(keys, images)
     # A level that one of two operations rounds otherwise can be equalised or sharpened by the next.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cait_jax.data.per_example import for_each_example
+from cait_jax.augment.pipeline import per_example_vmap
 from cait_jax.sharding import batch_sharding, constrain_batch, make_mesh
 
 
@@ -16,7 +16,7 @@ def shifted(key, image):
     return image + jax.random.uniform(key)
 
 
-jitted = jax.jit(functools.partial(for_each_example, shifted))
+jitted = jax.jit(functools.partial(per_example_vmap, shifted))
 
 
 def test_keys_are_those_of_the_positions():
@@ -35,7 +35,7 @@ def test_images_at_a_time(platform, shapes):
     def cosine(_, image):
         return jnp.cos(image)
 
-    traced = jax.jit(functools.partial(for_each_example, cosine)).trace(
+    traced = jax.jit(functools.partial(per_example_vmap, cosine)).trace(
         jax.random.key(0), jnp.zeros((19, 2, 2, 1)), jnp.arange(19)
     )
     text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -46,7 +46,7 @@ def test_on_a_mesh_each_device_has_its_own_images():
     mesh = make_mesh(jax.devices()[:4], data=2, fsdp=2)
     images = jax.random.uniform(jax.random.key(0), (8, 2, 2, 1))
     ids, key = jnp.arange(8), jax.random.key(2)
-    function = constrain_batch(functools.partial(for_each_example, shifted), mesh)
+    function = constrain_batch(functools.partial(per_example_vmap, shifted), mesh)
     lies = batch_sharding(mesh)
     divided = jax.jit(function, in_shardings=(None, lies, lies), out_shardings=lies)
     compiled = divided.lower(key, images, ids).compile()

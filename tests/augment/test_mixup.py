@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cait_jax.data.mix import Mixing, cutmix_box, mix, sample_share, soft_labels
+from cait_jax.augment.mixup import Mixup, cutmix_box, mix, sample_weights, soft_labels
 from cait_jax.errors import UserError
 from cait_jax.plan.collectives import collectives
 from cait_jax.plan.program import read_program
 from cait_jax.sharding import batch_sharding, make_mesh, replicated
 from cait_jax.train.step import mean_over_micro_batches
 
-BOTH = Mixing(mixup=0.8, cutmix=1.0)
+BOTH = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0)
 LABELS = jnp.array([0, 1, 2, 3, 3, 1, 0, 4])
 mixed = jax.jit(mix, static_argnums=3)
 
@@ -24,7 +24,7 @@ def images(batch=8, size=(6, 5)):
 
 
 def shares(settings, size=(6, 5), count=2000):
-    one = functools.partial(sample_share, size=size, settings=settings)
+    one = functools.partial(sample_weights, size=size, settings=settings)
     share, kept = jax.vmap(one)(jax.random.split(jax.random.key(0), count))
     return np.asarray(share), np.asarray(kept)
 
@@ -41,7 +41,7 @@ def test_mixing_is_the_formula():
     batch, targets = images(), soft_labels(LABELS, 5, 0.1)
     for seed in range(8):
         key = jax.random.key(seed)
-        share, kept = (np.asarray(part) for part in sample_share(key, (6, 5), BOTH))
+        share, kept = (np.asarray(part) for part in sample_weights(key, (6, 5), BOTH))
         found, found_targets = mixed(key, batch, targets, BOTH)
         for i in range(8):
             weight = share[..., None]
@@ -55,7 +55,7 @@ def test_mixing_is_the_formula():
 
 @pytest.mark.parametrize("count", [8, 10])
 def test_groups_have_draws_of_their_own_and_mix_within(count):
-    settings = Mixing(mixup=0.8, cutmix=1.0, rows=4)
+    settings = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, group_size=4)
     batch = images(count)
     targets = soft_labels(jnp.arange(count) % 5, 5, 0.1)
     key = jax.random.key(2)
@@ -63,7 +63,7 @@ def test_groups_have_draws_of_their_own_and_mix_within(count):
     shares_drawn = []
     for group, start in enumerate(range(0, count, 4)):
         part = slice(start, min(start + 4, count))
-        share, kept = sample_share(jax.random.fold_in(key, group), (6, 5), settings)
+        share, kept = sample_weights(jax.random.fold_in(key, group), (6, 5), settings)
         shares_drawn.append(float(kept))
         expected = (
             share[None, ..., None] * batch[part] + (1 - share[None, ..., None]) * batch[part][::-1]
@@ -78,20 +78,25 @@ def test_a_group_as_large_as_the_batch_is_the_batch():
     batch, targets = images(), soft_labels(LABELS, 5)
     whole = mixed(jax.random.key(4), batch, targets, BOTH)
     for rows in (8, 12):
-        found = mixed(jax.random.key(4), batch, targets, Mixing(mixup=0.8, cutmix=1.0, rows=rows))
+        found = mixed(
+            jax.random.key(4),
+            batch,
+            targets,
+            Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, group_size=rows),
+        )
         for expected, got in zip(whole, found, strict=True):
             np.testing.assert_array_equal(got, expected)
 
 
 def test_lambda_of_mixup_is_beta():
-    share, kept = shares(Mixing(mixup=0.8))
+    share, kept = shares(Mixup(mixup_alpha=0.8))
     np.testing.assert_array_equal(share, np.broadcast_to(kept[:, None, None], share.shape))
     assert abs(kept.mean() - 0.5) < 6 * 0.31 / 2000**0.5
     assert abs(kept.var() - 1 / (4 * 2.6)) < 0.01  # 1 / (4 (2 alpha + 1))
 
 
 def test_cutmix_keeps_the_label_by_the_area_really_pasted():
-    share, kept = shares(Mixing(cutmix=1.0), size=(12, 9))
+    share, kept = shares(Mixup(cutmix_alpha=1.0), size=(12, 9))
     pasted = share == 0
     assert set(np.unique(share)) == {0, 1}
     np.testing.assert_array_equal(np.round((1 - kept) * 108), pasted.sum((1, 2)))
@@ -121,7 +126,9 @@ def test_cutmix_box_is_that_of_the_paper(lam):
 
 
 def test_probability_and_switch():
-    share, kept = shares(Mixing(mixup=0.8, cutmix=1.0, probability=0.6, switch=0.25), (12, 9))
+    share, kept = shares(
+        Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, prob=0.6, switch_prob=0.25), (12, 9)
+    )
     np.testing.assert_allclose(kept, share.mean((1, 2)), rtol=0, atol=1e-6)
     unmixed = kept == 1
     cut = (share.min((1, 2)) == 0) & (share.max((1, 2)) == 1)
@@ -132,12 +139,12 @@ def test_probability_and_switch():
 
 def test_nothing_asked_for_changes_nothing():
     batch, targets = images(), soft_labels(LABELS, 5)
-    found, found_targets = mix(jax.random.key(0), batch, targets, Mixing())
+    found, found_targets = mix(jax.random.key(0), batch, targets, Mixup())
     assert found is batch
     assert found_targets is targets
 
 
-@pytest.mark.parametrize("settings", [BOTH, Mixing(mixup=0.8, cutmix=1.0, rows=2)])
+@pytest.mark.parametrize("settings", [BOTH, Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, group_size=2)])
 def test_one_device_and_eight_mix_alike(settings):
     batch, targets = images(16), soft_labels(jnp.tile(LABELS, 2), 5, 0.1)
     mesh = make_mesh()
@@ -162,7 +169,7 @@ def test_groups_within_a_device_are_mixed_without_communication(rows, local):
     mesh = make_mesh()
     sharding = batch_sharding(mesh)
     sharded = jax.jit(
-        functools.partial(mix, settings=Mixing(mixup=0.8, cutmix=1.0, rows=rows)),
+        functools.partial(mix, settings=Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, group_size=rows)),
         in_shardings=(replicated(mesh), sharding, sharding),
         out_shardings=(sharding, sharding),
     )
@@ -205,14 +212,14 @@ def test_the_dtype_of_the_images_stays():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mixup": -0.1}, "alpha of mixup must be 0 .none. or more, not -0.1"),
-        ({"cutmix": -1.0}, "alpha of cutmix"),
-        ({"probability": 1.5}, "probability of mixing must be from 0 to 1, not 1.5"),
-        ({"switch": -0.5}, "switch of mixing"),
-        ({"rows": -2}, "even number, or 0 for the whole batch, not -2"),
-        ({"rows": 63}, "even number"),
+        ({"mixup_alpha": -0.1}, "alpha of mixup must be 0 .none. or more, not -0.1"),
+        ({"cutmix_alpha": -1.0}, "alpha of cutmix"),
+        ({"prob": 1.5}, "prob of mixup must be from 0 to 1, not 1.5"),
+        ({"switch_prob": -0.5}, "switch_prob of mixup must be from 0 to 1, not -0.5"),
+        ({"group_size": -2}, "even number, or 0 for the whole batch, not -2"),
+        ({"group_size": 63}, "even number"),
     ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(UserError, match=message):
-        Mixing(**settings)
+        Mixup(**settings)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from cait_jax.data import pixels
+from cait_jax.augment import color, randaugment
 
 
 def picture(seed=0, channels=3):
@@ -36,14 +36,18 @@ def test_operations_on_histograms(channels):
     flat = np.full((5, 6, channels), 9, np.uint8)
     two = np.where(picture(1, channels) > 100, 255, 7).astype(np.uint8)
     for image in (levels, flat, two):
-        same(pixels.equalize(jnp.asarray(image)), ImageOps.equalize(opened(image)))
+        same(randaugment.equalize(jnp.asarray(image)), ImageOps.equalize(opened(image)))
         # Pillow's quotient may fall just short of the integer that it is.
         assert (
-            same(pixels.auto_contrast(jnp.asarray(image)), ImageOps.autocontrast(opened(image)), 1)
+            same(
+                randaugment.auto_contrast(jnp.asarray(image)),
+                ImageOps.autocontrast(opened(image)),
+                1,
+            )
             < 0.02
         )
-        same(pixels.invert(jnp.asarray(image)), ImageOps.invert(opened(image)))
-    stretched = np.asarray(pixels.auto_contrast(jnp.asarray(levels)))
+        same(randaugment.invert(jnp.asarray(image)), ImageOps.invert(opened(image)))
+    stretched = np.asarray(randaugment.auto_contrast(jnp.asarray(levels)))
     exact = (levels.astype(int) - levels.min((0, 1))) * 255 // np.ptp(levels.astype(int), (0, 1))
     np.testing.assert_array_equal(stretched, exact)
 
@@ -51,16 +55,16 @@ def test_operations_on_histograms(channels):
 def test_operations_on_levels():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=-1)
     for bits in range(1, 9):
-        same(pixels.posterize(jnp.asarray(ramp), bits), ImageOps.posterize(opened(ramp), bits))
-    assert not pixels.posterize(jnp.asarray(ramp), 0).any()
+        same(randaugment.posterize(jnp.asarray(ramp), bits), ImageOps.posterize(opened(ramp), bits))
+    assert not randaugment.posterize(jnp.asarray(ramp), 0).any()
     for threshold in (0, 26, 128, 255, 256):
         same(
-            pixels.solarize(jnp.asarray(ramp), threshold),
+            randaugment.solarize(jnp.asarray(ramp), threshold),
             ImageOps.solarize(opened(ramp), threshold),
         )
     for addend in (0, 99, 110, 128):
         table = [min(255, i + addend) if i < 128 else i for i in range(256)] * 3
-        same(pixels.solarize_add(jnp.asarray(ramp), addend), opened(ramp).point(table))
+        same(randaugment.solarize_add(jnp.asarray(ramp), addend), opened(ramp).point(table))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -68,10 +72,10 @@ def test_operations_on_levels():
 def test_enhancements(channels, factor):
     levels = picture(2, channels)
     pairs = (
-        (pixels.brightness, ImageEnhance.Brightness),
-        (pixels.contrast, ImageEnhance.Contrast),
-        (pixels.color, ImageEnhance.Color),
-        (pixels.sharpness, ImageEnhance.Sharpness),
+        (randaugment.brightness, ImageEnhance.Brightness),
+        (randaugment.contrast, ImageEnhance.Contrast),
+        (randaugment.color, ImageEnhance.Color),
+        (randaugment.sharpness, ImageEnhance.Sharpness),
     )
     for operation, enhance in pairs:
         same(operation(jnp.asarray(levels), factor), enhance(opened(levels)).enhance(factor))
@@ -79,12 +83,12 @@ def test_enhancements(channels, factor):
 
 def test_grayscale():
     levels = picture(3)
-    same(pixels.grayscale(jnp.asarray(levels)), opened(levels).convert("L").convert("RGB"))
+    same(randaugment.grayscale(jnp.asarray(levels)), opened(levels).convert("L").convert("RGB"))
 
 
 def test_gaussian_blur():
     levels = picture(4)
-    blur = jax.jit(pixels.gaussian_blur)
+    blur = jax.jit(color.gaussian_blur)
     for radius in (0.0, 0.1, 0.7, 1.0, 1.414, 1.42, 2.0, 2.4):
         same(
             blur(jnp.asarray(levels), radius),

@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cait_jax.data.augment import (
-    Augmentation,
-    affine,
-    augment,
-    normalise,
-    random_flip,
-    random_pad_crop,
-)
-from cait_jax.data.randaugment import RandAugment
+from cait_jax.augment.geometric import affine, random_pad_crop
+from cait_jax.augment.pipeline import Augmentation, augment, normalise, random_flip
+from cait_jax.augment.randaugment import RandAugment
 from cait_jax.sharding import batch_sharding, make_mesh, replicated
 
 ALL = Augmentation(flip=True, pad_crop=2, rotate=15.0, zoom=0.1, shear=0.1, translate=0.1)
@@ -155,6 +149,6 @@ def test_recipes_are_the_same_on_one_device_and_eight(settings):
 def test_recipes_flip_as_their_flip_alone():
     """New draws leave those that were there before as they are."""
     batch, ids, key = jnp.round(images(32)), jnp.arange(32), jax.random.key(5)
-    never = dataclasses.replace(RECIPE, rand_augment=RandAugment(probability=0.0))
+    never = dataclasses.replace(RECIPE, rand_augment=RandAugment(prob=0.0))
     flipped = augment(key, batch, ids, Augmentation(flip=True))
     np.testing.assert_array_equal(augment(key, batch, ids, never), flipped)

@@ -1,0 +1,261 @@
+"""The order of augmentation in the training step, and one random key for each image.
+
+An image's key is folded from its position in the global batch, so its draws do not depend on devices, processes or
+micro batches.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
+from ml_collections import ConfigDict
+
+from cait_jax.augment.randaugment import RandAugment, parse_policy, rand_augment
+from cait_jax.sharding import shard_over_batch
+
+Images = Real[Array, "batch height width channels"]
+FloatImages = Float[Array, "batch height width channels"]
+Ids = Int[Array, "batch"]
+
+_TPU_CHUNK = (
+    8  # images of 224 pixels, each with some ten float32 arrays, stay in a TPU's on-chip memory
+)
+_ERASING_ATTEMPTS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What is sampled for every image; the defaults turn everything off.
+
+    Attributes:
+      flip: horizontally, with probability 1/2.
+      pad_crop: pixels of zero padding on every side before a random crop of the original size.
+      rotate: largest rotation in degrees, either way.
+      zoom: largest relative change of size; 0.1 samples a factor from 0.9 to 1.1.
+      shear: largest horizontal shear, as a fraction of the height.
+      translate: largest shift along both axes, as a fraction of the side.
+      rand_augment: RandAugment's policy.
+      three_augment: DeiT III's grayscale, solarisation or blur.
+      color_jitter: largest relative change of brightness, contrast and saturation.
+    """
+
+    flip: bool = False
+    pad_crop: int = 0
+    rotate: float = 0.0
+    zoom: float = 0.0
+    shear: float = 0.0
+    translate: float = 0.0
+    rand_augment: RandAugment | None = None
+    three_augment: bool = False
+    color_jitter: float = 0.0
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether images are rotated, zoomed, sheared or translated, RandAugment aside."""
+        return bool(self.rotate or self.zoom or self.shear or self.translate)
+
+    @property
+    def is_geometric(self) -> bool:
+        """Whether positions of pixels change, RandAugment aside."""
+        return bool(self.flip or self.pad_crop or self.is_affine)
+
+    @property
+    def is_photometric(self) -> bool:
+        """Whether any operation on 8-bit images is sampled."""
+        return bool(self.rand_augment or self.three_augment or self.color_jitter)
+
+
+def from_config(config: ConfigDict) -> Augmentation:
+    """The settings in a config's `augment` section."""
+    section = config.augment
+    policy = section.rand_augment
+    return Augmentation(
+        flip=section.flip,
+        pad_crop=section.pad_crop,
+        rotate=section.rotate,
+        zoom=section.zoom,
+        shear=section.shear,
+        translate=section.translate,
+        rand_augment=parse_policy(policy) if policy else None,
+        three_augment=section.three_augment,
+        color_jitter=section.color_jitter,
+    )
+
+
+def augment(
+    key: PRNGKeyArray, images: FloatImages, example_ids: Ids, settings: Augmentation
+) -> FloatImages:
+    """Augments a batch: crop, affine, flip; then, on 8-bit images, RandAugment, three-augment, colour jitter.
+
+    Args:
+      key: of the step and purpose.
+      images: levels from 0 to 255, rounded before the operations on 8-bit images. Outside the image is 0.
+      example_ids: position of each image in the global batch.
+      settings: what to sample.
+    """
+
+    def geometric(example_id: Array, image: Array) -> Array:
+        return _geometric(jax.random.fold_in(key, example_id), image, settings)
+
+    def photometric(image_key: PRNGKeyArray, image: Array) -> Array:
+        return _photometric(image_key, image, settings)
+
+    if settings.is_geometric:
+        images = jax.vmap(geometric)(example_ids, images)
+    if settings.is_photometric:
+        images = per_example_vmap(photometric, key, images, example_ids)
+    return images
+
+
+def _geometric(key: PRNGKeyArray, image: Array, settings: Augmentation) -> Array:
+    crop_key, affine_key, flip_key = jax.random.split(key, 3)
+    if settings.pad_crop:
+        from cait_jax.augment.geometric import random_pad_crop
+
+        image = random_pad_crop(crop_key, image, settings.pad_crop)
+    if settings.is_affine:
+        from cait_jax.augment.geometric import random_affine
+
+        image = random_affine(
+            affine_key,
+            image,
+            rotate=settings.rotate,
+            zoom=settings.zoom,
+            shear=settings.shear,
+            translate=settings.translate,
+        )
+    if settings.flip:
+        image = random_flip(flip_key, image)
+    return image
+
+
+def _photometric(key: PRNGKeyArray, image: Array, settings: Augmentation) -> Array:
+    # The first three keys are those of `_geometric`.
+    rand_key, three_key, jitter_key = jax.random.split(key, 6)[3:]
+    levels = jnp.clip(jnp.round(image), 0, 255).astype(jnp.uint8)
+    if settings.rand_augment:
+        levels = rand_augment(rand_key, levels, settings.rand_augment)
+    if settings.three_augment:
+        from cait_jax.augment.color import three_augment
+
+        levels = three_augment(three_key, levels)
+    if settings.color_jitter:
+        from cait_jax.augment.color import color_jitter
+
+        levels = color_jitter(jitter_key, levels, settings.color_jitter)
+    return levels.astype(image.dtype)
+
+
+def random_flip(
+    key: PRNGKeyArray, image: Float[Array, "height width channels"]
+) -> Float[Array, "height width channels"]:
+    """Flips one image horizontally with probability 1/2."""
+    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+
+
+def normalise(images: Images, mean: Sequence[float], std: Sequence[float]) -> FloatImages:
+    """`(images / 255 - mean) / std` in float32; `mean` and `std` have a value for each channel, or one for all."""
+    shape = (1, 1, 1, -1)
+    scaled = images.astype(jnp.float32) / 255.0
+    return (scaled - jnp.asarray(mean).reshape(shape)) / jnp.asarray(std).reshape(shape)
+
+
+def random_erase(
+    key: PRNGKeyArray,
+    images: FloatImages,
+    example_ids: Ids,
+    probability: float = 0.25,
+    *,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+) -> FloatImages:
+    """Random erasing (Zhong et al., arXiv 1708.04896) of normalised images: a box becomes pixelwise N(0, 1) noise.
+
+    Args:
+      key: of the step and purpose.
+      images: normalised.
+      example_ids: position of each image in the global batch.
+      probability: that an image is erased.
+      area: range of the box's share of the image, uniform.
+      aspect: range of the box's height over its width, log-uniform.
+    """
+
+    def erase(key: PRNGKeyArray, image: Array) -> Array:
+        probability_key, box_key, noise_key = jax.random.split(key, 3)
+
+        def erased(image: Array) -> Array:
+            size = (image.shape[0], image.shape[1])
+            inside = sample_erasing_box(box_key, size, area=area, aspect=aspect)
+            noise = jax.random.normal(noise_key, image.shape, image.dtype)
+            return jnp.where(inside[..., None], noise, image)
+
+        happens = jax.random.bernoulli(probability_key, probability)
+        return jax.lax.cond(happens, erased, lambda image: image, image)
+
+    return per_example_vmap(erase, key, images, example_ids) if probability else images
+
+
+def sample_erasing_box(
+    key: PRNGKeyArray,
+    size: tuple[int, int],
+    *,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+) -> Bool[Array, "height width"]:
+    """Samples the box of `random_erase` in an image of `size` (height, width).
+
+    The first of ten attempts that is smaller than the image both ways; if there is none, False everywhere.
+    """
+    height, width = size
+    area_key, aspect_key, place_key = jax.random.split(key, 3)
+    attempts = (_ERASING_ATTEMPTS,)
+    areas = jax.random.uniform(area_key, attempts, minval=area[0], maxval=area[1])
+    low, high = math.log(aspect[0]), math.log(aspect[1])
+    aspects = jnp.exp(jax.random.uniform(aspect_key, attempts, minval=low, maxval=high))
+    heights = jnp.round(jnp.sqrt(areas * height * width * aspects)).astype(jnp.int32)
+    widths = jnp.round(jnp.sqrt(areas * height * width / aspects)).astype(jnp.int32)
+    fits = (heights < height) & (widths < width)
+    first = jnp.argmax(fits)
+    box = jnp.stack([heights[first], widths[first]])
+    room = jnp.array([height, width]) - box
+    top, left = jax.random.randint(place_key, (2,), 0, jnp.maximum(room, 0) + 1)
+    down, across = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
+    inside = (down >= top) & (down < top + box[0]) & (across >= left) & (across < left + box[1])
+    return inside & fits[first]
+
+
+def per_example_vmap(
+    function: Callable[[PRNGKeyArray, Array], Array],
+    key: PRNGKeyArray,
+    images: Images,
+    example_ids: Ids,
+) -> Images:
+    """Applies `function(key, image)` to each image, with the key folded from its position.
+
+    A CPU maps sequentially, so that only the taken branch of a `lax.switch` or `lax.cond` is computed. A TPU maps
+    chunks that stay in on-chip memory, a GPU the whole batch. On a mesh each device maps its own shard.
+    """
+
+    def one(key: PRNGKeyArray, example: tuple[Array, Array]) -> Array:
+        example_id, image = example
+        return function(jax.random.fold_in(key, example_id), image)
+
+    def sequential(batch_size: int | None) -> Callable[..., Array]:
+        def apply(ids: Array, batch: Array, key: PRNGKeyArray) -> Array:
+            return jax.lax.map(functools.partial(one, key), (ids, batch), batch_size=batch_size)
+
+        return apply
+
+    def parallel(ids: Array, batch: Array, key: PRNGKeyArray) -> Array:
+        return jax.vmap(functools.partial(one, key))((ids, batch))
+
+    def by_platform(*arguments: Array) -> Array:
+        return jax.lax.platform_dependent(
+            *arguments, cpu=sequential(None), tpu=sequential(_TPU_CHUNK), default=parallel
+        )
+
+    return shard_over_batch(by_platform, 2)(example_ids, images, key)
