@@ -69,15 +69,15 @@ def export_ours(name: str, folder: Path) -> None:
     import jax
 
     from cait_jax import create_model
-    from cait_jax.weights.export import export_timm
-    from cait_jax.weights.published import from_published, to_published, variables_template
+    from cait_jax.weights.timm_export import export_timm
+    from cait_jax.weights.timm_names import abstract_variables, from_timm, to_timm
 
     model = create_model(name, precision="highest")
     empty = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), variables_template(model)
+        lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), abstract_variables(model)
     )
-    shapes = {key: array.shape for key, array in to_published(empty).items()}
-    variables = from_published(drawn(shapes, seed=0), model)
+    shapes = {key: array.shape for key, array in to_timm(empty).items()}
+    variables = from_timm(drawn(shapes, seed=0), model)
     export_timm(folder, model, variables)
     images = drawn_images(model, seed=1)
     np.savez(folder / "ours.npz", images=images, logits=logits_of(model, variables, images))
@@ -180,7 +180,7 @@ def main() -> None:
 
     from tabulate import tabulate
 
-    from cait_jax.weights.released import RELEASED
+    from cait_jax.weights.hub import RELEASED
 
     names = args.names or list(RELEASED)
     args.out.mkdir(parents=True, exist_ok=True)

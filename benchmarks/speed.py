@@ -53,7 +53,7 @@ from cait_jax.models.cost import macs
 from cait_jax.models.zoo import VARIANTS
 from cait_jax.sharding import batch_sharding, constrain_batch, make_mesh, replicated
 from cait_jax.train.optimizer import make_optimizer
-from cait_jax.weights.published import from_published, to_published, variables_template
+from cait_jax.weights.timm_names import abstract_variables, from_timm, to_timm
 
 BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}
 COMPARED = 2  # images
@@ -133,14 +133,14 @@ class Ours:
         self.functions: dict[str, Callable[[], Any]] = {}
 
     def logits(self, model: CaiT) -> np.ndarray:
-        params = from_published(self.weights, model)
+        params = from_timm(self.weights, model)
         return np.asarray(jax.jit(model.apply)(params, self.images), np.float32)
 
     def prepare(self, name: str, model: CaiT, mode: str, batch: int) -> dict[str, Any]:
         """Builds a function and calls it thrice."""
         if batch % self.mesh.size:
             raise NotRun(f"{self.mesh.size} devices cannot share them evenly")
-        variables = jax.device_put(from_published(self.weights, model), self.whole)
+        variables = jax.device_put(from_timm(self.weights, model), self.whole)
         images = np.resize(self.images, (batch, *self.images.shape[1:]))
         images = jax.device_put(images, self.rows)
         make = self._forward if mode == "forward" else self._training
@@ -308,9 +308,9 @@ def matrix_size() -> int:
 def drawn_weights(model: CaiT) -> dict[str, np.ndarray]:
     """Weights under their published names, in which every part of the network shows."""
     empty = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), variables_template(model)
+        lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), abstract_variables(model)
     )
-    return drawn({name: array.shape for name, array in to_published(empty).items()}, seed=0)
+    return drawn({name: array.shape for name, array in to_timm(empty).items()}, seed=0)
 
 
 def compare(
@@ -334,7 +334,7 @@ def compare(
     ours = Ours(weights, images, devices)
     logits: dict[str, np.ndarray] = {}
     if timm is not None:
-        export_timm(folder, model, from_published(weights, model))
+        export_timm(folder, model, from_timm(weights, model))
         save_file({"images": images}, folder / "images.safetensors")
         timm.ask(
             "load",

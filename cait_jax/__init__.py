@@ -8,9 +8,15 @@ logits = model.apply(variables, images)
 from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import UserError
 from cait_jax.models.zoo import forward_intermediates
-from cait_jax.weights.export import export_timm
-from cait_jax.weights.names import create_model, list_models, preprocessing
-from cait_jax.weights.pretrained import load_pretrained, load_settings, save_pretrained
+from cait_jax.weights.pretrained import (
+    create_model,
+    list_models,
+    load_pretrained,
+    load_settings,
+    preprocessing,
+    save_pretrained,
+)
+from cait_jax.weights.timm_export import export_timm
 
 __version__ = "0.1.0"
 __all__ = [

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from cait_jax import exits
-from cait_jax.cli.words import command_words
+from cait_jax.cli.common import command_words
 from cait_jax.errors import UserError, printable
 from cait_jax.interface import speaking
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from cait_jax.cli.loading import model_options
+from cait_jax.cli.common import model_options
 from cait_jax.cli.output import say
 
 
@@ -44,9 +44,9 @@ def command(
     """
     from cait_jax.errors import UserError
     from cait_jax.train.average import mean_params
-    from cait_jax.weights.export import export_timm
     from cait_jax.weights.pretrained import load_pretrained
     from cait_jax.weights.saved import save_pretrained
+    from cait_jax.weights.timm_export import export_timm
 
     alone = target.suffix == ".safetensors"
     if alone and form == "cait":

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cait_jax.cli.numbers import COUNT
+from cait_jax.cli.common import COUNT
 from cait_jax.cli.output import as_json, check_writable, note, say, table
 from cait_jax.errors import printable, some
 

@@ -5,9 +5,15 @@ from typing import Any
 
 import click
 
-from cait_jax.cli.class_names import class_names_option, with_class_names
-from cait_jax.cli.loading import Loaded, dtype_option, model_options
-from cait_jax.cli.numbers import COUNT, WORKERS
+from cait_jax.cli.common import (
+    COUNT,
+    WORKERS,
+    Loaded,
+    class_names_option,
+    dtype_option,
+    model_options,
+    with_class_names,
+)
 from cait_jax.cli.output import as_json, check_writable, note, say, table
 from cait_jax.errors import UserError, printable
 

@@ -5,8 +5,13 @@ from typing import Any
 
 import click
 
-from cait_jax.cli.images import answers_of, exit_over_broken, image_options
-from cait_jax.cli.loading import dtype_option, model_options
+from cait_jax.cli.common import (
+    answers_of,
+    dtype_option,
+    exit_over_broken,
+    image_options,
+    model_options,
+)
 from cait_jax.cli.output import check_writable, say
 
 
@@ -48,7 +53,7 @@ def command(
     import numpy as np
 
     from cait_jax.errors import UserError
-    from cait_jax.weights.files import replace_files
+    from cait_jax.weights.state_dicts import replace_files
 
     if output.suffix != ".npz":
         raise UserError(f"{output} does not end in .npz, which is what is written: add it")
@@ -93,13 +98,13 @@ def layer_features(model: Any, layer: str, *, tokens: bool) -> Any:
 
     from cait_jax.errors import UserError
     from cait_jax.models.zoo import forward_intermediates
-    from cait_jax.weights.published import variables_template
+    from cait_jax.weights.timm_names import abstract_variables
 
     stage, _, number = layer.partition(".")
     image = jax.ShapeDtypeStruct((1, *model.image_size, model.in_channels), jnp.float32)
     _, inside = jax.eval_shape(
         lambda variables, images: forward_intermediates(model, variables, images),
-        variables_template(model),
+        abstract_variables(model),
         image,
     )
     depths = {key: _depth(inside[key]) for key in ("blocks", "blocks_token_only", "stages")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cait_jax.cli.numbers import COUNT, EPOCHS, SEED, SIDE
+from cait_jax.cli.common import COUNT, EPOCHS, SEED, SIDE
 from cait_jax.cli.output import note, say
 
 

@@ -23,7 +23,7 @@ def command(pattern: str, pretrained: bool, json: bool, markdown: bool) -> None:
     published accuracy on ImageNet-1k's validation images, in percent; its source stands beside it.
     """
     from cait_jax.errors import UserError
-    from cait_jax.weights.names import list_models
+    from cait_jax.weights.pretrained import list_models
 
     names = list_models(pattern, pretrained=pretrained)
     if not names:
@@ -50,8 +50,7 @@ def command(pattern: str, pretrained: bool, json: bool, markdown: bool) -> None:
 def _row(name: str) -> dict[str, Any]:
     from cait_jax.models.cost import macs, parameter_count
     from cait_jax.models.zoo import create_model
-    from cait_jax.weights.released import RELEASED
-    from cait_jax.weights.results import published_result
+    from cait_jax.weights.hub import RELEASED, published_result
 
     model = create_model(name)
     result = published_result(name)

@@ -6,10 +6,16 @@ from typing import Any
 
 import click
 
-from cait_jax.cli.class_names import class_names_option, with_class_names
-from cait_jax.cli.images import answers_of, exit_over_broken, image_options
-from cait_jax.cli.loading import dtype_option, model_options
-from cait_jax.cli.numbers import COUNT
+from cait_jax.cli.common import (
+    COUNT,
+    answers_of,
+    class_names_option,
+    dtype_option,
+    exit_over_broken,
+    image_options,
+    model_options,
+    with_class_names,
+)
 from cait_jax.cli.output import csv_lines, json_line, text_output
 from cait_jax.errors import printable
 

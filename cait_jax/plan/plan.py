@@ -24,8 +24,8 @@ from cait_jax.plan.traffic import traffic_by_origin
 from cait_jax.sharding import AXES, check_batch_size
 from cait_jax.train.distill import make_teacher
 from cait_jax.train.setup import Setup, abstract_batch, abstract_state, set_up
-from cait_jax.weights.names import preprocessing
-from cait_jax.weights.published import variables_template
+from cait_jax.weights.pretrained import preprocessing
+from cait_jax.weights.timm_names import abstract_variables
 
 Say = Callable[[str], Any]
 
@@ -155,7 +155,7 @@ def _shape_of_teacher(config: ConfigDict, model: CaiT) -> Any:
     prepare = preprocessing(name)
     return make_teacher(
         teacher,
-        variables_template(teacher),
+        abstract_variables(teacher),
         mean=prepare.mean,
         std=prepare.std,
         student_mean=config.data.mean,

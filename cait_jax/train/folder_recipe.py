@@ -27,9 +27,8 @@ from cait_jax.interface import setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.train.defaults import get_config
-from cait_jax.weights.names import preprocessing
-from cait_jax.weights.pretrained import load_pretrained
-from cait_jax.weights.released import find_released
+from cait_jax.weights.hub import find_released
+from cait_jax.weights.pretrained import load_pretrained, preprocessing
 
 PARTS = ("all", "head", "two-phase")
 """What can learn: everything, the new head alone, or first the head and then the last blocks with it."""

@@ -80,8 +80,7 @@ def given_teacher(config: ConfigDict, model: CaiT) -> Any:
     name, weights = config.distill.teacher, config.distill.weights
     if config.distill.kind == "none" or config.distill.logits is not None:
         return None
-    from cait_jax.weights.names import preprocessing
-    from cait_jax.weights.pretrained import load_pretrained
+    from cait_jax.weights.pretrained import load_pretrained, preprocessing
 
     teacher, variables = load_pretrained(name, weights=weights)
     prepare = preprocessing(name)

@@ -1,6 +1,7 @@
-"""One call for weights from anywhere: a released name, a file, a saved model, a training run."""
+"""The package's calls by name: models, their weights from anywhere, how their images are prepared."""
 
 import dataclasses
+import fnmatch
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,19 +10,97 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import UserError
-from cait_jax.interface import Literal, Way, advise, setting
-from cait_jax.models.zoo import VARIANTS, create_model
-from cait_jax.weights.description import change
-from cait_jax.weights.files import SUFFIXES, read_weights
-from cait_jax.weights.finite import check_finite
-from cait_jax.weights.head import fit_head
-from cait_jax.weights.hub import download
-from cait_jax.weights.published import from_published
-from cait_jax.weights.released import RELEASED, find_released
-from cait_jax.weights.resize import fit_to_model
+from cait_jax.interface import Literal, Way, advise, in_python, setting
+from cait_jax.models import zoo
+from cait_jax.models.zoo import VARIANTS
+from cait_jax.weights.adapt import adapt_head, adapt_input
+from cait_jax.weights.hub import RELEASED, download, find_released
 from cait_jax.weights.runs import is_run, read_run, run_settings
-from cait_jax.weights.saved import is_saved, read_saved, read_saved_weights, save_pretrained
+from cait_jax.weights.saved import change, is_saved, read_saved, read_saved_weights, save_pretrained
+from cait_jax.weights.state_dicts import SUFFIXES, check_finite, read_weights
+from cait_jax.weights.timm_names import from_timm
+
+
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+    """Names the models whose name matches a shell pattern, in alphabetical order.
+
+    Args:
+      pattern: such as `"cait_s*"`.
+      pretrained: only those with released weights.
+
+    Returns:
+      The names, which may be none.
+    """
+    if pretrained:
+        return sorted(fnmatch.filter(RELEASED, pattern))
+    return zoo.list_models(pattern)
+
+
+def create_model(name: str, *, pretrained: bool = False, **attributes: Any) -> Any:
+    """Makes a model by name.
+
+    Args:
+      name: a name of `list_models()`.
+      pretrained: with its released weights, downloaded on first use.
+      **attributes: see `cait_jax.models.zoo.create_model`; with `pretrained`, see `load_pretrained`.
+
+    Returns:
+      A Flax Linen module: `variables = model.init(key, images)`, `logits = model.apply(variables, images)`.
+      With `pretrained` the model and its variables.
+
+    Raises:
+      UserError: for an unknown name or attribute, for sizes that do not fit, and for weights that do not
+        exist or cannot be had.
+    """
+    if pretrained:
+        return load_pretrained(name, **attributes)
+    return zoo.create_model(name, **attributes)
+
+
+def preprocessing(
+    name_or_path: str | os.PathLike[str], *, image_size: int | tuple[int, int] | None = None
+) -> Preprocessing:
+    """The function from images to a batch that a model was evaluated with.
+
+    Args:
+      name_or_path: a model's name, or a directory as `load_pretrained` takes it.
+      image_size: side in pixels, or (height, width), if it is to be another than the model's own.
+
+    Returns:
+      `preprocessing(name)(images)`: PIL images or paths to float32 (batch, height, width, channels). A named
+      model without released weights gets its own resolution and ImageNet's mean and standard deviation.
+
+    Raises:
+      UserError: there is no such name or directory, or it does not say how its images are prepared.
+    """
+    prepare = _preprocessing(name_or_path)
+    if image_size is None:
+        return prepare
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return dataclasses.replace(prepare, image_size=size)
+
+
+def _preprocessing(name_or_path: str | os.PathLike[str]) -> Preprocessing:
+    name = str(name_or_path)
+    if name in zoo.VARIANTS and name not in RELEASED:
+        model = zoo.create_model(name)
+        if model.in_channels == 3:
+            return Preprocessing(model.image_size)
+    else:
+        settings = load_settings(name_or_path).preprocessing
+        if settings is not None:
+            return Preprocessing.from_dict(settings)
+    if in_python():
+        fix = "make a cait_jax.Preprocessing of its image_size, crop_ratio, mean, std and channels"
+    else:
+        fix = advise(
+            Way("give {}, a directory saved with its preprocessing", "weights", Literal("DIR")),
+            otherwise="choose a model saved with its preprocessing",
+        )
+    raise UserError(f"nothing says how images for {name} are prepared: {fix}")
+
 
 __all__ = ["Settings", "load_pretrained", "load_settings", "save_pretrained"]
 
@@ -96,7 +175,7 @@ def load_pretrained(
         name = str(name_or_path)
         if weights is None:
             find_released(name)
-        model = create_model(name, **attributes)
+        model = zoo.create_model(name, **attributes)
         place = download(find_released(name)) if weights is None else Path(weights)
         trained, stored = _read(place, ema)
     else:
@@ -113,13 +192,13 @@ def load_pretrained(
             trained, stored = _read(place, ema)
     size = weights_image_size or getattr(trained, "image_size", None)
     try:
-        stored = fit_to_model(stored, model, image_size=size, antialias=antialias)
-        stored, _ = fit_head(stored, model, reset=reset_head, seed=seed)
+        stored = adapt_input(stored, model, image_size=size, antialias=antialias)
+        stored, _ = adapt_head(stored, model, reset=reset_head, seed=seed)
         if param_dtype is None:
             _refuse_rounding(stored, model.param_dtype)
         else:
             check_finite(stored, model.param_dtype)
-        return model, from_published(stored, model)
+        return model, from_timm(stored, model)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
 

@@ -12,7 +12,7 @@ import numpy as np
 from cait_jax.errors import UserError
 from cait_jax.interface import setting
 from cait_jax.models.zoo import create_model
-from cait_jax.weights.description import checked_weights
+from cait_jax.weights.saved import checked_state_dict
 
 _CHECKPOINTS = "checkpoints"
 
@@ -37,7 +37,7 @@ def read_run(path: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarra
     """
     params, meta = _restore(path, "ema" if ema else "params")
     model = _model(meta, params)
-    return model, checked_weights(model, {"params": params})
+    return model, checked_state_dict(model, {"params": params})
 
 
 def run_settings(path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 from cait_jax import forward_intermediates
 from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import VisionTransformer
-from cait_jax.weights.published import from_published, to_published
+from cait_jax.weights.timm_names import from_timm, to_timm
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TOLERANCE = 1e-5
@@ -39,7 +39,7 @@ REGNET = RegNetY(
 def test_distilled_deit_agrees_in_both_heads_and_their_mean(stacked):
     arrays, weights = recorded("deit_distilled_small.npz")
     model = deit(stacked=stacked)
-    variables = from_published(weights, model)
+    variables = from_timm(weights, model)
     logits, inside = forward_intermediates(model, variables, arrays["image"])
     np.testing.assert_allclose(logits, arrays["logits"], rtol=0, atol=TOLERANCE)
     for ours, theirs in (
@@ -48,7 +48,7 @@ def test_distilled_deit_agrees_in_both_heads_and_their_mean(stacked):
     ):
         np.testing.assert_allclose(inside[ours], arrays[theirs], rtol=0, atol=TOLERANCE)
     assert np.abs(arrays["logits_class"] - arrays["logits_distillation"]).max() > 0.1
-    back = to_published(variables)
+    back = to_timm(variables)
     assert set(back) == set(weights)
     assert all(np.array_equal(back[name], weights[name]) for name in weights)
 
@@ -59,7 +59,7 @@ def test_the_tokens_are_not_interchangeable():
     model = deit()
     for a, b in (("cls_token", "dist_token"), ("head.weight", "head_dist.weight")):
         swapped = weights | {a: weights[b], b: weights[a]}
-        logits = model.apply(from_published(swapped, model), arrays["image"])
+        logits = model.apply(from_timm(swapped, model), arrays["image"])
         assert np.abs(logits - arrays["logits"]).max() > 100 * TOLERANCE
 
 
@@ -67,21 +67,21 @@ def test_features_of_a_distilled_network_are_the_mean_of_both_tokens():
     arrays, weights = recorded("deit_distilled_small.npz")
     headless = {name: a for name, a in weights.items() if not name.startswith("head")}
     model = deit(num_classes=0)
-    features = model.apply(from_published(headless, model), arrays["image"])
-    _, inside = forward_intermediates(deit(), from_published(weights, deit()), arrays["image"])
+    features = model.apply(from_timm(headless, model), arrays["image"])
+    _, inside = forward_intermediates(deit(), from_timm(weights, deit()), arrays["image"])
     np.testing.assert_array_equal(features, inside["features"])
 
 
 def test_regnety_agrees_in_every_stage():
     arrays, weights = recorded("regnety_small.npz")
-    variables = from_published(weights, REGNET)
+    variables = from_timm(weights, REGNET)
     logits, inside = forward_intermediates(REGNET, variables, arrays["image"])
     np.testing.assert_allclose(logits, arrays["logits"], rtol=0, atol=TOLERANCE)
     assert len(inside["stages"]) == 4
     for i, stage in enumerate(inside["stages"], start=1):
         theirs = arrays[f"stage/s{i}"].transpose(0, 2, 3, 1)
         np.testing.assert_allclose(stage, theirs, rtol=0, atol=TOLERANCE, err_msg=f"s{i}")
-    back = to_published(variables)
+    back = to_timm(variables)
     assert set(back) == set(weights)
     for name, array in weights.items():
         assert name.endswith("num_batches_tracked") or np.array_equal(back[name], array), name
@@ -89,7 +89,7 @@ def test_regnety_agrees_in_every_stage():
 
 def test_regnety_in_training_normalises_by_the_batch_and_moves_its_averages():
     arrays, weights = recorded("regnety_small.npz")
-    variables = from_published(weights, REGNET)
+    variables = from_timm(weights, REGNET)
     logits, moved = REGNET.apply(variables, arrays["image"], train=True, mutable=["batch_stats"])
     assert np.abs(logits - arrays["logits"]).max() > 0.01
     before = variables["batch_stats"]["stem"]["bn"]["mean"]

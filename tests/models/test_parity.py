@@ -13,7 +13,7 @@ from flax import linen as nn
 from cait_jax.models import cait
 from cait_jax.models.cait import CaiT
 from cait_jax.models.stacking import unstack_blocks
-from cait_jax.weights.published import from_published, to_published
+from cait_jax.weights.timm_names import from_timm, to_timm
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "cait_small.npz"
 LABELS = jnp.array([0, 3])
@@ -64,7 +64,7 @@ def stages(model, params, image):
 @pytest.mark.parametrize("stacked", [True, False])
 def test_every_stage_and_the_logits_agree(recorded, stacked):
     model = small_cait(stacked)
-    params = from_published(published(recorded, "weight"), model)["params"]
+    params = from_timm(published(recorded, "weight"), model)["params"]
     found = stages(model, params, recorded["image"])
     ours = {
         "patch_embed": found["patch_embed"],
@@ -95,7 +95,7 @@ def test_every_stage_and_the_logits_agree(recorded, stacked):
 @pytest.mark.parametrize("remat", ["none", "elementwise", "attention", "block"])
 def test_loss_and_every_gradient_agree(recorded, remat):
     model = small_cait(remat=remat)
-    params = from_published(published(recorded, "weight"), model)["params"]
+    params = from_timm(published(recorded, "weight"), model)["params"]
 
     def loss_fn(params):
         logits = model.apply({"params": params}, recorded["image"])
@@ -103,7 +103,7 @@ def test_loss_and_every_gradient_agree(recorded, remat):
 
     loss, gradients = jax.value_and_grad(loss_fn)(params)
     assert abs(float(loss) - float(recorded["loss"])) < 1e-5
-    ours, theirs = to_published({"params": gradients}), published(recorded, "grad")
+    ours, theirs = to_timm({"params": gradients}), published(recorded, "grad")
     assert set(ours) == set(theirs)
     for name, expected in theirs.items():
         tolerance = 1e-5 * np.abs(expected).max() + 1e-7
@@ -113,14 +113,14 @@ def test_loss_and_every_gradient_agree(recorded, remat):
 def test_names_map_both_ways_bit_for_bit(recorded):
     weights = published(recorded, "weight")
     for stacked in (True, False):
-        back = to_published(from_published(weights, small_cait(stacked)))
+        back = to_timm(from_timm(weights, small_cait(stacked)))
         assert set(back) == set(weights)
         for name, array in weights.items():
             np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
 def test_stacked_and_unrolled_give_equal_outputs(recorded):
-    params = from_published(published(recorded, "weight"), small_cait())["params"]
+    params = from_timm(published(recorded, "weight"), small_cait())["params"]
     image = recorded["image"]
     stacked = small_cait().apply({"params": params}, image)
     unrolled = small_cait(stacked=False).apply({"params": unstack_blocks(params)}, image)
@@ -134,7 +134,7 @@ def test_a_perturbed_weight_fails(recorded):
     weights = published(recorded, "weight")
     weights["blocks.1.mlp.fc1.weight"] = weights["blocks.1.mlp.fc1.weight"].copy()
     weights["blocks.1.mlp.fc1.weight"][5, 7] += 0.1
-    assert logits_error(recorded, from_published(weights, small_cait())["params"]) > 1e-5
+    assert logits_error(recorded, from_timm(weights, small_cait())["params"]) > 1e-5
 
 
 @pytest.mark.parametrize("mixing", ["proj_l", "proj_w"])
@@ -142,18 +142,18 @@ def test_an_untransposed_head_mixing_fails(recorded, mixing):
     weights = published(recorded, "weight")
     name = f"blocks.0.attn.{mixing}.weight"
     weights[name] = weights[name].T
-    assert logits_error(recorded, from_published(weights, small_cait())["params"]) > 1e-5
+    assert logits_error(recorded, from_timm(weights, small_cait())["params"]) > 1e-5
 
 
 def test_a_tanh_gelu_fails(recorded, monkeypatch):
-    params = from_published(published(recorded, "weight"), small_cait())["params"]
+    params = from_timm(published(recorded, "weight"), small_cait())["params"]
     tanh_gelu = functools.partial(nn.gelu, approximate=True)
     monkeypatch.setattr(nn, "gelu", lambda x, approximate: tanh_gelu(x))
     assert logits_error(recorded, params) > 1e-5
 
 
 def test_an_epsilon_of_1e_5_fails(recorded, monkeypatch):
-    params = from_published(published(recorded, "weight"), small_cait())["params"]
+    params = from_timm(published(recorded, "weight"), small_cait())["params"]
 
     def norm(*, name, **dtypes):
         return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name, **dtypes)

@@ -27,7 +27,7 @@ from cait_jax.train.parts import (
     stop_frozen,
     trainable,
 )
-from cait_jax.weights.published import to_published
+from cait_jax.weights.timm_names import to_timm
 
 TINY = {"image_size": 8, "patch_size": 4, "width": 8, "num_heads": 2, "num_classes": 3}
 FORMS = {"stacked": dict, "single": unstack_blocks}
@@ -106,7 +106,7 @@ def test_layer_ids_and_factors_are_timms(name, form):
 
     def published(numbers):
         whole = jax.tree.map(lambda n, leaf: np.broadcast_to(n, leaf.shape), numbers, params)
-        named = to_published({"params": whole})
+        named = to_timm({"params": whole})
         assert all((array == array.flat[0]).all() for array in named.values())
         return {key: array.flat[0] for key, array in named.items()}
 

@@ -12,10 +12,10 @@ from trees import assert_same_bits
 
 from cait_jax import UserError
 from cait_jax.weights import pretrained
-from cait_jax.weights.files import write_safetensors
+from cait_jax.weights.hub import find_released
 from cait_jax.weights.pretrained import load_pretrained, load_settings, save_pretrained
-from cait_jax.weights.published import to_published
-from cait_jax.weights.released import find_released
+from cait_jax.weights.state_dicts import write_safetensors
+from cait_jax.weights.timm_names import to_timm
 
 NAME = "cait_nano4_patch4_8"
 SHAPE = {"depth": 2, "width": 16, "num_heads": 2}
@@ -24,7 +24,7 @@ SHAPE = {"depth": 2, "width": 16, "num_heads": 2}
 @pytest.fixture
 def file(tmp_path, variables):
     path = tmp_path / "w.safetensors"
-    write_safetensors(path, to_published(variables))
+    write_safetensors(path, to_timm(variables))
     return path
 
 
@@ -56,7 +56,7 @@ def test_a_released_name_is_downloaded(tmp_path, monkeypatch):
 
 
 def test_a_number_type_that_would_round_must_be_asked_for(tmp_path, model, variables):
-    exact = {key: array.astype(np.float16) for key, array in to_published(variables).items()}
+    exact = {key: array.astype(np.float16) for key, array in to_timm(variables).items()}
     write_safetensors(tmp_path / "half.safetensors", exact)
     _, found = load_pretrained(NAME, weights=tmp_path / "half.safetensors", num_classes=3, **SHAPE)
     np.testing.assert_array_equal(
@@ -173,7 +173,7 @@ def test_a_saved_network_may_take_other_weights(tmp_path, model, variables, file
 
 def test_a_file_beside_a_saved_model_may_hold_an_average(tmp_path, model, variables):
     save_pretrained(tmp_path / "saved", model, variables)
-    plain = to_published(variables)
+    plain = to_timm(variables)
     average = {f"model_ema.{name}": array / 2 for name, array in plain.items()}
     both = average | {f"model.{name}": array for name, array in plain.items()}
     write_safetensors(tmp_path / "both.safetensors", both)
@@ -186,7 +186,7 @@ def test_a_file_beside_a_saved_model_may_hold_an_average(tmp_path, model, variab
 
 def test_weights_of_another_network_without_a_head_are_not_told_to_take_one(tmp_path, variables):
     """What has no `head` but other names is another network, or its head has another name."""
-    weights = to_published(variables)
+    weights = to_timm(variables)
     weights["fc.weight"] = weights.pop("head.weight")
     weights["fc.bias"] = weights.pop("head.bias")
     for content, sentence in (

@@ -10,9 +10,9 @@ import pytest
 from trees import assert_same_bits, random_params
 
 from cait_jax import UserError, create_model
-from cait_jax.weights.description import build, describe
 from cait_jax.weights.pretrained import load_pretrained, load_settings, save_pretrained
-from cait_jax.weights.published import variables_template
+from cait_jax.weights.saved import build, describe
+from cait_jax.weights.timm_names import abstract_variables
 
 PREPROCESSING = {
     "image_size": (8, 8),
@@ -72,7 +72,7 @@ def test_other_families_come_back_bit_for_bit(tmp_path, name, attributes):
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
         lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype),
-        variables_template(model),
+        abstract_variables(model),
     )
     save_pretrained(tmp_path, model, variables)
     loaded, found = load_pretrained(tmp_path)

@@ -1,5 +1,6 @@
-"""Weights for another image or patch size: position grids and patch kernels resized."""
+"""Weights for another image size, patch size or number of classes: positions, patch kernel and head."""
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 
 from cait_jax.errors import UserError
 from cait_jax.interface import Literal, Way, advise
-from cait_jax.weights.published import variables_template
+from cait_jax.weights.timm_names import abstract_variables, timm_names, to_timm
 
 _POSITIONS = "pos_embed"
 _KERNEL = "patch_embed.proj.weight"
@@ -94,7 +95,7 @@ def resize_patch_embed(
     return resized.astype(array.dtype)
 
 
-def fit_to_model(
+def adapt_input(
     weights: Mapping[str, np.ndarray],
     model: Any,
     *,
@@ -119,7 +120,7 @@ def fit_to_model(
     fitted = dict(weights)
     if _POSITIONS not in weights or _KERNEL not in weights:
         return fitted
-    shapes = variables_template(model)["params"]
+    shapes = abstract_variables(model)["params"]
     positions, kernel = np.asarray(weights[_POSITIONS]), np.asarray(weights[_KERNEL])
     if _POSITIONS not in shapes or positions.ndim != 3 or kernel.ndim != 4:
         return fitted
@@ -170,3 +171,75 @@ def _made_for() -> str:
         ),
         otherwise="choose weights made for square images",
     )
+
+
+_log = logging.getLogger(__name__)
+
+# `head`, and `head_dist` of a distilled DeiT.
+_HEAD = "head"
+
+
+def adapt_head(
+    weights: Mapping[str, np.ndarray], model: Any, *, reset: bool = False, seed: int = 0
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Gives weights the head that a model has.
+
+    A model of 0 classes has none: it is left out. With `reset` it starts as the model's own initialisation
+    makes it, and one line of the log names what was replaced.
+
+    Args:
+      weights: published name to array.
+      model: the model the weights are wanted for.
+      reset: start the head anew.
+      seed: what the new head is drawn from.
+
+    Returns:
+      The weights, and the names that were started anew.
+
+    Raises:
+      UserError: the weights fit but for a head of another number of classes, or none, and `reset` is False.
+    """
+    if model.num_classes == 0:
+        body = {name: array for name, array in weights.items() if not _of_head(name)}
+        return body, []
+
+    def head(key: Any) -> dict[str, Any]:
+        images = jnp.zeros((1, *model.image_size, model.in_channels))
+        params = model.init(key, images)["params"]
+        return {name: leaves for name, leaves in params.items() if name.startswith(_HEAD)}
+
+    if reset:
+        # Jitted, so that the initialisation of everything else is dropped before it runs.
+        fresh = to_timm({"params": jax.jit(head)(jax.random.key(seed))})
+        _log.warning("started anew from seed %d: %s", seed, ", ".join(sorted(fresh)))
+        return {**weights, **fresh}, sorted(fresh)
+
+    shapes = jax.eval_shape(head, jax.random.key(0))
+    empty = jax.tree.map(lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), shapes)
+    if not any(_of_head(name) for name in weights):
+        if not weights.keys() <= timm_names(model):
+            return dict(weights), []  # another network's, which `from_timm` refuses
+        raise UserError(
+            f"these weights have no head, and the model has {model.num_classes} classes: "
+            + advise(
+                Way("give {} to start one anew", "reset_head", True),
+                Way("{} for features", "num_classes", 0),
+                otherwise="choose weights with a head",
+            )
+        )
+    for name, array in to_timm({"params": empty}).items():
+        found = np.shape(weights.get(name, array))
+        if found[:1] != array.shape[:1]:
+            raise UserError(
+                f"these weights have {found[0]} classes and the model {model.num_classes}: "
+                + advise(
+                    Way("give {} to start the head anew", "reset_head", True),
+                    Way("{} to keep it", "num_classes", found[0]),
+                    otherwise=f"choose weights of {model.num_classes} classes",
+                )
+            )
+    return dict(weights), []
+
+
+def _of_head(name: str) -> bool:
+    return name.split(".", 1)[0] in (_HEAD, f"{_HEAD}_dist")

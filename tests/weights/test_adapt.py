@@ -10,8 +10,8 @@ import pytest
 from trees import random_params
 
 from cait_jax import UserError, create_model
-from cait_jax.weights.published import to_published
-from cait_jax.weights.resize import fit_to_model, resize_patch_embed, resize_pos_embed
+from cait_jax.weights.adapt import adapt_input, resize_patch_embed, resize_pos_embed
+from cait_jax.weights.timm_names import to_timm
 
 # Recorded from torch 2.13.0: keys "HxW-HxW/input", ".../bicubic", ".../bicubic_antialias".
 RECORDED = np.load(Path(__file__).parents[1] / "fixtures" / "pos_embed.npz")
@@ -90,25 +90,25 @@ def model():
 
 @pytest.fixture(scope="module")
 def weights(model):
-    return to_published({"params": random_params(model)})
+    return to_timm({"params": random_params(model)})
 
 
 def test_only_what_has_another_size_is_touched(model, weights):
     for changes in ({"image_size": (24, 8)}, {"patch_size": 2}, {"patch_size": 8}):
         other = model.clone(**changes)
-        fitted = fit_to_model(weights, other)
-        template = to_published({"params": random_params(other)})
+        fitted = adapt_input(weights, other)
+        template = to_timm({"params": random_params(other)})
         assert {k: v.shape for k, v in fitted.items()} == {k: v.shape for k, v in template.items()}
         for name, array in weights.items():
             if name not in ("pos_embed", "patch_embed.proj.weight"):
                 assert fitted[name] is array
-    same = fit_to_model(weights, model)
+    same = adapt_input(weights, model)
     assert all(same[name].tobytes() == array.tobytes() for name, array in weights.items())
 
 
 def test_the_shape_of_the_old_grid_is_given_or_square_or_asked_for(model, weights):
     wide = {**weights, "pos_embed": weights["pos_embed"][:, :8]}
-    fitted = fit_to_model(wide, model, image_size=(8, 16))
+    fitted = adapt_input(wide, model, image_size=(8, 16))
     expected = resize_pos_embed(wide["pos_embed"], (2, 4), (4, 4))
     np.testing.assert_array_equal(fitted["pos_embed"], expected)
     for image_size, sentence in (
@@ -116,12 +116,12 @@ def test_the_shape_of_the_old_grid_is_given_or_square_or_asked_for(model, weight
         ((16, 16), r"8 patches of 4 by 4 pixels, not for 16 by 16 .* weights_image_size"),
     ):
         with pytest.raises(UserError, match=sentence):
-            fit_to_model(wide, model, image_size=image_size)
+            adapt_input(wide, model, image_size=image_size)
     # As many patches, in another shape: the square they may be from is not taken for granted.
     with pytest.raises(UserError, match="16 patches, which could be cut from more than one"):
-        fit_to_model(weights, model.clone(image_size=(8, 32)))
+        adapt_input(weights, model.clone(image_size=(8, 32)))
     same_shape = model.clone(image_size=(8, 16))
-    np.testing.assert_array_equal(fit_to_model(wide, same_shape)["pos_embed"], wide["pos_embed"])
+    np.testing.assert_array_equal(adapt_input(wide, same_shape)["pos_embed"], wide["pos_embed"])
 
 
 def test_tokens_of_a_prefix_are_counted_from_the_model():
@@ -131,7 +131,7 @@ def test_tokens_of_a_prefix_are_counted_from_the_model():
         "pos_embed": rng.standard_normal((1, 1 + 9, 32), np.float32),
         "patch_embed.proj.weight": rng.standard_normal((32, 3, 4, 4), np.float32),
     }
-    fitted = fit_to_model(weights, vit)["pos_embed"]
+    fitted = adapt_input(weights, vit)["pos_embed"]
     np.testing.assert_array_equal(fitted[:, 0], weights["pos_embed"][:, 0])
     expected = resize_pos_embed(weights["pos_embed"][:, 1:], (3, 3), (4, 4))
     np.testing.assert_array_equal(fitted[:, 1:], expected)
@@ -139,7 +139,7 @@ def test_tokens_of_a_prefix_are_counted_from_the_model():
 
 def test_a_network_without_positions_takes_any_image():
     weights = {"stem.conv.weight": np.ones((8, 3, 3, 3), np.float32)}
-    assert fit_to_model(weights, create_model("regnety_160")) == weights
+    assert adapt_input(weights, create_model("regnety_160")) == weights
 
 
 def test_a_grid_is_resized_in_single_precision_whatever_the_default():

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from trees import assert_same_bits, random_params
 
 from cait_jax import UserError, create_model
-from cait_jax.weights.export import export_timm, timm_constructor
+from cait_jax.weights.hub import RELEASED
 from cait_jax.weights.pretrained import load_pretrained, load_settings
-from cait_jax.weights.published import variables_template
-from cait_jax.weights.released import RELEASED
+from cait_jax.weights.timm_export import export_timm, timm_constructor
+from cait_jax.weights.timm_names import abstract_variables
 
 PREPROCESSING = {
     "image_size": [8, 8], "crop_ratio": 0.9, "mean": [0.5], "std": [0.25], "channels": 1,
@@ -46,7 +46,7 @@ def test_a_regnety_of_another_size_is_a_config_overlaid(tmp_path):
     assert call.named == {"num_classes": 5}
     small = create_model("regnety_160", w0=24, wa=24.0, wm=2.0, depth=9, group_width=8)
     assert timm_constructor(small).named is None
-    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), variables_template(small))
+    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_variables(small))
     export_timm(tmp_path, small, variables)
     card = (tmp_path / "README.md").read_text()
     assert "RegNet(timm.models.regnet.RegNetCfg(), in_chans=3, num_classes=1000, w0=24, " in card

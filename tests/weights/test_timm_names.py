@@ -7,7 +7,7 @@ import pytest
 from trees import random_params
 
 from cait_jax import UserError, create_model
-from cait_jax.weights.published import from_published, to_published
+from cait_jax.weights.timm_names import from_timm, to_timm
 
 TENSORS = {"cait_xxs24": 476, "cait_xxs36": 692, "cait_m48": 908}
 
@@ -21,7 +21,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def weights(model):
-    return to_published({"params": random_params(model)})
+    return to_timm({"params": random_params(model)})
 
 
 @pytest.mark.parametrize("name", sorted(TENSORS))
@@ -29,7 +29,7 @@ def test_number_of_published_tensors(name):
     model = create_model(name, image_size=32)
     template = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     params = jax.tree.map(lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), template)
-    weights = to_published({"params": params})
+    weights = to_timm({"params": params})
     assert len(weights) == TENSORS[name]
 
 
@@ -65,9 +65,9 @@ def test_what_does_not_fit_is_named(model, weights, edit, message):
     edited = dict(weights)
     edit(edited)
     with pytest.raises(UserError, match=message):
-        from_published(edited, model)
+        from_timm(edited, model)
 
 
 def test_parameters_come_in_the_models_param_dtype(model, weights):
-    params = from_published(weights, model.clone(param_dtype=jnp.bfloat16))
+    params = from_timm(weights, model.clone(param_dtype=jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}

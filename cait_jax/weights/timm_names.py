@@ -1,8 +1,8 @@
-"""Names and layouts of published weights (timm, facebookresearch/deit) to our variables and back.
+"""Parameter names and layouts of timm and facebookresearch/deit to our variables and back.
 
-Both directions walk the leaves of the tree: each leaf has exactly one published name, or one a block where
-blocks are stacked, so nothing can be filled twice or left empty unnoticed. What nobody has published (the
-scalars of ReZero, say) gets its path as its name, so that every model of this package can be stored so.
+Both directions walk the leaves of the pytree: each leaf has exactly one name there, or one a block where
+blocks are stacked, so no weight can be used twice or left out unnoticed. What timm does not have (the
+scalars of ReZero, say) is named by its path, so that every model of this package can be stored so.
 """
 
 import re
@@ -23,7 +23,7 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var":
 _COUNTER = "num_batches_tracked"
 
 
-def from_published(weights: Mapping[str, Any], model: Network) -> dict[str, Any]:
+def from_timm(weights: Mapping[str, Any], model: Network) -> dict[str, Any]:
     """Builds a model's variables from weights under their published names.
 
     Args:
@@ -37,7 +37,7 @@ def from_published(weights: Mapping[str, Any], model: Network) -> dict[str, Any]
       UserError: naming every weight that is missing, left over, or of another shape, or one that is not
         floating point.
     """
-    template = variables_template(model)
+    template = abstract_variables(model)
     class_attention = _has_class_attention(template)
     unused = {name for name in weights if not name.endswith(_COUNTER)}
     missing: list[str] = []
@@ -46,7 +46,7 @@ def from_published(weights: Mapping[str, Any], model: Network) -> dict[str, Any]
     def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
         keys = tuple(key.key for key in path[1:])
         blocks = leaf.shape[0] if keys[0] == "blocks" else None
-        names = list(_published_names(keys, blocks, class_attention))
+        names = list(_timm_names(keys, blocks, class_attention))
         shape = leaf.shape if blocks is None else leaf.shape[1:]
         arrays = []
         for name in names:
@@ -89,14 +89,14 @@ def from_published(weights: Mapping[str, Any], model: Network) -> dict[str, Any]
     return variables
 
 
-def to_published(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_timm(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Gives a model's variables under the published names and in PyTorch's layout.
 
     Args:
       variables: of a model of this package, stacked or not.
 
     Returns:
-      Published name to array, dtypes unchanged; `from_published` undoes it bit for bit.
+      Published name to array, dtypes unchanged; `from_timm` undoes it bit for bit.
     """
     weights: dict[str, np.ndarray] = {}
     class_attention = _has_class_attention(variables)
@@ -105,7 +105,7 @@ def to_published(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         array = np.asarray(leaf)
         blocks = array.shape[0] if keys[0] == "blocks" else None
         parts = [array] if blocks is None else list(array)
-        names = _published_names(keys, blocks, class_attention)
+        names = _timm_names(keys, blocks, class_attention)
         for name, part in zip(names, parts, strict=True):
             weights[name] = np.asarray(_to_torch_layout(keys, np.asarray(part)), order="C")
             if keys[-1] == "mean":
@@ -114,15 +114,15 @@ def to_published(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return weights
 
 
-def published_names(model: Network) -> frozenset[str]:
+def timm_names(model: Network) -> frozenset[str]:
     """The published names of all of a model's variables."""
     empty = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), variables_template(model)
+        lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), abstract_variables(model)
     )
-    return frozenset(to_published(empty))
+    return frozenset(to_timm(empty))
 
 
-def variables_template(model: Network) -> dict[str, Any]:
+def abstract_variables(model: Network) -> dict[str, Any]:
     """Shapes and dtypes of a model's variables, as `jax.ShapeDtypeStruct`s."""
     images = jax.ShapeDtypeStruct((1, *model.image_size, model.in_channels), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
@@ -132,9 +132,7 @@ def _has_class_attention(variables: Mapping[str, Any]) -> bool:
     return any(name.startswith("blocks_token_only") for name in variables["params"])
 
 
-def _published_names(
-    keys: tuple[str, ...], blocks: int | None, class_attention: bool
-) -> Iterator[str]:
+def _timm_names(keys: tuple[str, ...], blocks: int | None, class_attention: bool) -> Iterator[str]:
     """The published names of the leaf at `keys`: one, or one for each of the stacked `blocks`.
 
     LayerScale's are `gamma_1` in a network with class attention, and `ls1.gamma` in one without.

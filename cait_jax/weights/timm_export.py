@@ -1,4 +1,4 @@
-"""A model for PyTorch users: weights that timm loads strictly, with a model card that says how."""
+"""A model for PyTorch users: weights that timm loads strictly, and a model card."""
 
 import dataclasses
 import os
@@ -11,10 +11,16 @@ from cait_jax.interface import Way, advise
 from cait_jax.models.cait import CaiT
 from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import create_model
-from cait_jax.weights.description import checked_weights
-from cait_jax.weights.files import replace_files, safetensors_writer, write_safetensors
-from cait_jax.weights.released import RELEASED
-from cait_jax.weights.saved import CONFIG, SECTION, WEIGHTS, config_section, config_writer
+from cait_jax.weights.hub import RELEASED
+from cait_jax.weights.saved import (
+    CONFIG,
+    SECTION,
+    WEIGHTS,
+    checked_state_dict,
+    config_section,
+    config_writer,
+)
+from cait_jax.weights.state_dicts import replace_files, safetensors_writer, write_safetensors
 
 # What a network of each class of timm's is, in attributes of ours.
 _CAIT_IS = {
@@ -96,7 +102,7 @@ def export_timm(
     """
     call = timm_constructor(model)
     section = config_section(model, label_names=label_names, preprocessing=preprocessing)
-    weights = checked_weights(model, variables)
+    weights = checked_state_dict(model, variables)
     path = Path(path_or_dir)
     if path.suffix == ".safetensors":
         write_safetensors(path, weights)
