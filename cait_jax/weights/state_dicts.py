@@ -25,6 +25,20 @@ SUFFIXES = (".safetensors", *_PICKLES)
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
 
 
+class Unwrapped(NamedTuple):
+    """What was inside.
+
+    Attributes:
+      content: the state dict, or what it may be.
+      averaged: it is a moving average.
+      passed_over: the key or prefix of the other kind, where the file has both; empty if it has one.
+    """
+
+    content: Any
+    averaged: bool
+    passed_over: str
+
+
 def read_weights(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, np.ndarray]:
     """Reads a file of named arrays.
 
@@ -239,20 +253,6 @@ _OURS = (
 )
 # What averages count beside the weights.
 _COUNTERS = ("n_averaged", "num_updates", "decay", "initted", "step")
-
-
-class Unwrapped(NamedTuple):
-    """What was inside.
-
-    Attributes:
-      content: the state dict, or what it may be.
-      averaged: it is a moving average.
-      passed_over: the key or prefix of the other kind, where the file has both; empty if it has one.
-    """
-
-    content: Any
-    averaged: bool
-    passed_over: str
 
 
 def unwrap(content: Any, *, ema: bool, is_weight: type) -> Unwrapped:
