@@ -39,8 +39,8 @@ def measure(path: str, depth: int, stacked: bool, plain: bool) -> dict[str, Any]
     config.model.depth, config.model.stacked = depth, stacked
     if plain:
         augment = config.augment
-        augment.flip, augment.rand_augment = False, ""
-        augment.erase = augment.mixup = augment.cutmix = 0.0
+        augment.hflip, augment.rand_augment = False, ""
+        augment.reprob = augment.mixup = augment.cutmix = 0.0
     setup = set_up(config)
     arguments = abstract_state(setup), abstract_batch(setup)
     times = [time.perf_counter()]

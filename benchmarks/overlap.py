@@ -47,7 +47,7 @@ def small_run(data: str, steps: int, workers: int) -> ConfigDict:
     """Steps of some 300 ms on two cores, and evaluations of four batches for each of two sets of weights."""
     config = get_config()
     config.data.name, config.data.workers = data, workers
-    config.data.repeats = 1
+    config.data.aug_repeats = 1
     config.steps = steps
     config.batch_size = config.eval.batch_size = 32
     config.image_size = 32

@@ -57,8 +57,8 @@ def main() -> None:
     config.eval.batch_size = 200
     # As much of the image as pad_crop leaves at 32 pixels.
     config.augment.pad_crop = 0
-    config.augment.crop_area = (0.75, 1.0)
-    config.augment.crop_aspect = (1.0, 1.0)
+    config.augment.scale = (0.75, 1.0)
+    config.augment.ratio = (1.0, 1.0)
     config.optimizer.learning_rate = args.learning_rate
     config.optimizer.warmup_epochs = args.epochs / 10
     config.optimizer.final_learning_rate = 1e-6

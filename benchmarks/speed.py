@@ -340,7 +340,7 @@ def compare(
             "load",
             directory=str(folder),
             images=str(folder / "images.safetensors"),
-            drop_path=model.drop_path,
+            drop_path=model.drop_path_rate,
             dtype=case.dtype,
         )
         for name in THEIRS[: 1 + compiled]:

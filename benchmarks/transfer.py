@@ -6,7 +6,7 @@ Command: python benchmarks/transfer.py --data-dir=DIR [--minutes=20] [--seeds=3]
 The network of `configs/cifar10_small.py` learns the other eight classes, for as many steps as a short run says fit
 in the minutes. Of the two held-out classes a folder of PNGs is written with so many images a class, drawn anew
 for each seed, and their 2,000 test images beside it. From there it is `cait finetune`'s own recipe
-(`cait_jax.train.folder_recipe`): the whole network, the head alone, the two phases. From scratch is the whole
+(`cait_jax.train.finetune`): the whole network, the head alone, the two phases. From scratch is the whole
 network without the weights, all layers at one rate of 1e-3. All four see crops of at least 0.35 of the area and
 mirror images, and equally many epochs; nothing is chosen by the test images.
 
@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from cait_jax.data import load_split
 from cait_jax.data.sources import InMemory
 from cait_jax.train import Run, train
-from cait_jax.train.folder_recipe import folder_config, look_through
+from cait_jax.train.finetune import folder_config, look_through
 from cait_jax.train.report import read_metrics
 from configs import cifar10_small
 
@@ -175,10 +175,10 @@ def recipe(photographs: Path, pretraining: Path, way: str, size: int, seed: int)
 
 
 def _see_alike(config: ConfigDict) -> None:
-    config.augment.crop_area = (0.35, 1.0)
+    config.augment.scale = (0.35, 1.0)
     config.augment.pad_crop = 0
     config.augment.rand_augment = ""
-    config.augment.erase = config.augment.mixup = config.augment.cutmix = 0.0
+    config.augment.reprob = config.augment.mixup = config.augment.cutmix = 0.0
 
 
 def by_way(rows: list[dict]) -> dict[tuple[str, int], np.ndarray]:

@@ -14,7 +14,7 @@ from typing import Any
 CONFIG = "config."
 _OF_MODEL = (
     "width", "depth", "num_heads", "patch_size", "mlp_ratio", "residual", "block_norm", "layer_scale_init",
-    "talking_heads", "class_token", "class_depth", "class_mlp_ratio", "distilled", "drop_path",
+    "talking_heads", "class_token", "class_depth", "class_mlp_ratio", "distilled", "drop_path_rate",
     "drop_path_growth", "embedding_dropout", "attention_dropout", "projection_dropout", "dropout", "dtype",
     "param_dtype", "precision", "remat", "attention", "stacked",
 )  # fmt: skip

@@ -14,5 +14,5 @@ from configs import cait_m48, higher_resolution
 
 def get_config() -> ConfigDict:
     config = higher_resolution.cait(cait_m48.get_config(), 448)
-    config.model.drop_path = 0.3  # the author's at 448 pixels; 0.4 at 224
+    config.model.drop_path_rate = 0.3  # the author's at 448 pixels; 0.4 at 224
     return config

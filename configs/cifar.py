@@ -13,7 +13,7 @@ def from_scratch() -> ConfigDict:
     config.data.eval_split = "test"
     config.data.mean = (0.4914, 0.4822, 0.4465)
     config.data.std = (0.2470, 0.2435, 0.2616)
-    config.data.repeats = 1
+    config.data.aug_repeats = 1
     config.optimizer.learning_rate = 1e-3
     config.optimizer.reference_batch = 0
     return config

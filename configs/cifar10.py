@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.epochs = 300.0
     config.augment.pad_crop = 4
     config.optimizer.warmup_epochs = 10.0
-    config.optimizer.clip_norm = 1.0
+    config.optimizer.grad_clip_norm = 1.0
     config.optimizer.ema_decay = 0.9998  # over the last 5,000 of 58,600 steps
     config.eval.every_epochs = 5.0
     return config

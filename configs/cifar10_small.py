@@ -17,18 +17,18 @@ def get_config() -> ConfigDict:
     config.model.depth = 4
     config.model.width = 96
     config.model.num_heads = 2
-    config.model.drop_path = 0.0
+    config.model.drop_path_rate = 0.0
     config.model.stacked = False  # a scan is the slower of the two on CPUs
     config.batch_size = 64
     config.epochs = 18.0
     config.augment.pad_crop = 4
     # Twenty passes are too few to learn from images as changed as the default's.
     config.augment.rand_augment = ""
-    config.augment.erase = 0.0
+    config.augment.reprob = 0.0
     config.augment.mixup = 0.0
     config.augment.cutmix = 0.0
     config.optimizer.warmup_epochs = 1.0
-    config.optimizer.clip_norm = 1.0
+    config.optimizer.grad_clip_norm = 1.0
     config.optimizer.ema_decay = 0.0
     config.eval.every_epochs = 2.0
     return config

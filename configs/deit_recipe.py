@@ -15,7 +15,7 @@ def train(name: str) -> ConfigDict:
     """
     config = imagenet.recipe(name)
     config.epochs = 300.0
-    config.eval.crop_ratio = 0.875  # 224 of 256 pixels
+    config.eval.crop_pct = 0.875  # 224 of 256 pixels
     return config
 
 

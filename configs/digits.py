@@ -25,11 +25,11 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "test"
     config.data.mean = (0.5,)
     config.data.std = (0.5,)
-    config.data.repeats = 1
+    config.data.aug_repeats = 1
 
-    config.augment.flip = False
+    config.augment.hflip = False
     config.augment.rand_augment = ""
-    config.augment.erase = 0.0
+    config.augment.reprob = 0.0
     config.augment.mixup = 0.0
     config.augment.cutmix = 0.0
     config.augment.rotate = 10.0
@@ -40,8 +40,8 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 1e-3
     config.optimizer.reference_batch = 0
     config.optimizer.ema_decay = 0.0
-    config.optimizer.clip_norm = 1.0
-    config.loss.label_smoothing = 0.0
+    config.optimizer.grad_clip_norm = 1.0
+    config.loss.smoothing = 0.0
 
     config.eval.batch_size = 360
     config.eval.every_epochs = 10.0

@@ -4,14 +4,14 @@ Command: python train.py --config=configs/folder.py:DIR [--config.model.name=cai
 Hardware and time: as long as DIR is large; few images take a few hundred steps.
 The same without a config, for any model, saved model or run: cait finetune DIR --model NAME
 
-The rule for the settings is in cait_jax/train/folder_recipe.py.
+The rule for the settings is in cait_jax/train/finetune.py.
 """
 
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cait_jax.train.folder_recipe import folder_config
+from cait_jax.train.finetune import folder_config
 from configs import common
 
 MODEL = "cait_xxs24_224"

@@ -27,8 +27,8 @@ def with_sgd() -> ConfigDict:
     """The author's settings for CIFAR-10 and Cars: SGD, 1000 epochs, no erasing, no drop path."""
     config = pretrained()
     config.epochs = 1000.0
-    config.model.drop_path = 0.0
-    config.augment.erase = 0.0
+    config.model.drop_path_rate = 0.0
+    config.augment.reprob = 0.0
     config.optimizer.name = "sgd"
     config.optimizer.nesterov = True  # as timm's --opt sgd
     config.optimizer.learning_rate = 0.01

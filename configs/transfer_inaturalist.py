@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = transfer.pretrained()
     config.epochs = 360.0
     config.data.name = "i_naturalist2018"
-    config.model.drop_path = 0.1
-    config.augment.erase = 0.1
+    config.model.drop_path_rate = 0.1
+    config.augment.reprob = 0.1
     config.optimizer.learning_rate = 7.5e-5
     return config

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.epochs = 200.0
     config.augment.rotate = 36.0
     config.augment.zoom = 0.1
-    config.augment.erase = 0.0
+    config.augment.reprob = 0.0
     config.optimizer.warmup_epochs = 10.0
     config.optimizer.warmup_learning_rate = 0.0
     config.optimizer.final_learning_rate = 1e-8

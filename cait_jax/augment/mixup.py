@@ -61,8 +61,8 @@ def from_config(config: ConfigDict) -> Mixup:
     return Mixup(
         mixup_alpha=augment.mixup,
         cutmix_alpha=augment.cutmix,
-        prob=augment.mix_probability,
-        switch_prob=augment.mix_switch,
+        prob=augment.mixup_prob,
+        switch_prob=augment.mixup_switch_prob,
         group_size=augment.mix_rows,
     )
 

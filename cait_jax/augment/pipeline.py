@@ -74,7 +74,7 @@ def from_config(config: ConfigDict) -> Augmentation:
     section = config.augment
     policy = section.rand_augment
     return Augmentation(
-        flip=section.flip,
+        flip=section.hflip,
         pad_crop=section.pad_crop,
         rotate=section.rotate,
         zoom=section.zoom,

@@ -170,7 +170,7 @@ class SelfAttentionBlock(nn.Module):
 
     attention: Callable[..., nn.Module]  # SelfAttention with its attributes; `nn.remat` of it
     mlp_ratio: float
-    drop_path: float = 0.0
+    drop_path_rate: float = 0.0
     dropout: float = 0.0
     residual: Residual = Residual()
     dtypes: DtypePolicy = DtypePolicy()
@@ -185,13 +185,17 @@ class SelfAttentionBlock(nn.Module):
         y = LayerNorm(name="norm1", **dtypes.norm)(x) if residual.norm else x
         y = self.attention(name="attn")(y, example_ids)
         y = scaled(y, 1, residual, dtypes)
-        x = x + StochasticDepth(self.drop_path, name="drop_path_1")(y, example_ids, drop_path_scale)
+        x = x + StochasticDepth(self.drop_path_rate, name="drop_path_1")(
+            y, example_ids, drop_path_scale
+        )
 
         y = LayerNorm(name="norm2", **dtypes.norm)(x) if residual.norm else x
         hidden = int(self.mlp_ratio * x.shape[-1])
         y = Mlp(hidden, self.dropout, residual, dtypes, name="mlp")(y, example_ids)
         y = scaled(y, 2, residual, dtypes)
-        x = x + StochasticDepth(self.drop_path, name="drop_path_2")(y, example_ids, drop_path_scale)
+        x = x + StochasticDepth(self.drop_path_rate, name="drop_path_2")(
+            y, example_ids, drop_path_scale
+        )
 
         record(self, "features", x)
         return x
@@ -250,8 +254,8 @@ class CaiT(nn.Module):
       class_depth: number of class-attention blocks; by default 2, or 0 without class attention.
       class_mlp_ratio: `mlp_ratio` of the class-attention blocks if it differs; 0 for no MLP in them.
       distilled: a second token and head beside those of `class_token="input"`, for a teacher (DeiT).
-      drop_path: stochastic-depth rate of the self-attention blocks.
-      drop_path_growth: `"constant"`, or `"linear"`: from 0 in the first block to `drop_path` in the last (DeiT).
+      drop_path_rate: stochastic-depth rate of the self-attention blocks.
+      drop_path_growth: `"constant"`, or `"linear"` (DeiT): from 0 in the first block up to it in the last.
       embedding_dropout: rate after the position embedding.
       attention_dropout: rate on the attention weights.
       projection_dropout: rate after the projection of self-attention; `dropout` if not given.
@@ -284,7 +288,7 @@ class CaiT(nn.Module):
     class_depth: int | None = None
     class_mlp_ratio: float | None = None
     distilled: bool = False
-    drop_path: float = 0.0
+    drop_path_rate: float = 0.0
     drop_path_growth: str = "constant"
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -385,7 +389,7 @@ class CaiT(nn.Module):
             attention, self.num_heads, self.talking_heads, *rates, self.attention, residual, dtypes
         )
         block = functools.partial(
-            block, attention, self.mlp_ratio, self.drop_path, self.dropout, residual, dtypes
+            block, attention, self.mlp_ratio, self.drop_path_rate, self.dropout, residual, dtypes
         )
         scales = jnp.linspace(0.0, 1.0, self.depth) if self.drop_path_growth == "linear" else None
 

@@ -5,7 +5,13 @@ from typing import Any
 from cait_jax.kernels.talking_heads import IMPLEMENTATIONS
 from cait_jax.models.residual import ALWAYS_NORMED, SCHEMES
 
-_RATES = ("drop_path", "embedding_dropout", "attention_dropout", "projection_dropout", "dropout")
+_RATES = (
+    "drop_path_rate",
+    "embedding_dropout",
+    "attention_dropout",
+    "projection_dropout",
+    "dropout",
+)
 REMATS = ("none", "elementwise", "attention", "block")
 DROP_PATH_GROWTHS = ("constant", "linear")
 CLASS_TOKENS = ("class_attention", "input", "mean")

@@ -45,13 +45,18 @@ class Variant:
 
 
 def _cait(
-    width: int, depth: int, num_heads: int, drop_path: float, layer_scale_init: float, **others: Any
+    width: int,
+    depth: int,
+    num_heads: int,
+    drop_path_rate: float,
+    layer_scale_init: float,
+    **others: Any,
 ) -> Variant:
     attributes = {
         "width": width,
         "depth": depth,
         "num_heads": num_heads,
-        "drop_path": drop_path,
+        "drop_path_rate": drop_path_rate,
         "layer_scale_init": layer_scale_init,
     }
     return Variant(CaiT, {"image_size": 224, **attributes, **others})
@@ -106,8 +111,8 @@ _VIT = {
 
 # DeiT's paper, table 1; stochastic depth as in its recipe, table 9.
 _DEIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
-_DEIT = {f"deit_{size}": _vit(*of, drop_path=0.1) for size, of in _DEIT_SIZES.items()} | {
-    f"deit_{size}_distilled": _vit(*of, drop_path=0.1, distilled=True)
+_DEIT = {f"deit_{size}": _vit(*of, drop_path_rate=0.1) for size, of in _DEIT_SIZES.items()} | {
+    f"deit_{size}_distilled": _vit(*of, drop_path_rate=0.1, distilled=True)
     for size, of in _DEIT_SIZES.items()
 }
 
@@ -147,7 +152,7 @@ def create_model(
     image_size: int | tuple[int, int] | None = None,
     num_classes: int = 1000,
     in_channels: int | None = None,
-    drop_path: float | None = None,
+    drop_path_rate: float | None = None,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     precision: Any = None,
@@ -160,7 +165,7 @@ def create_model(
       image_size: side in pixels, or (height, width); the name's own resolution if not given.
       num_classes: classes of the head; 0 gives features.
       in_channels: channels of the images; the name's own if not given.
-      drop_path: stochastic-depth rate in training; the published one for this model if not given.
+      drop_path_rate: stochastic-depth rate in training; the published one for this model if not given.
       dtype: dtype of the computation, such as `jnp.bfloat16` or `"bfloat16"`.
       param_dtype: dtype of the parameters.
       precision: precision of matrix products, such as `"highest"`.
@@ -179,7 +184,7 @@ def create_model(
     for key in overrides:
         if key not in fields:
             raise UserError(f"{name} has no attribute {key!r}; {nearest(key, fields)}")
-    overrides |= {"in_channels": in_channels, "drop_path": drop_path}
+    overrides |= {"in_channels": in_channels, "drop_path_rate": drop_path_rate}
     overrides = {key: value for key, value in overrides.items() if value is not None}
 
     size = variant.attributes["image_size"] if image_size is None else image_size

@@ -113,7 +113,7 @@ def make_plan(
       UserError: the config does not fit itself or the chips, or TPU's compiler is missing.
     """
     shares = _shares(config, topology)
-    check_batch_size(config.batch_size, shares, config.optimizer.accumulate)
+    check_batch_size(config.batch_size, shares, config.optimizer.grad_accum)
     folder = folder or cache_folder()
     planned = _compile if topology.chip.family == "tpu" else _estimate
     plan = planned(config, topology, folder, say)
@@ -126,7 +126,7 @@ def make_plan(
         say(f"{other.batch_size:,} images a step, {by_chip} a chip")
         return float(planned(other, topology, folder, say).memory)
 
-    whole = shares * config.optimizer.accumulate
+    whole = shares * config.optimizer.grad_accum
     multiple = whole // math.gcd(whole, topology.chips)
     start = max(multiple, config.batch_size // topology.chips // multiple * multiple)
     capacity = topology.chip.memory
@@ -217,7 +217,7 @@ def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) ->
     params = local_bytes(state.params) // tensor
     held, gradient = local_bytes(state) // (fsdp * tensor), params // fsdp
 
-    micro = max(1, local.batch_size // config.optimizer.accumulate)
+    micro = max(1, local.batch_size // config.optimizer.grad_accum)
     plain = setup.model.clone(remat="none")
     needed = max(0, residual_bytes(plain, micro) // tensor - params)
     kept = needed
@@ -241,7 +241,7 @@ def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) ->
         fits=memory <= topology.chip.memory,
         operations=2 * macs_of(setup.trace(state, batch).jaxpr.jaxpr) / tensor,
         useful=_useful(setup, dataclasses.replace(topology, shape=(1, 1))) / tensor,
-        traffic=2 * config.optimizer.accumulate * needed + 2 * (held + gradient),
+        traffic=2 * config.optimizer.grad_accum * needed + 2 * (held + gradient),
         exchanged=tuple(each for each in exchanged if each.group > 1),
     )
 

@@ -29,7 +29,7 @@ def training_crop(config: ConfigDict, split: Split) -> Callable[..., Any]:
 
     augment, resize = config.augment, config.data.resize
     if not augment.simple_crop:
-        scale, ratio = tuple(augment.crop_area), tuple(augment.crop_aspect)
+        scale, ratio = tuple(augment.scale), tuple(augment.ratio)
         return functools.partial(
             decode.random_resized_crop, scale=scale, ratio=ratio, resize=resize
         )
@@ -45,12 +45,12 @@ def warn_of_shared_draws(config: ConfigDict) -> None:
     """Logs how many rows are mixed by one draw with another copy of their image."""
     if not mixup.from_config(config).enabled:
         return
-    rows, repeats = config.augment.mix_rows, config.data.repeats
+    rows, repeats = config.augment.mix_rows, config.data.aug_repeats
     shared = copies_in_a_group(config.batch_size, rows, repeats)
     if shared:
         _log.warning(
             "%d of the %d rows of a batch share their mixup or CutMix draw with another copy of their image: "
-            "data.repeats=%d needs as many groups, and augment.mix_rows=%d makes %d",
+            "data.aug_repeats=%d needs as many groups, and augment.mix_rows=%d makes %d",
             shared,
             config.batch_size,
             repeats,

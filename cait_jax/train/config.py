@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, nearest, some
 from cait_jax.interface import can_set, setting
+from cait_jax.renamed import KEYS, current_config
 from cait_jax.train.conflicts import check_conflicts
 from cait_jax.train.keys import RULES
 from cait_jax.train.rules import Flag
@@ -78,7 +79,7 @@ def take_apart(argv: Sequence[str]) -> CommandLine:
             if file is None and arguments:
                 file = arguments.pop(0)
         elif found := _OVERRIDE.fullmatch(argument):
-            key, text = found["key"], found["text"]
+            key, text = KEYS.get(found["key"], found["key"]), found["text"]
             if text is None and (found["no"] or isinstance(RULES.get(key), Flag)):
                 text = "false" if found["no"] else "true"
             elif text is None and arguments:
@@ -95,7 +96,7 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 
     Args:
       config: is changed.
-      overrides: dotted key, such as `model.drop_path`, to text.
+      overrides: dotted key, such as `model.drop_path_rate`, to text.
 
     Returns:
       The config.
@@ -105,7 +106,8 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
         run could use and what it must be.
     """
     known = flatten(config)
-    for key, text in overrides.items():
+    for given, text in overrides.items():
+        key = KEYS.get(given, given)
         if key not in known:
             raise UserError(f"there is no config key {key!r}; {nearest(key, known)}")
         rule, value = RULES[key], None
@@ -175,14 +177,14 @@ def check_resumable(saved: Mapping[str, Any], current: ConfigDict, workdir: str)
     """Refuses to resume a run under settings that would make it another run.
 
     Args:
-      saved: the config in the run's checkpoint, as `as_json` gave it.
+      saved: the config in the run's checkpoint, as `as_json` gave it; keys may have their old names.
       current: the config now.
       workdir: of the run.
 
     Raises:
       UserError: listing every key that differs, with both values.
     """
-    before, now = flatten(saved), flatten(as_json(current))
+    before, now = flatten(current_config(saved)), flatten(as_json(current))
     changed = [
         key
         for key in sorted(before.keys() | now.keys())

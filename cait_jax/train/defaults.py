@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.model.class_depth = placeholder(int)  # class-attention blocks
     config.model.class_mlp_ratio = placeholder(float)  # mlp_ratio in them; 0: no MLP
     config.model.distilled = placeholder(bool)  # a second token and head, for a teacher
-    config.model.drop_path = placeholder(float)  # stochastic-depth rate
+    config.model.drop_path_rate = placeholder(float)  # stochastic-depth rate
     config.model.drop_path_growth = placeholder(str)  # constant over the depth, or linear
     config.model.embedding_dropout = 0.0  # dropout after the position embedding
     config.model.attention_dropout = 0.0  # dropout on attention weights
@@ -58,16 +58,16 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "validation"  # split for evaluation
     config.data.mean = (0.485, 0.456, 0.406)  # of each channel, on a scale from 0 to 1
     config.data.std = (0.229, 0.224, 0.225)  # of each channel, likewise
-    config.data.repeats = 3  # how often an image comes in a row, augmented anew
+    config.data.aug_repeats = 3  # how often an image comes in a row, augmented anew
     config.data.balanced = False  # every class equally often, however many images it has
     config.data.resize = "exact"  # Pillow's bicubic, as published; "fast": OpenCV's, which differs
     config.data.workers = 0  # processes that decode images; 0: threads of this one
 
     config.augment = ConfigDict()
-    config.augment.crop_area = (0.08, 1.0)  # random resized crop: share of the image's area
-    config.augment.crop_aspect = (0.75, 4 / 3)  # random resized crop: width over height
+    config.augment.scale = (0.08, 1.0)  # random resized crop: share of the image's area
+    config.augment.ratio = (0.75, 4 / 3)  # random resized crop: width over height
     config.augment.simple_crop = False  # DeiT III's crop instead: short side resized, shifted by 4
-    config.augment.flip = True  # mirror left and right, with probability 1/2
+    config.augment.hflip = True  # mirror left and right, with probability 1/2
     config.augment.pad_crop = 0  # pixels of padding before a crop at the image's own size
     config.augment.rotate = 0.0  # largest rotation in degrees
     config.augment.zoom = 0.0  # largest relative change of size
@@ -76,24 +76,24 @@ def get_config() -> ConfigDict:
     config.augment.rand_augment = "rand-m9-mstd0.5-inc1"  # RandAugment's policy; "": none
     config.augment.three_augment = False  # DeiT III's: grayscale, solarisation or blur
     config.augment.color_jitter = 0.0  # brightness, contrast and saturation change by up to this
-    config.augment.erase = 0.25  # probability that a box becomes noise
+    config.augment.reprob = 0.25  # probability that a box becomes noise
     config.augment.mixup = 0.8  # alpha of mixup; 0: none
     config.augment.cutmix = 1.0  # alpha of CutMix; 0: none
-    config.augment.mix_probability = 1.0  # of mixing a group of rows at all
-    config.augment.mix_switch = 0.5  # of CutMix where there are both
+    config.augment.mixup_prob = 1.0  # of mixing a group of rows at all
+    config.augment.mixup_switch_prob = 0.5  # of CutMix where there are both
     config.augment.mix_rows = 0  # rows that share a draw and are mixed, even; 0: the whole batch
 
     config.loss = ConfigDict()
     config.loss.name = "softmax"  # or "binary": each class a yes or no of its own
-    config.loss.label_smoothing = 0.1  # share of a label spread over all classes
-    config.loss.threshold = placeholder(float)  # of "binary": targets above it count as 1
+    config.loss.smoothing = 0.1  # share of a label spread over all classes
+    config.loss.target_threshold = placeholder(float)  # of "binary": targets above it count as 1
 
     config.distill = ConfigDict()
     config.distill.kind = "none"  # "hard" (the paper's; on CaiT's one head an assumption) or "soft"
     config.distill.teacher = "regnety_160"  # a released name, a saved directory or a run's workdir
     config.distill.weights = placeholder(str)  # of a named teacher, a file instead of the release
     config.distill.logits = placeholder(str)  # a file of recorded logits instead of a teacher
-    config.distill.weight = 0.5  # the teacher's part of the loss
+    config.distill.alpha = 0.5  # the teacher's part of the loss
     config.distill.temperature = 1.0  # of "soft"
 
     config.optimizer = ConfigDict()
@@ -115,9 +115,9 @@ def get_config() -> ConfigDict:
     config.optimizer.nesterov = False  # of sgd
     config.optimizer.layer_decay = 1.0  # learning rate of a layer over that of the one above
     config.optimizer.train = "all"  # or head, class_attention, a number of last blocks
-    config.optimizer.sharpness_radius = 0.0  # rho of sharpness-aware minimisation; 0: none
-    config.optimizer.clip_norm = placeholder(float)  # of the gradient; 0: none; None: lamb 1
-    config.optimizer.accumulate = 1  # micro batches a step, their gradients averaged
+    config.optimizer.sam_rho = 0.0  # rho of sharpness-aware minimisation; 0: none
+    config.optimizer.grad_clip_norm = placeholder(float)  # of the gradient; 0: none; None: lamb 1
+    config.optimizer.grad_accum = 1  # micro batches a step, their gradients averaged
     config.optimizer.ema_decay = 0.99996  # of the average of the parameters; 0: none is kept
 
     config.phases = ConfigDict()  # first the head alone, then the last blocks too
@@ -135,7 +135,7 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.batch_size = 1024  # images at a time; the result does not depend on it
     config.eval.every_epochs = 1.0  # epochs between evaluations; the last step is always evaluated
-    config.eval.crop_ratio = 1.0  # side of the centre crop over the short side of the image
+    config.eval.crop_pct = 1.0  # side of the centre crop over the short side of the image
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000  # steps between checkpoints; evaluations save one too

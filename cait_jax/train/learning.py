@@ -74,7 +74,7 @@ def optimizer_of(
         momentum=optimizer.momentum,
         nesterov=optimizer.nesterov,
         weight_decay=optimizer.weight_decay,
-        clip_norm=optimizer.clip_norm,
+        clip_norm=optimizer.grad_clip_norm,
     )
     if phases:
         return in_phases(make, phases)

@@ -145,7 +145,7 @@ def _run(
                 f"{values['train/grad_norm']}; there is {saved} to go on from: "
                 + advise(
                     Way("lower {}", "config.optimizer.learning_rate"),
-                    Way("set {}", "config.optimizer.clip_norm", 1),
+                    Way("set {}", "config.optimizer.grad_clip_norm", 1),
                     otherwise=advise(
                         Way("let less learn, by {}", "what", "head"), "start from other weights"
                     ),

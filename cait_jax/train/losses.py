@@ -133,7 +133,8 @@ def label_loss(name: str, *, threshold: float | None = None) -> Callable[..., Ar
         )
     if threshold is not None:
         raise UserError(
-            f"{setting('config.loss.threshold')} goes with {setting('config.loss.name', 'binary')}, not softmax"
+            f"{setting('config.loss.target_threshold')} goes with {setting('config.loss.name', 'binary')}, "
+            "not softmax"
         )
     return cross_entropy
 

@@ -106,7 +106,7 @@ class Setup:
             workers=config.data.workers,
             crop=training_crop(config, self.train_split),
             order=Balanced(self._labels, config.seed) if config.data.balanced else None,
-            repeats=config.data.repeats,
+            repeats=config.data.aug_repeats,
             mix_rows=config.augment.mix_rows if mixup.from_config(config).enabled else 0,
             beside=None if self.teacher_logits is None else {"teacher": self.teacher_logits},
         )
@@ -130,7 +130,7 @@ class Setup:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=self.config.data.workers,
-            crop_ratio=self.config.eval.crop_ratio,
+            crop_ratio=self.config.eval.crop_pct,
         )
         return Ahead(batches, count=-(-len(self.eval_split) // size))
 
@@ -197,7 +197,7 @@ def set_up(
     mesh = make_mesh(
         devices, data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
     )
-    check_batch_size(config.batch_size, batch_shards(mesh), config.optimizer.accumulate)
+    check_batch_size(config.batch_size, batch_shards(mesh), config.optimizer.grad_accum)
     size = config.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
 
@@ -313,20 +313,20 @@ def _recipe(config: ConfigDict, model: Any, phases: Sequence[Phase]) -> Recipe:
             return trainable(params, part)
 
     return Recipe(
-        label_loss=label_loss(config.loss.name, threshold=config.loss.threshold),
+        label_loss=label_loss(config.loss.name, threshold=config.loss.target_threshold),
         teacher_loss=teacher_loss(
-            distill.kind, weight=distill.weight, temperature=distill.temperature
+            distill.kind, weight=distill.alpha, temperature=distill.temperature
         ),
         seed=config.seed,
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
         augmentation=pipeline.from_config(config),
-        erase=config.augment.erase,
-        label_smoothing=config.loss.label_smoothing,
+        erase=config.augment.reprob,
+        label_smoothing=config.loss.smoothing,
         mixing=mixup.from_config(config),
         trainable=learns,
-        sharpness_radius=config.optimizer.sharpness_radius,
-        accumulate=config.optimizer.accumulate,
+        sharpness_radius=config.optimizer.sam_rho,
+        accumulate=config.optimizer.grad_accum,
         ema_decay=config.optimizer.ema_decay,
     )
 

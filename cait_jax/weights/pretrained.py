@@ -154,7 +154,7 @@ def load_pretrained(
       ema: of a training run, or of a file that holds both, the average of the parameters.
       seed: what a new head is drawn from.
       weights_image_size: (height, width) that a file's weights were made for, where it is not square.
-      **overrides: any other attribute of the model, such as `drop_path=0.1`; None leaves it as it is.
+      **overrides: any other attribute of the model, such as `drop_path_rate=0.1`; None leaves it as it is.
 
     Returns:
       The model, and its variables: `logits = model.apply(variables, images)`.

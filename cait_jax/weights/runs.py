@@ -12,6 +12,7 @@ import numpy as np
 from cait_jax.errors import UserError
 from cait_jax.interface import setting
 from cait_jax.models.zoo import create_model
+from cait_jax.renamed import current_config
 from cait_jax.weights.saved import checked_state_dict
 
 _CHECKPOINTS = "checkpoints"
@@ -54,10 +55,10 @@ def run_settings(path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
     params: Mapping[str, Any] = {}
     if "class_names" not in meta or "channels" not in meta:
         params, meta = _restore(path, "params")
-    config = meta["config"]
+    config = current_config(meta["config"])
     preprocessing = {
         "image_size": list(_image_size(config)),
-        "crop_ratio": config["eval"]["crop_ratio"],
+        "crop_ratio": config["eval"]["crop_pct"],
         "mean": list(config["data"]["mean"]),
         "std": list(config["data"]["std"]),
         "channels": _channels(meta, params),
@@ -94,7 +95,7 @@ def _restore(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _model(meta: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
-    config = meta["config"]
+    config = current_config(meta["config"])
     return create_model(
         image_size=_image_size(config),
         num_classes=len(_class_names(meta, params)),

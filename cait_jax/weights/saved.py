@@ -18,6 +18,7 @@ from cait_jax.interface import Literal, setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import VisionTransformer, float_dtype, misfit
+from cait_jax.renamed import current_attributes
 from cait_jax.sharding import leaf_shapes
 from cait_jax.weights.state_dicts import (
     check_finite,
@@ -82,7 +83,7 @@ def build(description: Mapping[str, Any]) -> Any:
         )
     attributes = {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in description["attributes"].items()
+        for name, value in current_attributes(description["attributes"]).items()
     }
     for name in _DTYPES:
         if name in attributes:

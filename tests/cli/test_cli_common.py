@@ -147,7 +147,7 @@ def test_of_finetune(rest, places, tmp_path):
          "--config.batch_size is 1.5 and must be a whole number of 1 or more"),
         ("plan --config=configs/digits.py --topology=v5e:2x2 --config.epochs=inf",
          "--config.epochs is inf and must be a finite number"),
-        ("plan --config=configs/digits.py --topology=h100:8 --config.optimizer.accumulate=3",
+        ("plan --config=configs/digits.py --topology=h100:8 --config.optimizer.grad_accum=3",
          "set --config.batch_size=48"),
         ("plan --config=configs/digits.py --topology=v5e:2x2 --config.lr=3", "no config key 'lr'"),
         ("plan --config=configs/digits.py --topology=v5e:2x2 --batch-size=3",

@@ -7,7 +7,7 @@ from test_folder import files_of, fill, message_of
 
 from cait_jax.data.folder import folder_splits, left_out_of, load_folder
 from cait_jax.data.layout import class_name, purpose_of, read_layout
-from cait_jax.train.folder_recipe import look_through
+from cait_jax.train.finetune import look_through
 
 CLASSES = ("cat", "dog")
 

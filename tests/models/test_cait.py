@@ -72,7 +72,7 @@ def test_no_classes_gives_the_features_the_head_reads():
         (lambda: small(image_size=9), "9x9 cannot be cut in patches of 2x2"),
         (lambda: small(num_heads=5), "num_heads 5 does not divide width 96"),
         (lambda: small(widht=5), "no attribute 'widht'; nearest: width"),
-        (lambda: small(drop_path=1.0), r"drop_path 1.0 must lie in \[0, 1\)"),
+        (lambda: small(drop_path_rate=1.0), r"drop_path_rate 1.0 must lie in \[0, 1\)"),
         (lambda: small(projection_dropout=-0.1), r"projection_dropout -0.1 must lie in \[0, 1\)"),
         (
             lambda: small(remat="all"),
@@ -299,7 +299,7 @@ def test_nothing_is_recorded_unasked(model, params):
 
 
 def test_training_without_rates_draws_nothing(params):
-    model = small(num_classes=10, depth=2, drop_path=0.0, precision="highest")
+    model = small(num_classes=10, depth=2, drop_path_rate=0.0, precision="highest")
     x = images(model)
     np.testing.assert_array_equal(
         model.apply({"params": params}, x, train=True), model.apply({"params": params}, x)
@@ -307,9 +307,9 @@ def test_training_without_rates_draws_nothing(params):
 
 
 def test_rates_apply_in_training_only_and_spare_class_attention(params):
-    model = small(num_classes=10, depth=2, drop_path=0.5, precision="highest")
+    model = small(num_classes=10, depth=2, drop_path_rate=0.5, precision="highest")
     x = images(model)
-    plain = model.clone(drop_path=0.0).apply({"params": params}, x)
+    plain = model.clone(drop_path_rate=0.0).apply({"params": params}, x)
     np.testing.assert_array_equal(model.apply({"params": params}, x), plain)
 
     def run(seed, model=model):
@@ -340,11 +340,11 @@ def test_rates_apply_in_training_only_and_spare_class_attention(params):
 
     touched.clear()
     with nn.intercept_methods(watch):
-        run(0, wet.clone(projection_dropout=0.0, drop_path=0.0))
+        run(0, wet.clone(projection_dropout=0.0, drop_path_rate=0.0))
     assert {path[1:] for path in touched if path[0] == "blocks"} == drops
     touched.clear()
     with nn.intercept_methods(watch):
-        run(0, model.clone(projection_dropout=0.2, drop_path=0.0))
+        run(0, model.clone(projection_dropout=0.2, drop_path_rate=0.0))
     assert touched == {("blocks", "attn", "proj_drop")}
 
 
@@ -353,7 +353,7 @@ def test_drop_path_is_one_rate_a_sample_scaled_and_drawn_twice_a_block():
     batch = 4096
     model = CaiT(
         image_size=(2, 2), width=4, depth=2, num_heads=1, num_classes=0, patch_size=2,
-        in_channels=1, drop_path=0.25, layer_scale_init=1.0,
+        in_channels=1, drop_path_rate=0.25, layer_scale_init=1.0,
     )  # fmt: skip
     x = jnp.zeros((batch, 2, 2, 1))
     params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), x[:1])["params"])
@@ -379,7 +379,7 @@ def test_drop_path_is_one_rate_a_sample_scaled_and_drawn_twice_a_block():
 
 
 def test_draws_belong_to_the_examples_position():
-    model = small(num_classes=10, depth=2, drop_path=0.3, dropout=0.2)
+    model = small(num_classes=10, depth=2, drop_path_rate=0.3, dropout=0.2)
     params = random_params(model)
     x = images(model, batch=8)
     rngs = {name: jax.random.key(5) for name in ("dropout", "drop_path")}
@@ -402,7 +402,7 @@ def test_keep_mask_keeps_the_rate_asked_for():
 @pytest.mark.parametrize("stacked", [True, False])
 def test_remat_changes_no_gradient_with_dropout_on(params, remat, stacked):
     model = small(
-        num_classes=10, depth=2, drop_path=0.3, dropout=0.2, precision="highest",
+        num_classes=10, depth=2, drop_path_rate=0.3, dropout=0.2, precision="highest",
         remat=remat, stacked=stacked,
     )  # fmt: skip
     given = params if stacked else unstack_blocks(params)

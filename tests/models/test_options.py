@@ -317,7 +317,7 @@ def test_stochastic_depth_grows_from_nothing_to_its_rate():
     batch = 2000
     model = small(
         width=4, num_heads=1, depth=3, image_size=2, num_classes=0, layer_scale_init=1.0,
-        drop_path=0.5, drop_path_growth="linear",
+        drop_path_rate=0.5, drop_path_growth="linear",
     )  # fmt: skip
     params = jax.tree.map(jnp.zeros_like, random_params(model))
     params["blocks"]["layer_scale_1"]["gamma"] += 1.0

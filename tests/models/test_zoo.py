@@ -106,7 +106,7 @@ def test_parameter_count(name):
 @pytest.mark.parametrize("name", sorted(RECIPE))
 def test_drop_path_and_layer_scale_are_the_released_ones(name):
     model = create_model(name)
-    assert (model.drop_path, model.layer_scale_init) == RECIPE[name]
+    assert (model.drop_path_rate, model.layer_scale_init) == RECIPE[name]
     assert model.width // model.num_heads == 48
     assert model.patch_size == 16
 

@@ -25,7 +25,7 @@ def small():
     config.model.class_depth = 1
     config.model.attention = "xla"  # the compiler that stands for TPU's knows no other
     config.batch_size = 64
-    config.augment.flip, config.augment.pad_crop, config.augment.rotate = False, 0, 0.0
+    config.augment.hflip, config.augment.pad_crop, config.augment.rotate = False, 0, 0.0
     return config
 
 

@@ -21,7 +21,7 @@ FILES = Encoded(JPEGS, tuple(map(str, range(8))), 3)
 
 def config(**settings):
     config = defaults.get_config()
-    config.augment.crop_area = (0.5, 0.6)
+    config.augment.scale = (0.5, 0.6)
     for key, value in settings.items():
         section, name = key.split(".")
         config[section][name] = value
@@ -53,7 +53,7 @@ def test_crops_by_config(settings, expected):
 
 
 def test_a_run_crops_as_its_config_says():
-    wanted = config(**{"augment.simple_crop": True, "data.repeats": 1})
+    wanted = config(**{"augment.simple_crop": True, "data.aug_repeats": 1})
     wanted.batch_size, wanted.image_size = 8, 32
     wanted.model.name = "cait_xxs24"
     wanted.model.depth, wanted.model.width, wanted.model.num_heads = 1, 8, 1
@@ -80,7 +80,7 @@ def test_an_unknown_way_to_resize_is_refused_with_the_nearest():
 
 def test_copies_that_share_a_draw_are_logged(caplog):
     config = digits.get_config()
-    config.augment.mixup, config.data.repeats = 0.8, 3
+    config.augment.mixup, config.data.aug_repeats = 0.8, 3
     config.augment.mix_rows = 32  # two groups of 64 rows
     set_up(config)
     assert "42 of the 64 rows of a batch share their mixup or CutMix draw" in caplog.text

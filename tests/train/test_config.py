@@ -36,7 +36,10 @@ def read(*argv):
     ("argv", "message"),
     [
         (["--config.batchsize=3"], "there is no config key 'batchsize'; nearest: batch_size"),
-        (["--config.model.drop_pat=3"], "no config key 'model.drop_pat'; nearest: model.drop_path"),
+        (
+            ["--config.model.drop_pat=3"],
+            "no config key 'model.drop_pat'; nearest: model.drop_path_rate",
+        ),
         (["--config.seed=1", "--config.optimizer.lr=3"], "no config key 'optimizer.lr'"),
     ],
 )
@@ -85,14 +88,14 @@ def test_a_config_file_that_fails_is_named_with_the_line(tmp_path, source, sente
 
 def test_every_way_to_write_a_setting():
     config = read(
-        DIGITS, "--config.seed=3", "--config.seed", "4", "-config.epochs=2", "--noconfig.augment.flip",
-        "--config.data.balanced", "--config.augment.crop_area=0.5,1", "--config.data.mean=[0.25]",
+        DIGITS, "--config.seed=3", "--config.seed", "4", "-config.epochs=2", "--noconfig.augment.hflip",
+        "--config.data.balanced", "--config.augment.scale=0.5,1", "--config.data.mean=[0.25]",
         "--config.image_size=(8, 8)", "--config.model.attention=None", "--config.mesh.data=-1",
         "--config.model.class_token=2", "--config.augment.rand_augment=", "--config.init.ema=true",
     )  # fmt: skip
     assert (config.seed, config.epochs, type(config.epochs)) == (4, 2.0, float)
-    assert (config.augment.flip, config.data.balanced, config.init.ema) == (False, True, True)
-    assert (config.augment.crop_area, config.data.mean) == ((0.5, 1.0), (0.25,))
+    assert (config.augment.hflip, config.data.balanced, config.init.ema) == (False, True, True)
+    assert (config.augment.scale, config.data.mean) == ((0.5, 1.0), (0.25,))
     assert (config.image_size, config.model.attention, config.mesh.data) == ((8, 8), None, -1)
     assert (config.model.class_token, config.augment.rand_augment) == ("2", "")
     assert config.is_locked
@@ -149,9 +152,9 @@ def test_no_value_passes_a_key_that_no_run_can_use(key):
 @pytest.mark.parametrize(
     ("key", "text", "wanted"),
     [
-        ("augment.crop_area", "0.5", "2 increasing finite numbers in (0, 1], such as 0.08,1"),
-        ("augment.crop_area", "1,nan", "2 increasing finite numbers in (0, 1], such as 0.08,1"),
-        ("augment.crop_area", "1,0.5", "2 increasing finite numbers in (0, 1], such as 0.08,1"),
+        ("augment.scale", "0.5", "2 increasing finite numbers in (0, 1], such as 0.08,1"),
+        ("augment.scale", "1,nan", "2 increasing finite numbers in (0, 1], such as 0.08,1"),
+        ("augment.scale", "1,0.5", "2 increasing finite numbers in (0, 1], such as 0.08,1"),
         ("data.mean", "(0.5,0.5)", "1 or 3 finite numbers, such as 0.485,0.456,0.406"),
         ("data.std", "0", "1 or 3 finite numbers above 0, such as 0.229,0.224,0.225"),
         ("batch_size", "6.5", "a whole number of 1 or more"),
@@ -161,13 +164,13 @@ def test_no_value_passes_a_key_that_no_run_can_use(key):
         ("seed", "-1", "a whole number from 0 to 4,294,967,295"),
         ("epochs", "1e9", "a finite number above 0 and at most 1,000,000"),
         ("optimizer.learning_rate", "nan", "a finite number of 0 or more"),
-        ("model.drop_path", "1.5", "a finite number in [0, 1), or None"),
+        ("model.drop_path_rate", "1.5", "a finite number in [0, 1), or None"),
         ("model.dtype", "float16", "one of bfloat16, float32, float64; nearest: bfloat16"),
         ("optimizer.name", "adam", "one of adamw, lamb, lion, sgd; nearest: adamw"),
         ("model.name", "cait_xs", "a known name; nearest: cait_xs36, cait_xs24, cait_xxs36"),
         ("optimizer.train", "-1", "one of all, head, class_attention, or a whole number of 0 or more"),
         ("mesh.data", "0", "a whole number of 1 or more, or -1"),
-        ("augment.flip", "maybe", "True or False"),
+        ("augment.hflip", "maybe", "True or False"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_told_what_it_must_be(key, text, wanted):

@@ -68,7 +68,7 @@ def test_what_goes_together_passes(settings):
     ("key", "value", "sentence"),
     [
         ("optimizer.eps", 0.0, "a finite number above 0"),
-        ("optimizer.clip_norm", -1.0, "a finite number of 0 or more"),
+        ("optimizer.grad_clip_norm", -1.0, "a finite number of 0 or more"),
         ("optimizer.decay_epochs", 0.0, "a finite number above 0"),
         ("optimizer.decay_rate", 1.5, r"a finite number in \(0, 1\]"),
         ("distill.temperature", 0.0, "a finite number above 0"),

@@ -106,7 +106,7 @@ def test_teachers_that_do_not_fit(teacher_model, variables):
 
 
 def test_both_heads_of_one_apply():
-    model = create_model("deit_tiny_distilled", depth=2, drop_path=0.5, **TINY)
+    model = create_model("deit_tiny_distilled", depth=2, drop_path_rate=0.5, **TINY)
     variables = {"params": random_params(model)}
     images = as_the_student_sees(pixels(8))
     options = {"train": True, "rngs": {"drop_path": jax.random.key(0)}}

@@ -168,7 +168,7 @@ def test_reporting_and_worker_keys_may_differ(finished, config):
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     config.optimizer.learning_rate = 1e30
     config.optimizer.warmup_epochs = 0.0
-    config.optimizer.clip_norm = 0.0
+    config.optimizer.grad_clip_norm = 0.0
     config.checkpoint.every_steps = 1
     with pytest.raises(NonFiniteError, match=r"step 2: loss .*; there is the checkpoint of step 1"):
         train(config, tmp_path)
@@ -180,7 +180,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
 def test_nothing_is_saved_of_a_step_whose_loss_is_found_bad_in_its_evaluation(config, tmp_path):
     config.optimizer.learning_rate = 1e30
     config.optimizer.warmup_epochs = 0.0
-    config.optimizer.clip_norm = 0.0
+    config.optimizer.grad_clip_norm = 0.0
     config.eval.every_epochs = 32 / 1437  # every step
     with pytest.raises(NonFiniteError, match=r"step 2: loss .*; there is the checkpoint of step 1"):
         train(config, tmp_path)
@@ -363,16 +363,16 @@ def test_cifar10_trains_in_memory(tmp_path):
             "--config.eval.every_epochs is 0.0 and must be a finite number above 0",
         ),
         (
-            "loss.label_smoothing",
+            "loss.smoothing",
             1.0,
             "label_smoothing is 1.0 and must be a finite number in [0, 1)",
         ),
         (
-            "eval.crop_ratio",
+            "eval.crop_pct",
             1.1,
-            "--config.eval.crop_ratio is 1.1 and must be a finite number in (0, 1]",
+            "--config.eval.crop_pct is 1.1 and must be a finite number in (0, 1]",
         ),
-        ("augment.crop_area", (0.5, 0.1), "must be 2 increasing finite numbers in (0, 1]"),
+        ("augment.scale", (0.5, 0.1), "must be 2 increasing finite numbers in (0, 1]"),
         (
             "data.resize",
             "exat",

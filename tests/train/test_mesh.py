@@ -50,10 +50,10 @@ def small(name="cait_nano4_patch4_8", *, mesh=(-1, 1, 1), stacked=True, accumula
     config.model.name = name
     config.model.depth, config.model.width, config.model.num_heads = depth, 32, 4
     config.model.patch_size = 4
-    config.model.drop_path, config.model.dropout = 0.2, 0.1
+    config.model.drop_path_rate, config.model.dropout = 0.2, 0.1
     config.model.stacked = stacked
     config.model.precision = "highest"
-    config.optimizer.accumulate = accumulate
+    config.optimizer.grad_accum = accumulate
     config.optimizer.learning_rate = 1e-2
     config.optimizer.warmup_epochs = 0.0
     config.optimizer.ema_decay = 0.9

@@ -242,8 +242,8 @@ def test_rows_of_recorded_logits_come_with_their_examples(tmp_path):
             "loss.name is softmx and must be one of softmax, binary; nearest: softmax",
         ),
         (
-            {"loss__threshold": 0.5},
-            "loss.threshold goes with --config.loss.name=binary, not softmax",
+            {"loss__target_threshold": 0.5},
+            "loss.target_threshold goes with --config.loss.name=binary, not softmax",
         ),
         (
             {"distill__kind": "harder"},
@@ -260,7 +260,7 @@ def test_rows_of_recorded_logits_come_with_their_examples(tmp_path):
             "augment.mixup is -1.0 and must be a finite number of 0 or more",
         ),
         ({"optimizer__layer_decay": 0.0}, "layer_decay is 0.0 and must be a finite number in"),
-        ({"data__repeats": 0}, "data.repeats is 0 and must be a whole number of 1 or more"),
+        ({"data__aug_repeats": 0}, "data.aug_repeats is 0 and must be a whole number of 1 or more"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_compiled(overrides, sentence):

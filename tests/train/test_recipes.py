@@ -209,7 +209,7 @@ def test_a_higher_resolution_changes_nothing_of_the_recipe_it_follows(name):
     changed = {key for key in first if first[key] != then[key]}
     own = {"image_size", "batch_size", "epochs", "init.weights"}
     rates = {"learning_rate", "reference_batch", "final_learning_rate"}
-    more = {"cait_m48_448": {"model.drop_path"}, "deit_base_384": {"optimizer.weight_decay"}}
+    more = {"cait_m48_448": {"model.drop_path_rate"}, "deit_base_384": {"optimizer.weight_decay"}}
     assert changed == own | {f"optimizer.{key}" for key in rates} | more.get(name, set())
     length = (512, 30, 1e-8) if name == "deit_base_384" else (256, 60, 0.05)
     assert (then["batch_size"], then["epochs"], then["optimizer.weight_decay"]) == length
@@ -278,6 +278,6 @@ def test_no_recipe_mixes_copies_of_an_image_by_one_draw(name):
     config = module(name).get_config()
     augment = config.augment
     if augment.mixup or augment.cutmix:
-        assert not copies_in_a_group(config.batch_size, augment.mix_rows, config.data.repeats)
+        assert not copies_in_a_group(config.batch_size, augment.mix_rows, config.data.aug_repeats)
     if config.data.name == "imagenet2012":
         assert augment.mix_rows == 64

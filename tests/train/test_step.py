@@ -49,7 +49,7 @@ def run(devices, steps=20, accumulate=1, dtype="float32", **overrides):
     """Losses of each step, and the state after the last."""
     model = create_model(
         "cait_nano4_patch4_8", num_classes=10, depth=2, class_depth=1, width=32, num_heads=2,
-        dtype=dtype, param_dtype=dtype, drop_path=0.2, dropout=0.1, attention_dropout=0.1,
+        dtype=dtype, param_dtype=dtype, drop_path_rate=0.2, dropout=0.1, attention_dropout=0.1,
         embedding_dropout=0.1, precision="highest", **overrides,
     )  # fmt: skip
     schedule = warmup_cosine_schedule(peak=1e-3, total_steps=steps, warmup_steps=2)
@@ -115,7 +115,7 @@ def test_metrics_and_ema(alone):
 
 def test_the_learning_rate_reported_is_the_one_applied():
     """With SGD at rate 1 times the schedule, the move over the gradient is the rate."""
-    model = create_model("cait_nano4_patch4_8", num_classes=10, depth=1, drop_path=0.0)
+    model = create_model("cait_nano4_patch4_8", num_classes=10, depth=1, drop_path_rate=0.0)
     schedule = warmup_cosine_schedule(peak=1e-1, total_steps=4, warmup_steps=2, warmup_from=1e-3)
     optimizer = optax.sgd(schedule)
     step = jax.jit(make_train_step(model, optimizer, schedule, Recipe(cross_entropy)))

@@ -23,7 +23,7 @@ def save_run(workdir, model, *, steps=(1,), ema=False, **meta):
     for name in ("depth", "width", "num_heads"):
         config.model[name] = getattr(model, name)
     config.optimizer.ema_decay = 0.99 if ema else 0.0
-    config.eval.crop_ratio = 0.875
+    config.eval.crop_pct = 0.875
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         for step in steps:
             state = create_state(random_params(model, seed=step), optax.adamw(1e-3), ema)
@@ -111,6 +111,19 @@ def test_settings_come_from_the_runs_config(tmp_path, model, meta, label_names):
     assert settings.preprocessing == {
         "image_size": [8, 8], "crop_ratio": 0.875, "mean": [0.5], "std": [0.5], "channels": 1,
     }  # fmt: skip
+
+
+def test_a_run_saved_under_old_keys_is_read(tmp_path, model):
+    save_run(tmp_path, model, **NAMED)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        config = checkpoints.meta()["config"]
+        config["eval"]["crop_ratio"] = config["eval"].pop("crop_pct")
+        config["model"]["drop_path"] = config["model"].pop("drop_path_rate")
+        checkpoints.save(
+            2, create_state(random_params(model), optax.adamw(1e-3), False), {"config": config}
+        )
+    assert load_pretrained(tmp_path)[0] == model
+    assert load_settings(tmp_path).preprocessing["crop_ratio"] == 0.875
 
 
 def test_a_run_without_a_checkpoint_yet(tmp_path):

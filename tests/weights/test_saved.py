@@ -26,7 +26,10 @@ PREPROCESSING = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_load_save_load_gives_the_same_bits(tmp_path, model, dtype):
     model = model.clone(
-        dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), drop_path=0.125, precision="highest"
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(dtype),
+        drop_path_rate=0.125,
+        precision="highest",
     )
     variables = {"params": random_params(model)}
     save_pretrained(tmp_path / "first", model, variables)

@@ -101,7 +101,12 @@ def test_what_timm_lacks_is_refused_by_name(tmp_path, attributes, sentence):
 
 def test_what_only_training_and_speed_know_of_is_no_hindrance():
     model = create_model(
-        "cait_xxs24_224", drop_path=0.5, dropout=0.1, remat="block", stacked=False, dtype="bfloat16"
+        "cait_xxs24_224",
+        drop_path_rate=0.5,
+        dropout=0.1,
+        remat="block",
+        stacked=False,
+        dtype="bfloat16",
     )
     assert timm_constructor(model).named == {}
 

@@ -163,7 +163,7 @@ def folder_config(
     config.data.name = str(photographs.directory)
     config.data.train_split = photographs.train_split
     config.data.eval_split = photographs.eval_split
-    config.data.repeats = 1
+    config.data.aug_repeats = 1
     config.data.workers = 0 if size == "few" else min(8, (os.cpu_count() or 1) // 2)
 
     config.batch_size = _batch_size(photographs, batch_size, devices)
@@ -224,7 +224,7 @@ def _begin_from(
     with config.ignore_type():  # one number where it is square
         config.image_size = height if height == width else (height, width)
     config.data.mean, config.data.std = prepare.mean, prepare.std
-    config.eval.crop_ratio = prepare.crop_ratio
+    config.eval.crop_pct = prepare.crop_ratio
     return network
 
 
@@ -272,9 +272,9 @@ def _batch_size(photographs: Photographs, wanted: int | None, devices: int) -> i
 def _augment(config: ConfigDict, size: str) -> None:
     augment = config.augment
     if size == "few":
-        augment.crop_area = (0.35, 1.0)
+        augment.scale = (0.35, 1.0)
         augment.rand_augment = ""
-        augment.erase = 0.0
+        augment.reprob = 0.0
     if size != "many":
         augment.mixup = augment.cutmix = 0.0
 
@@ -282,7 +282,7 @@ def _augment(config: ConfigDict, size: str) -> None:
 def _learn(config: ConfigDict, what: str, size: str, blocks: int) -> None:
     optimizer, phases = config.optimizer, config.phases
     optimizer.ema_decay = 0.0
-    optimizer.clip_norm = 1.0
+    optimizer.grad_clip_norm = 1.0
     if what == "all":
         # Rates for a batch of 512, far below those of training from scratch.
         optimizer.learning_rate = 2e-4 if size == "many" else 1e-3

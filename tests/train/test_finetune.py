@@ -10,7 +10,7 @@ from trees import random_params
 
 from cait_jax import UserError, create_model, save_pretrained
 from cait_jax.train.config import check_values, load_config
-from cait_jax.train.folder_recipe import Photographs, folder_config, look_through
+from cait_jax.train.finetune import Photographs, folder_config, look_through
 from cait_jax.train.setup import set_up
 from configs import digits
 
@@ -37,7 +37,7 @@ def test_more_images_let_more_learn_with_stronger_augmentation():
     assert (few.phases.head_epochs, few.phases.blocks_epochs, few.phases.blocks) == (5, 15, 4)
     assert (few.phases.head_learning_rate, few.phases.blocks_learning_rate) == (1e-3, 1e-5)
     assert (few.optimizer.weight_decay, few.batch_size) == (0.01, 32)
-    assert (few.augment.rand_augment, few.augment.erase, few.augment.mixup) == ("", 0, 0)
+    assert (few.augment.rand_augment, few.augment.reprob, few.augment.mixup) == ("", 0, 0)
 
     middle = folder_config(photographs(1_000), "cait_xxs24_224")
     assert middle.phases.head_epochs == 0
@@ -66,7 +66,7 @@ def test_every_size_fits_devices_and_images_and_is_long_enough(devices, what):
         assert 0 < config.batch_size <= images
         assert config.eval.batch_size <= held.eval_images
         assert config.epochs * images / config.batch_size >= 100
-        assert config.data.repeats == 1
+        assert config.data.aug_repeats == 1
         assert config.optimizer.ema_decay == 0
 
 
@@ -79,7 +79,7 @@ def test_what_is_asked_for_comes_before_the_table():
     assert (config.batch_size, config.image_size, config.seed) == (10, 240, 3)
     # How these weights see images: not as CaiT's.
     assert tuple(config.data.mean) == tuple(config.data.std) == (0.5, 0.5, 0.5)
-    assert config.eval.crop_ratio == 0.9
+    assert config.eval.crop_pct == 0.9
     assert (config.init.pretrained, config.init.weights, config.init.reset_head) == (
         True,
         None,
@@ -126,7 +126,7 @@ def test_a_saved_model_of_any_attributes_starts_as_it_is(name, attributes, tmp_p
     )
     folder = fill(tmp_path / "photos", train__a=20, train__b=20, val__a=2, val__b=2)
     config = folder_config(folder, str(tmp_path / "saved"), devices=8)
-    assert (config.image_size, config.eval.crop_ratio, config.data.mean) == (8, 0.5, (0.4,))
+    assert (config.image_size, config.eval.crop_pct, config.data.mean) == (8, 0.5, (0.4,))
     setup = set_up(config)
     assert setup.model == model.clone(num_classes=2)
     assert setup.start().params["head"]["bias"].shape == (2,)

@@ -1,0 +1,85 @@
+"""Old names still work: on a command line, in the config of a saved run and in a saved model."""
+
+from pathlib import Path
+
+import pytest
+
+from cait_jax import UserError
+from cait_jax.models.zoo import create_model
+from cait_jax.renamed import KEYS, current_attributes
+from cait_jax.train import defaults
+from cait_jax.train.config import as_json, check_resumable, flatten, load_config, take_apart
+from cait_jax.train.keys import RULES
+from cait_jax.weights.saved import build, describe
+
+DIGITS = str(Path(__file__).parents[1] / "configs" / "digits.py")
+VALUES = {
+    "model.drop_path_rate": 0.25,
+    "data.aug_repeats": 2,
+    "augment.scale": (0.5, 1.0),
+    "augment.ratio": (0.5, 2.0),
+    "augment.hflip": True,
+    "augment.reprob": 0.125,
+    "augment.mixup_prob": 0.5,
+    "augment.mixup_switch_prob": 0.25,
+    "loss.smoothing": 0.125,
+    "loss.target_threshold": 0.25,
+    "distill.alpha": 0.25,
+    "optimizer.grad_accum": 2,
+    "optimizer.sam_rho": 0.125,
+    "optimizer.grad_clip_norm": 2.0,
+    "eval.crop_pct": 0.875,
+}
+
+
+def with_old_keys(config):
+    """The config as a run of before saved it."""
+    saved = as_json(config)
+    for old, new in KEYS.items():
+        (section, before), (_, now) = old.split("."), new.split(".")
+        saved[section][before] = saved[section].pop(now)
+    return saved
+
+
+def test_old_keys_are_gone_and_new_ones_exist():
+    assert set(KEYS.values()) == VALUES.keys() <= RULES.keys()
+    assert not KEYS.keys() & RULES.keys()
+
+
+@pytest.mark.parametrize("old", KEYS)
+def test_an_old_key_on_a_command_line_sets_the_new_one(old):
+    new = KEYS[old]
+    text = str(VALUES[new]).strip("()")
+    for argv in ([f"--config.{old}={text}"], [f"--config.{new}=7", f"--config.{old}={text}"]):
+        line = take_apart(argv)
+        assert line.overrides == {new: text}
+        assert flatten(load_config(DIGITS, line.overrides))[new] == VALUES[new]
+    assert flatten(load_config(DIGITS, {old: text}))[new] == VALUES[new]
+    with pytest.raises(UserError, match=rf"--config\.{new} is \? and must be"):
+        load_config(DIGITS, {old: "?"})
+
+
+def test_an_old_key_without_a_value_is_a_flag():
+    line = take_apart(["--noconfig.augment.flip", "--config.augment.flip", "--config.seed=1"])
+    assert line.overrides == {"augment.hflip": "true", "seed": "1"}
+
+
+@pytest.mark.parametrize("old", KEYS)
+def test_a_run_saved_under_old_keys_resumes_under_new_ones(old):
+    config = defaults.get_config()
+    saved = with_old_keys(config)
+    check_resumable(saved, config, "runs/a")
+    section, name = old.split(".")
+    saved[section][name] = "other"
+    with pytest.raises(UserError, match=f"{KEYS[old]} was 'other' and is now") as caught:
+        check_resumable(saved, config, "runs/a")
+    assert str(caught.value).count(" was ") == 2  # of the run, and of this key alone
+
+
+def test_a_model_saved_under_old_names_is_read():
+    model = create_model("cait_nano4_patch4_8", drop_path_rate=0.25)
+    described = describe(model)
+    attributes = described["attributes"]
+    attributes["drop_path"] = attributes.pop("drop_path_rate")
+    assert build(described) == model
+    assert current_attributes({"drop_path": 1, "scale": 2}) == {"drop_path_rate": 1, "scale": 2}
