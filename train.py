@@ -5,11 +5,10 @@ from pathlib import Path
 
 from absl import app, flags
 
-from cait_jax import exits, interface
-from cait_jax.errors import UserError, nearest
+from cait_jax.errors import UserError, config_flags, nearest, run_program, speaking
 from cait_jax.train import NonFiniteError, train
 from cait_jax.train.config import CommandLine, load_config, take_apart
-from cait_jax.train.processes import ends_for_all, join_processes
+from cait_jax.train.distributed import ends_for_all, join_processes
 
 flags.DEFINE_string(
     "config", None, "A recipe, such as configs/digits.py; --config.KEY=VALUE sets a key."
@@ -66,8 +65,8 @@ def parse(argv: list[str]) -> CommandLine:
 
 def program() -> int:
     """The whole program; gives the exit status."""
-    with interface.speaking(interface.flags), ends_for_all():
-        return exits.run(
+    with speaking(config_flags), ends_for_all():
+        return run_program(
             "train.py", lambda: app.run(main, flags_parser=parse), (UserError, NonFiniteError)
         )
 

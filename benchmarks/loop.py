@@ -20,12 +20,12 @@ import jax
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train import loop
-from cait_jax.train.report import Report
+from cait_jax.train.metric_writer import MetricWriter
 from cait_jax.train.setup import Setup, set_up
 from configs import digits
 
 
-class Clock(Report):
+class Clock(MetricWriter):
     """A report that notes when steps finished."""
 
     def progress(self, step, values):

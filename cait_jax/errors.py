@@ -1,11 +1,26 @@
-"""What the package says when its caller made a mistake: one sentence, with the fix in it."""
+"""Mistakes of the user: one sentence that says how to mend them, in the words of the interface in use.
 
+A setting is an argument of the Python API (`"reset_head"`) or a config key (`"config.optimizer.learning_rate"`).
+`setting` and `advise` write it as the user does: `reset_head=True` in Python, `--config.init.reset_head=True`
+under `train.py`, and in a command as its option, if it has one.
+"""
+
+import contextlib
+import dataclasses
 import difflib
+import errno
+import logging
+import multiprocessing
+import os
 import re
+import sys
+import threading
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NoReturn
 
-# Control characters (C0, DEL, C1), line and paragraph separators, overrides of the writing direction, surrogates.
+# Control characters (C0, DEL, C1), line and paragraph separators, bidirectional overrides, surrogates.
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -15,23 +30,21 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 class UserError(ValueError):
     """A mistake of the caller's. The message is one sentence that says how to mend it; it is `printable`."""
 
-    def __init__(self, message: object = "") -> None:
-        """Takes the sentence, whatever names of files and classes it holds."""
+    def __init__(self, message: object = "") -> None:  # noqa: D107
         super().__init__(printable(str(message)))
 
 
+# Names in sentences
+
+
 def printable(text: str, *, keep: str = "") -> str:
-    r"""Escapes what a terminal would obey or cannot show, as `\xNN` or `\uNNNN`.
+    r"""Escapes what a terminal would obey or cannot show as `\xNN` or `\uNNNN`, except the characters in `keep`.
 
     These are control characters, bidirectional overrides (Unicode TR 36) and surrogates; a byte of a file name
-    that is not UTF-8 (PEP 383) becomes `\xNN`. All else stays, so the function may be applied twice.
-
-    Args:
-      text: names, or what holds names.
-      keep: characters to leave, such as a line feed between lines.
+    that is not UTF-8 (PEP 383) becomes `\xNN`. Idempotent.
     """
 
-    def escaped(match: re.Match[str]) -> str:
+    def escape(match: re.Match[str]) -> str:
         code = ord(match[0])
         if match[0] in keep:
             return match[0]
@@ -39,7 +52,7 @@ def printable(text: str, *, keep: str = "") -> str:
             code -= 0xDC00
         return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
-    return _UNPRINTABLE.sub(escaped, text)
+    return _UNPRINTABLE.sub(escape, text)
 
 
 def writable(text: str) -> str:
@@ -52,28 +65,252 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def one_line(text: str) -> str:
+    """`text` without line breaks; of a long one the beginning and the end, where the cause is."""
+    line = " ".join(text.split()).rstrip(".")
+    return line if len(line) <= 300 else f"{line[:100]} ... {line[-200:]}"
+
+
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
-    """Names the members of `names` most like `name`, as the end of a sentence.
-
-    Args:
-      name: what was asked for.
-      names: what exists.
-      count: how many to name at most.
-
-    Returns:
-      `"nearest: a, b"`, or, where nothing is alike, `"known: ..."` with every name.
-    """
+    """The end of a sentence: `"nearest: a, b"`, or, where nothing is alike, `"known: ..."` with every name."""
     known = sorted(map(printable, names))
     near = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
     return f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
 
 
 def some(names: Sequence[str], count: int = 4) -> str:
-    """Names the first of many: `"a, b, c, d and 6 more"`.
-
-    Args:
-      names: all of them.
-      count: how many to name at most.
-    """
+    """The first `count` of many: `"a, b, c, d and 6 more"`."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
+
+
+# Settings in sentences
+
+CONFIG = "config."
+_OF_MODEL = (
+    "width", "depth", "num_heads", "patch_size", "mlp_ratio", "residual", "block_norm", "layer_scale_init",
+    "talking_heads", "class_token", "class_depth", "class_mlp_ratio", "distilled", "drop_path_rate",
+    "drop_path_growth", "embedding_dropout", "attention_dropout", "projection_dropout", "dropout", "dtype",
+    "param_dtype", "precision", "remat", "attention", "stacked",
+)  # fmt: skip
+# Arguments of the Python API that a config has as well, and the key there.
+KEY_OF: Mapping[str, str] = {
+    "name_or_path": "config.model.name",
+    "weights": "config.init.weights",
+    "reset_head": "config.init.reset_head",
+    "ema": "config.init.ema",
+    "image_size": "config.image_size",
+    "seed": "config.seed",
+    "epochs": "config.epochs",
+    "batch_size": "config.batch_size",
+    "data_dir": "config.data.data_dir",
+    "workers": "config.data.workers",
+    **{name: f"config.model.{name}" for name in _OF_MODEL},
+}
+
+_ANY = object()
+# From a setting and its value (`_ANY`: none in particular) to how it is written; None where it cannot be set.
+Interface = Callable[[str, Any], str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Literal:
+    """A value that stands for what the user fills in, such as `PATH`; written without quotes."""
+
+    text: str
+
+    def __repr__(self) -> str:  # noqa: D105
+        return self.text
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way out of an error; `text` has `{}` for the setting, such as `"give {} to start the head anew"`."""
+
+    text: str
+    setting: str
+    value: Any = _ANY
+
+    def __str__(self) -> str:  # noqa: D105
+        return self.text.format(setting(self.setting, self.value))
+
+
+def python_arguments(name: str, value: Any) -> str | None:
+    """`name=value`. Config keys are written as `train.py` has them."""
+    if name.startswith(CONFIG):
+        return config_flags(name, value)
+    return name if value is _ANY else f"{name}={value!r}"
+
+
+def config_flags(name: str, value: Any) -> str | None:
+    """`--config.KEY=VALUE`, of `train.py` and `cait plan`."""
+    name = KEY_OF.get(name, name)
+    if not name.startswith(CONFIG):
+        return None
+    return f"--{name}" if value is _ANY else f"--{name}={value}"
+
+
+def command_options(
+    options: Mapping[str, str], switches: frozenset[str] = frozenset()
+) -> Interface:
+    """The options of a command: argument to option, and the arguments whose option takes no value."""
+    argument_of = {key: argument for argument, key in KEY_OF.items()}
+
+    def written(name: str, value: Any) -> str | None:
+        argument = argument_of.get(name, name)
+        option = options.get(argument)
+        return (
+            option
+            if option is None or value is _ANY or argument in switches
+            else f"{option} {value}"
+        )
+
+    return written
+
+
+_current: Interface = python_arguments
+
+
+@contextlib.contextmanager
+def speaking(interface: Interface) -> Iterator[None]:
+    """Inside, messages are for users of `interface`, in the whole process: threads raise errors as well."""
+    global _current
+    before, _current = _current, interface
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def in_python() -> bool:
+    """Whether the user calls the Python API."""
+    return _current is python_arguments
+
+
+def can_set(name: str) -> bool:
+    """Whether the user has this setting."""
+    return _current(name, _ANY) is not None
+
+
+def setting(name: str, value: Any = _ANY) -> str:
+    """How the user writes a setting; where it cannot be set, its name in words."""
+    return _current(name, value) or name.rpartition(".")[2].replace("_", " ")
+
+
+def advise(*ways: Way | str, otherwise: str = "") -> str:
+    """The ways out that the user has, joined by "or", a string being open to everybody; else `otherwise`."""
+    open_ways = [str(way) for way in ways if isinstance(way, str) or can_set(way.setting)]
+    return ", or ".join(open_ways) or otherwise
+
+
+# The end of a program: the sentence is the last line of standard error. Libraries write there too (logs, threads,
+# C++, until the process is gone), so their logs are dropped and nothing is written after the sentence.
+
+_NOISY_LOGGERS = (
+    "absl",
+    "asyncio",
+)  # Orbax, Grain and TFDS log through absl what they raise as well
+_PATIENCE_S = 2.0
+# What no program can foresee of the file system, and the remedy.
+_REMEDIES = {
+    code: remedy
+    for remedy, codes in {
+        "make room, or choose another place": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        "change its permissions, or choose another place": (errno.EACCES, errno.EPERM),
+        "check the path, or choose another place": (errno.ENOENT,),
+        "check the disk, or choose another place": (errno.EIO,),
+        "mount it again, or choose another place": (errno.ESTALE,),
+        "choose another place": (errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EEXIST),
+        "give a file": (errno.EISDIR,),
+        "choose a shorter name": (errno.ENAMETOOLONG,),
+    }.items()
+    for code in codes
+}
+
+
+def explain(error: BaseException) -> str | None:
+    """A sentence for a refusal by the file system or too little memory; None for any other error."""
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        reason = (error.strerror or os.strerror(error.errno)).lower()
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{reason}; {_REMEDIES[error.errno]}"
+    exhausted = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if exhausted or isinstance(error, MemoryError):
+        ways = advise(
+            Way("lower {}", "batch_size"), Way("lower {}", "image_size"), "use a smaller model"
+        )
+        return f"there is too little memory ({one_line(str(error))}): {ways}"
+    return None
+
+
+def quiet_libraries() -> None:
+    """Drops libraries' error logs, and what Python prints of exceptions that nobody can catch."""
+    for name in _NOISY_LOGGERS:  # a filter, as absl's flags set the level again
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.CRITICAL)
+    # Of the process that clears up after killed workers, which is started with these options.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    sys.unraisablehook = lambda _: None
+    sys.excepthook = _print_of_main_thread
+
+
+def _print_of_main_thread(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Python's own hook, but not for exceptions in the threads of C++ libraries."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, traceback)
+
+
+def _end_workers() -> None:
+    """Ends worker processes, whose own last words would follow the sentence."""
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(_PATIENCE_S)
+    with contextlib.suppress(Exception):  # private: it reports what was left behind when it ends
+        from multiprocessing import resource_tracker
+
+        tracker: Any = resource_tracker
+        tracker._resource_tracker._stop()
+
+
+def leave(code: int, last: str | None = None) -> NoReturn:
+    """Ends the process now, `last` being the last line of standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    _end_workers()
+    with contextlib.suppress(OSError):
+        stderr = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # from here on others write there
+        if last is not None:
+            encoding = sys.stderr.encoding or "utf-8"
+            os.write(stderr, f"{printable(last)}\n".encode(encoding, errors="backslashreplace"))
+    os._exit(code)
+
+
+def run_program(name: str, main: Callable[[], object], errors: tuple[type[Exception], ...]) -> int:
+    """Runs `main` and gives the exit status; ends the process with a sentence at a mistake of the user's.
+
+    Args:
+      name: of the program, which begins the sentence.
+      errors: exceptions that are a sentence. Any other is a defect and passes, with its traceback.
+    """
+    quiet_libraries()
+    try:
+        status = main()
+    except errors as error:
+        leave(1, f"{name}: {error}")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            leave(1, end.code)
+        status = end.code
+    except KeyboardInterrupt:
+        leave(130)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        leave(1, f"{name}: {sentence}")
+    return status if isinstance(status, int) else 0

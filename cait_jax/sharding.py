@@ -17,8 +17,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cait_jax.errors import UserError
-from cait_jax.interface import setting
+from cait_jax.errors import UserError, setting
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")

@@ -1,6 +1,6 @@
 """What a run wrote, for comparing two runs of one config."""
 
-from cait_jax.train.report import TIMING_KEYS, read_metrics
+from cait_jax.train.metric_writer import TIMING_KEYS, read_metrics
 
 
 def untimed(workdir):

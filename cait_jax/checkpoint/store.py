@@ -28,20 +28,19 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
 
-from cait_jax.checkpoint.seal import (
+from cait_jax.errors import UserError, one_line
+from cait_jax.files import (
     MANIFEST,
-    BrokenError,
-    check_files,
+    DamagedError,
+    amend,
+    commit,
     fsync,
-    is_sealed,
-    one_line,
+    json_values,
     read_manifest,
-    record_metrics,
-    seal,
+    to_json,
+    verify,
 )
-from cait_jax.errors import UserError
 from cait_jax.sharding import leaf_shapes
-from cait_jax.strict_json import json_values
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +138,7 @@ class Checkpoints:
           UserError: the save before this one failed, this one did, or `step` is already saved.
         """
         self.wait()
-        snapshot = json.loads(json.dumps(json_values(meta), allow_nan=False))
+        snapshot = json.loads(to_json(meta))
         values = _finite(metrics or {})
         try:
             manager = self._writer()
@@ -174,16 +173,16 @@ class Checkpoints:
             return
         values, saving = _finite(metrics), self._thread
 
-        def amend() -> None:
+        def write() -> None:
             if saving is not None:
                 saving.join()
             if self._failure is None:
                 try:
-                    record_metrics(self._path(step), values)
+                    amend(self._path(step), {"metrics": values})
                 except Exception as error:
                     self._failure = step, error
 
-        self._thread = threading.Thread(target=amend, name="checkpoint_metrics", daemon=True)
+        self._thread = threading.Thread(target=write, name="checkpoint_metrics", daemon=True)
         self._thread.start()
 
     def metrics(self, step: int) -> dict[str, float]:
@@ -341,9 +340,10 @@ class Checkpoints:
 
     def _clear_way(self) -> None:
         """Moves aside every step that is unsealed or known to be damaged."""
+        sealed = self._sealed()
         for step in _steps(self._directory):
             path = self._path(step)
-            if step not in self._corrupt and is_sealed(path):
+            if step in sealed:
                 continue
             aside = _unused(self._directory / _BROKEN / str(step))
             aside.parent.mkdir(exist_ok=True)
@@ -362,7 +362,7 @@ class Checkpoints:
         try:
             manager.wait_until_finished()
             if jax.process_index() == 0:
-                seal(self._path(step), step, metrics)
+                commit(self._path(step), {"step": step, "metrics": metrics})
         except Exception as error:
             self._failure = step, error
 
@@ -386,7 +386,7 @@ class Checkpoints:
         found: dict[int, float | None] = {}
         for step in _steps(self._directory):
             if step not in self._corrupt:
-                with contextlib.suppress(BrokenError):
+                with contextlib.suppress(DamagedError):
                     metrics = read_manifest(self._path(step))["metrics"]
                     found[step] = metrics.get(self._best_metric)
         return found
@@ -401,7 +401,7 @@ class Checkpoints:
         choice = _NOTHING_SAVED
         if jax.process_index() == 0:
             try:
-                chosen = self._choose(step, check_files)
+                chosen = self._choose(step, verify)
                 choice = _NOTHING_SAVED if chosen is None else chosen
             except UserError as error:
                 failure, choice = error, _NOTHING_USABLE
@@ -427,7 +427,7 @@ class Checkpoints:
                 )
             try:
                 check(self._path(step))
-            except BrokenError as error:
+            except DamagedError as error:
                 raise UserError(
                     f"The checkpoint of step {step} under {self._directory} is unusable: {error}."
                 ) from None
@@ -435,7 +435,7 @@ class Checkpoints:
         for candidate in reversed(steps):
             try:
                 check(self._path(candidate))
-            except BrokenError as error:
+            except DamagedError as error:
                 self._pass_over(candidate, error)
             else:
                 return candidate
@@ -447,7 +447,7 @@ class Checkpoints:
             )
         return None
 
-    def _pass_over(self, step: int, error: "BrokenError") -> None:
+    def _pass_over(self, step: int, error: "DamagedError") -> None:
         if (self._path(step) / MANIFEST).exists():
             self._corrupt[step] = str(error)
         if (step, str(error)) not in self._reported:
@@ -546,7 +546,7 @@ def _finite(metrics: Mapping[str, SupportsFloat]) -> dict[str, float | None]:
 
 
 def _check_meta(path: Path) -> None:
-    check_files(path, within=f"{_META}/")
+    verify(path, prefix=f"{_META}/")
 
 
 # Fitting the template

@@ -5,10 +5,8 @@ from typing import Any
 
 import click
 
-from cait_jax import exits
 from cait_jax.cli.common import command_words
-from cait_jax.errors import UserError, printable
-from cait_jax.interface import speaking
+from cait_jax.errors import UserError, explain, leave, printable, quiet_libraries, speaking
 
 # Command to the module that holds it. Modules import what is heavy inside their command.
 COMMANDS = ("models", "predict", "evaluate", "features", "finetune", "convert", "data", "plan")
@@ -46,24 +44,24 @@ class Commands(click.Group):
                     vars(error)["message"] = printable(error.message, keep="\n\t")
                     raise
                 except Exception as error:
-                    said = str(error) if isinstance(error, UserError) else exits.sentence(error)
+                    said = str(error) if isinstance(error, UserError) else explain(error)
                     if said is None:
                         raise
         except KeyboardInterrupt:
             ctx.exit(130)
         if self._is_program:
-            exits.leave(1, f"Error: {said}")
+            leave(1, f"Error: {said}")
         raise click.ClickException(printable(said))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs as a process of its own: the error message is the last line of standard error."""
-        exits.quiet_libraries()
+        quiet_libraries()
         self._is_program = True
         try:
             return super().__call__(*args, **kwargs)
         except SystemExit as end:
             if isinstance(end.code, int) and end.code:
-                exits.leave(end.code)
+                leave(end.code)
             raise
 
     _is_program = False

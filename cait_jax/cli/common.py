@@ -10,8 +10,7 @@ from typing import Any
 import click
 
 from cait_jax.cli.output import note
-from cait_jax.errors import UserError, composed
-from cait_jax.interface import CONFIG, flags, options
+from cait_jax.errors import CONFIG, UserError, command_options, composed, config_flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,12 +287,12 @@ _OPTION_OF = {"name_or_path": "model"}
 
 
 def command_words(name: str, value: Any) -> str | None:
-    """The `Interface` of the command that is running; see `cait_jax.interface`."""
+    """The `Interface` of the command that is running; see `cait_jax.errors`."""
     context = click.get_current_context(silent=True)
     if context is None:
         return None
     if context.allow_extra_args and name.startswith(CONFIG):  # `cait plan` takes train.py's flags
-        return flags(name, value)
+        return config_flags(name, value)
     declared = {
         str(param.name): param
         for param in context.command.params
@@ -304,4 +303,4 @@ def command_words(name: str, value: Any) -> str | None:
         argument: of_setting[param] for argument, param in _OPTION_OF.items() if param in of_setting
     }
     is_flag = frozenset(param for param, option in declared.items() if option.is_flag)
-    return options(of_setting, is_flag)(name, value)
+    return command_options(of_setting, is_flag)(name, value)

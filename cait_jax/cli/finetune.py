@@ -63,8 +63,8 @@ def command(
 
     from cait_jax.errors import UserError
     from cait_jax.train import NonFiniteError, train
+    from cait_jax.train.distributed import run_folder_name
     from cait_jax.train.finetune import folder_config, look_through
-    from cait_jax.train.processes import run_folder_name
 
     logging.set_verbosity(logging.WARNING)  # Orbax says a lot at INFO
     photographs = look_through(directory)

@@ -7,7 +7,6 @@ UTF-8 as Python's surrogate, which `os.fsencode` turns back); CSV in a file hold
 import contextlib
 import csv
 import io
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import click
 from tabulate import tabulate
 
 from cait_jax.errors import UserError, printable, writable
-from cait_jax.strict_json import json_values
+from cait_jax.files import to_json
 
 
 def escape_in_streams() -> None:
@@ -106,7 +105,7 @@ def as_json(value: Mapping[str, Any] | Sequence[Any]) -> str:
 
 def json_line(value: Any) -> str:
     """A value as one line of ASCII JSON (RFC 8259): floats that are not finite become null, DEL is escaped."""
-    return json.dumps(json_values(value), allow_nan=False).replace("\x7f", "\\u007f")
+    return to_json(value).replace("\x7f", "\\u007f")
 
 
 def csv_lines(rows: Iterable[Sequence[Any]]) -> str:

@@ -23,8 +23,7 @@ from jaxtyping import UInt8
 
 from cait_jax.data.order import CROPPING, Chosen, Order, Rows, permutation, philox
 from cait_jax.data.sources import Encoded, InMemory, Split, read_record, record_name
-from cait_jax.errors import UserError
-from cait_jax.interface import Way, advise
+from cait_jax.errors import UserError, Way, advise
 
 Batch = dict[str, np.ndarray]
 

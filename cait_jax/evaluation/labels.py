@@ -11,9 +11,8 @@ from jaxtyping import Array, Int32
 
 from cait_jax.data.imagenet import class_words, imagenet_classes
 from cait_jax.data.sources import InMemory, Split
-from cait_jax.errors import UserError, composed, nearest, some
+from cait_jax.errors import Literal, UserError, Way, advise, composed, nearest, some
 from cait_jax.evaluation.metrics import Batch, Measure, any_of_labels, classification
-from cait_jax.interface import Literal, Way, advise
 
 RULES = ("all", "restricted", "real")
 _CHUNK = 512

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cait_jax.errors import UserError, nearest
-from cait_jax.interface import KEY_OF, can_set, setting
+from cait_jax.errors import KEY_OF, UserError, can_set, nearest, setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.layers import Images
 from cait_jax.models.regnet import RegNetY

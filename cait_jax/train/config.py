@@ -13,8 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cait_jax.errors import UserError, nearest, some
-from cait_jax.interface import can_set, setting
+from cait_jax.errors import UserError, can_set, nearest, setting, some
 from cait_jax.renamed import KEYS, current_config
 from cait_jax.train.conflicts import check_conflicts
 from cait_jax.train.keys import RULES

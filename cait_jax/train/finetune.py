@@ -21,9 +21,8 @@ from ml_collections import ConfigDict
 
 from cait_jax.data.folder import existing_folder, load_folder
 from cait_jax.data.layout import read_layout
-from cait_jax.errors import UserError, nearest, some
+from cait_jax.errors import UserError, nearest, setting, some
 from cait_jax.evaluation.labels import read_labels
-from cait_jax.interface import setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.train.defaults import get_config

@@ -9,7 +9,7 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class StopRequest:
+class StopSignal:
     """While entered, turns the first SIGINT or SIGTERM into a request; a second one acts as ever.
 
     Of several processes each may be told, and all must stop after the same step. JAX agrees on it, with a SIGTERM
@@ -23,7 +23,7 @@ class StopRequest:
         self._requested = False
         self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "StopSignal":
         """Installs the handlers."""
         alone = jax.process_count() == 1
         if alone and threading.current_thread() is threading.main_thread():

@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.data.ahead import Ahead
 from cait_jax.data.folder import left_out_of
-from cait_jax.interface import Way, advise
+from cait_jax.errors import Way, advise
 from cait_jax.models.cait import CaiT
 from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train.config import as_json
-from cait_jax.train.interrupt import StopRequest
-from cait_jax.train.processes import check_shared, local_folder
-from cait_jax.train.report import Report, rewind
+from cait_jax.train.distributed import check_shared, local_folder
+from cait_jax.train.interrupt import StopSignal
+from cait_jax.train.metric_writer import MetricWriter, rewind
 from cait_jax.train.resume import check_resumed, describe_data
 from cait_jax.train.setup import Setup, abstract_state, set_up
 from cait_jax.train.state import TrainState
@@ -86,7 +86,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
         evaluated = bool(recorded) or start == 0 or _to_evaluation(setup, start) > 0
         if jax.process_index() == 0:
             rewind(workdir / "metrics.jsonl", start, evaluated=evaluated)
-        with Report(
+        with MetricWriter(
             workdir,
             total_steps=setup.total_steps,
             start_step=start,
@@ -122,7 +122,7 @@ def _run(
     metrics: dict[str, float],
     data: Mapping[str, Any],
     checkpoints: Checkpoints,
-    report: Report,
+    report: MetricWriter,
     evaluated: bool,
 ) -> Run:
     config, total = setup.config, setup.total_steps
@@ -171,7 +171,7 @@ def _run(
     batches = setup.batches(start)
     eval_batches: Ahead | None = None
     try:
-        with StopRequest() as stop:
+        with StopSignal() as stop:
             for step in range(start + 1, total + 1):
                 state, step_metrics = setup.train_step(state, put_batch(next(batches), sharding))
                 finish()

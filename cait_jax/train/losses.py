@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from cait_jax.errors import UserError, nearest
-from cait_jax.interface import setting
+from cait_jax.errors import UserError, nearest, setting
 
 Logits = Float[Array, "batch classes"]
 Targets = Float[Array, "batch classes"]

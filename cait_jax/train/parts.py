@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cait_jax.errors import UserError
-from cait_jax.interface import can_set, setting
+from cait_jax.errors import UserError, can_set, setting
 
 _SELF_ATTENTION = re.compile(r"blocks_(\d+)")
 _CLASS_ATTENTION = re.compile(r"blocks_token_only_(\d+)")

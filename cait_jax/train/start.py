@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from cait_jax.errors import UserError, some
+from cait_jax.errors import Literal, UserError, setting, some
 from cait_jax.evaluation.labels import LabelError, match_classes
-from cait_jax.interface import Literal, setting
 from cait_jax.models.cait import CaiT
 from cait_jax.train.distill import make_teacher, read_logits, recorded_class_names
 

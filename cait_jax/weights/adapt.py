@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cait_jax.errors import UserError
-from cait_jax.interface import Literal, Way, advise
+from cait_jax.errors import Literal, UserError, Way, advise
 from cait_jax.weights.timm_names import abstract_variables, timm_names, to_timm
 
 _POSITIONS = "pos_embed"

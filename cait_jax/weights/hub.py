@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cait_jax.checkpoint.seal import one_line
-from cait_jax.errors import UserError, nearest
-from cait_jax.interface import Literal, setting
+from cait_jax.errors import Literal, UserError, nearest, one_line, setting
 from cait_jax.models.zoo import VARIANTS
 
 _FILE = "model.safetensors"

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cait_jax.data.preprocess import Preprocessing
-from cait_jax.errors import UserError
-from cait_jax.interface import Literal, Way, advise, in_python, setting
+from cait_jax.errors import Literal, UserError, Way, advise, in_python, setting
 from cait_jax.models import zoo
 from cait_jax.models.zoo import VARIANTS
 from cait_jax.weights.adapt import adapt_head, adapt_input

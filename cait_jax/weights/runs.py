@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cait_jax.errors import UserError
-from cait_jax.interface import setting
+from cait_jax.errors import UserError, setting
 from cait_jax.models.zoo import create_model
 from cait_jax.renamed import current_config
 from cait_jax.weights.saved import checked_state_dict

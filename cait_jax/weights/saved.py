@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cait_jax.errors import UserError, nearest
-from cait_jax.interface import Literal, setting
+from cait_jax.errors import Literal, UserError, nearest, setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import VisionTransformer, float_dtype, misfit

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cait_jax.checkpoint.seal import fsync, one_line
-from cait_jax.errors import UserError, some
-from cait_jax.interface import Way, advise, setting
+from cait_jax.errors import UserError, Way, advise, one_line, setting, some
+from cait_jax.files import fsync
 
 _log = logging.getLogger(__name__)
 

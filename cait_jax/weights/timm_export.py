@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cait_jax.errors import UserError
-from cait_jax.interface import Way, advise
+from cait_jax.errors import UserError, Way, advise
 from cait_jax.models.cait import CaiT
 from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import create_model

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cait_jax.errors import UserError, some
-from cait_jax.interface import Way, advise
+from cait_jax.errors import UserError, Way, advise, some
 from cait_jax.models.zoo import Network
 
 _NUMBERED = re.compile(r"(blocks|blocks_token_only)_(\d+)")

@@ -8,6 +8,7 @@ from tfds_files import write_imagenet2012
 from cait_jax import UserError
 from cait_jax.data.imagenet import imagenet_classes
 from cait_jax.data.sources import Encoded, InMemory, load_split
+from cait_jax.errors import command_options, config_flags, python_arguments, speaking
 from cait_jax.evaluation.labels import (
     Classes,
     LabelError,
@@ -20,7 +21,6 @@ from cait_jax.evaluation.labels import (
     read_labels,
 )
 from cait_jax.evaluation.metrics import finish
-from cait_jax.interface import flags, options, python, speaking
 
 MODEL = ("tench, Tinca tinca", "n01443537", "great_white_shark", "Cock", "hen", "crane", "crane")
 
@@ -89,13 +89,13 @@ def test_of_a_model_without_names_numbers_in_order_are_its_indices():
     "data", [AS_FOLDERS, [str(i + 1) for i in range(12)], list("abcdefghijkl"), ["3", "8"], []]
 )
 def test_without_names_nothing_is_matched_by_its_place(data):
-    of_command = options(
+    of_command = command_options(
         {"class_names": "--class-names", "by_position": "--by-position"}, frozenset({"by_position"})
     )
     for interface, naming, by_position in (
-        (python, "class_names=FILE", "by_position=True"),
+        (python_arguments, "class_names=FILE", "by_position=True"),
         (of_command, "--class-names FILE", "--by-position"),
-        (flags, None, None),
+        (config_flags, None, None),
     ):
         with (
             speaking(interface),
@@ -222,7 +222,10 @@ def test_names_are_the_models_own_where_they_are_known():
 
 def test_one_class_is_no_competition():
     split = split_of([1, 1], "ab")
-    for interface, rule in ((python, "rule='all'"), (options({"rule": "--rule"}), "--rule all")):
+    for interface, rule in (
+        (python_arguments, "rule='all'"),
+        (command_options({"rule": "--rule"}), "--rule all"),
+    ):
         with (
             speaking(interface),
             pytest.raises(LabelError, match=f"one of the model's 3 classes, 'b', .* {rule}"),

@@ -16,7 +16,7 @@ from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.data.decode import BrokenImage
 from cait_jax.train import NonFiniteError, loop, train
-from cait_jax.train.report import Report, read_metrics
+from cait_jax.train.metric_writer import MetricWriter, read_metrics
 from cait_jax.train.setup import Setup
 from configs import cait_xs24, cifar10
 
@@ -80,7 +80,7 @@ def test_a_finished_run_says_so_and_trains_no_more(finished, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monkeypatch, number):
     _, workdir, run = finished
-    progress = Report.progress
+    progress = MetricWriter.progress
 
     def stop_at_three(self, step, values):
         progress(self, step, values)
@@ -88,7 +88,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monk
             signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "progress", stop_at_three)
+        patch.setattr(MetricWriter, "progress", stop_at_three)
         stopped = train(config, tmp_path)
     assert not stopped.finished
     assert 3 <= stopped.state.step < 6
@@ -192,7 +192,7 @@ def test_nothing_is_saved_of_a_step_whose_loss_is_found_bad_in_its_evaluation(co
 def test_metrics_of_a_step_are_read_when_the_devices_have_other_work(config, tmp_path, monkeypatch):
     """Before them the next step is dispatched, unless the step is saved."""
     order = []
-    set_up, progress = loop.set_up, Report.progress
+    set_up, progress = loop.set_up, MetricWriter.progress
 
     def watched(*args):
         setup = set_up(*args)
@@ -213,7 +213,7 @@ def test_metrics_of_a_step_are_read_when_the_devices_have_other_work(config, tmp
         progress(self, step, values)
 
     monkeypatch.setattr(loop, "set_up", watched)
-    monkeypatch.setattr(Report, "progress", read)
+    monkeypatch.setattr(MetricWriter, "progress", read)
     config.checkpoint.every_steps = 3
     config.eval.batch_size = 200
     train(config, tmp_path)
@@ -227,7 +227,7 @@ def test_metrics_of_a_step_are_read_when_the_devices_have_other_work(config, tmp
 def test_an_evaluation_loads_while_the_steps_before_it_run(config, tmp_path, monkeypatch):
     """And what a stopped run had begun to load is closed."""
     order, opened = [], []
-    eval_batches, progress = Setup.eval_batches, Report.progress
+    eval_batches, progress = Setup.eval_batches, MetricWriter.progress
 
     def load(self):
         order.append("load")
@@ -239,7 +239,7 @@ def test_an_evaluation_loads_while_the_steps_before_it_run(config, tmp_path, mon
         progress(self, step, values)
 
     monkeypatch.setattr(Setup, "eval_batches", load)
-    monkeypatch.setattr(Report, "progress", read)
+    monkeypatch.setattr(MetricWriter, "progress", read)
     monkeypatch.setattr(loop, "_LOAD_AHEAD_STEPS", 2)
     train(config, tmp_path / "whole")
     assert order == [1, "load", 2, 3, 4, "load", 5, 6]
@@ -299,14 +299,14 @@ def test_imagenet_streams_and_resumes(tmp_path, monkeypatch):
 
 
 def stop_after(step, monkeypatch):
-    progress = Report.progress
+    progress = MetricWriter.progress
 
     def stop(self, at, values):
         progress(self, at, values)
         if at == step:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Report, "progress", stop)
+    monkeypatch.setattr(MetricWriter, "progress", stop)
 
 
 def test_cifar10_trains_in_memory(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from run_files import untimed
 
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.train.report import read_metrics
+from cait_jax.train.metric_writer import read_metrics
 from cait_jax.train.setup import abstract_state, set_up
 from configs import digits
 

@@ -16,8 +16,8 @@ from trees import assert_same_bits
 
 from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.train.processes import local_folder, run_folder_name
-from cait_jax.train.report import read_metrics
+from cait_jax.train.distributed import local_folder, run_folder_name
+from cait_jax.train.metric_writer import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8

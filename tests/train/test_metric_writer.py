@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from cait_jax.errors import UserError
-from cait_jax.train import report as report_module
-from cait_jax.train.report import TIMING_KEYS, Report, read_metrics, rewind
+from cait_jax.train import metric_writer
+from cait_jax.train.metric_writer import TIMING_KEYS, MetricWriter, read_metrics, rewind
 
 TRAIN = {
     "train/loss": 0.43123,
@@ -43,7 +43,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     fake = Clock()
-    monkeypatch.setattr(report_module, "time", fake)
+    monkeypatch.setattr(metric_writer, "time", fake)
     return fake
 
 
@@ -53,7 +53,7 @@ def make_report():
 
     def make(workdir, **options):
         options = {"total_steps": 2000, "images_per_step": 100, "stream": io.StringIO()} | options
-        made.append(Report(workdir, **options))
+        made.append(MetricWriter(workdir, **options))
         return made[-1]
 
     yield make
@@ -218,7 +218,7 @@ def test_a_resumed_run_does_not_count_its_first_step_either(tmp_path, clock, mak
     [(0.4, "0:00:00"), (41.0, "0:00:41"), (3599.6, "1:00:00"), (9e4, "25:00:00")],
 )
 def test_durations(seconds, text):
-    assert report_module._duration(seconds) == text
+    assert metric_writer._duration(seconds) == text
 
 
 def test_a_value_that_is_not_finite_is_shown_as_such(tmp_path, make_report):
@@ -228,7 +228,7 @@ def test_a_value_that_is_not_finite_is_shown_as_such(tmp_path, make_report):
 
 
 def test_only_the_primary_process_reports(tmp_path, capfd):
-    report = Report(
+    report = MetricWriter(
         tmp_path / "run", total_steps=9, images_per_step=1, tensorboard=True, primary=False
     )
     report.progress(1, TRAIN)
@@ -242,7 +242,7 @@ def test_only_the_primary_process_reports(tmp_path, capfd):
 
 
 def test_lines_go_to_standard_error(tmp_path, capsys):
-    with Report(tmp_path, total_steps=9, images_per_step=1) as report:
+    with MetricWriter(tmp_path, total_steps=9, images_per_step=1) as report:
         report.message("Resumed from step 3.")
     assert capsys.readouterr().err == "Resumed from step 3.\n"
 

@@ -13,9 +13,8 @@ from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 from tqdm import tqdm
 
-from cait_jax.checkpoint.seal import fsync
 from cait_jax.errors import UserError, printable
-from cait_jax.strict_json import json_values
+from cait_jax.files import fsync, to_json
 
 TIMING_KEYS = ("time", "train/images_per_second")
 """The keys of `metrics.jsonl` that may differ between two runs of the same config."""
@@ -88,7 +87,7 @@ class Stream(Protocol):
         ...
 
 
-class Report:
+class MetricWriter:
     """Writes the metrics of a run under `workdir` and shows how it goes on `stream`.
 
     Keys are `"train/loss"`, `"train/accuracy"`, `"train/learning_rate"`, `"train/grad_norm"`
@@ -139,7 +138,7 @@ class Report:
         self._bar = self._open_bar(start_step) if self._stream.isatty() else None
         self._drawn = -math.inf
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> "MetricWriter":
         """Returns itself."""
         return self
 
@@ -172,8 +171,8 @@ class Report:
                 numbers.setdefault("train/images_per_second", rate)
         else:
             self._clock.pause_ends()
-        row = json_values({"step": step, "time": now, **numbers})
-        line = json.dumps(row, allow_nan=False)
+        row = {"step": step, "time": now, **numbers}
+        line = to_json(row)
         try:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
