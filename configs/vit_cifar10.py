@@ -12,7 +12,7 @@ from configs import cifar
 
 def get_config() -> ConfigDict:
     config = cifar.from_scratch()
-    config.model.name = "vit_tiny"
+    config.model.name = "vit_6x256"
     config.model.patch_size = 4
     config.model.dtype = "bfloat16"
     config.model.embedding_dropout = 0.1

@@ -1,5 +1,7 @@
 """Trees of arrays: parameters far from their start values, and the comparison of bits."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,3 +27,25 @@ def assert_same_bits(found, expected):
         a, b = np.asarray(a), np.asarray(b)
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert a.tobytes() == b.tobytes()
+
+
+def unstack_blocks(params):
+    """Splits the parameters `blocks` of a model with `stacked=True` into `blocks_0`, `blocks_1`, ..."""
+    rest = {name: value for name, value in params.items() if name != "blocks"}
+    depth = jax.tree.leaves(params["blocks"])[0].shape[0]
+    single = {
+        f"blocks_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+        for i in range(depth)
+    }
+    return rest | single
+
+
+def stack_blocks(params):
+    """Joins the parameters `blocks_0`, `blocks_1`, ... into `blocks`: the inverse of `unstack_blocks`."""
+    names = sorted(
+        (name for name in params if re.fullmatch(r"blocks_\d+", name)),
+        key=lambda name: int(name[7:]),
+    )
+    rest = {name: value for name, value in params.items() if name not in names}
+    blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
+    return rest | {"blocks": blocks}

@@ -97,7 +97,7 @@ def layer_features(model: Any, layer: str, *, tokens: bool) -> Any:
     import jax.numpy as jnp
 
     from cait_jax.errors import UserError
-    from cait_jax.models.zoo import forward_intermediates
+    from cait_jax.models.intermediates import forward_intermediates
     from cait_jax.weights.timm_names import abstract_variables
 
     stage, _, number = layer.partition(".")

@@ -65,8 +65,8 @@ def command(
     """
     import jax
 
-    from cait_jax.plan.chips import parse_topology
     from cait_jax.plan.plan import make_plan
+    from cait_jax.plan.roofline import parse_topology
 
     jax.config.update("jax_platforms", "cpu")  # what is planned for is not what plans
     wanted = [parse_topology(text) for text in topologies]
@@ -117,7 +117,7 @@ def read_config(file: str, arguments: list[str]) -> "ConfigDict":
 
 def facts_of(name: str, plan: "Plan") -> list[tuple[str, str]]:
     """One plan in words."""
-    from cait_jax.plan.collectives import totals
+    from cait_jax.plan.hlo import totals
 
     topology, chip, bounds = plan.topology, plan.topology.chip, plan.roofline
     estimate = "" if plan.compiled else " (estimate)"
@@ -194,7 +194,7 @@ def traffic_of(name: str, plan: "Plan", *, markdown: bool) -> str:
 
 def scaling_of(name: str, plan: "Plan", *, markdown: bool) -> str:
     """A table of exchange by number of chips and link speed, under a line that says what it is beside."""
-    from cait_jax.plan.scaling import CHIPS, RATES, exchange_seconds, free_until
+    from cait_jax.plan.roofline import CHIP_COUNTS, RATES, exchange_seconds, free_until
 
     if plan.exchanged is None or plan.roofline is None:
         return f"{name} does not fit {plan.topology}: nothing to scale"
@@ -205,7 +205,7 @@ def scaling_of(name: str, plan: "Plan", *, markdown: bool) -> str:
             f"{rate / GB:g} GB/s": f"{1e3 * exchange_seconds(plan.exchanged, chips, rate):.2f}"
             for rate in RATES
         }
-        for chips in CHIPS
+        for chips in CHIP_COUNTS
     ]
     free = [f"{free_until(plan.exchanged, own, rate):,}" for rate in RATES]
     rows.append(dict(zip(rows[0], ["free until", *free], strict=True)))
@@ -218,7 +218,7 @@ def scaling_of(name: str, plan: "Plan", *, markdown: bool) -> str:
 
 def as_record(name: str, plan: "Plan") -> dict[str, Any]:
     """One plan for programs: bytes, operations and seconds."""
-    from cait_jax.plan.collectives import totals
+    from cait_jax.plan.hlo import totals
 
     bounds, largest = plan.roofline, plan.largest
     return {

@@ -14,7 +14,7 @@ from cait_jax.data.preprocess import Preprocessing
 from cait_jax.data.sources import Split
 from cait_jax.evaluation.metrics import Batch
 from cait_jax.evaluation.progress import show_progress
-from cait_jax.models.zoo import forward_intermediates
+from cait_jax.models.intermediates import forward_intermediates
 from cait_jax.sharding import (
     batch_sharding,
     constrain_batch,

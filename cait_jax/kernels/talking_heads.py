@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cait_jax.kernels.fused import fused_attention
+from cait_jax.kernels import gpu, tpu
 from cait_jax.sharding import shard_over_batch
 
 # Name to whose kernels, and whether XLA computes what is in them, on any device.
@@ -18,7 +18,7 @@ _KERNELS = {
     "pallas_gpu": ("gpu", False),
     "pallas_gpu_interpreted": ("gpu", True),
 }
-IMPLEMENTATIONS = ("xla", "xla_lean", "xla_by_image", *_KERNELS)
+IMPLEMENTATIONS = ("xla", "xla_remat", "xla_by_image", *_KERNELS)
 # By platform; what is not named here has none that is known to be better.
 _DEFAULTS = {"tpu": "pallas_tpu", "cpu": "xla_by_image"}
 # Numbers in an image's maps, up to which a turn of a loop takes longer than it saves.
@@ -64,8 +64,8 @@ def talking_heads_attention(
       pre_bias: adds the same to all logits of a query and so changes nothing; its gradient is 0.
       post_weight: (from, to).
       post_bias: by head.
-      implementation: `"xla"`: plain. `"xla_lean"`: plain, with everything of size (heads, queries, keys)
-        rematerialised in the backward pass. `"xla_by_image"`: as `xla_lean`, one image at a time, so that its
+      implementation: `"xla"`: plain. `"xla_remat"`: plain, with everything of size (heads, queries, keys)
+        rematerialised in the backward pass. `"xla_by_image"`: as `xla_remat`, one image at a time, so that its
         maps stay in a CPU's cache; plain where maps are small. `"pallas_tpu"`, `"pallas_gpu"`: kernels in
         which nothing of that size leaves the chip; with `_interpreted`, run by XLA on any device, slowly, to
         test them. None: `default_implementation` of JAX's default backend.
@@ -84,7 +84,7 @@ def talking_heads_attention(
     small = implementation == "xla_by_image" and heads * tokens**2 <= SMALL_MAPS
     if implementation == "xla" or small:
         return _plain(q, k, v, *weights, precision=precision)
-    if implementation == "xla_lean":
+    if implementation == "xla_remat":
         lean = jax.checkpoint(functools.partial(_plain, precision=precision))
         return lean(q, k, v, *weights)
     if implementation == "xla_by_image":
@@ -138,3 +138,60 @@ def _mix_heads_of_one(maps: Any, weight: Any, bias: Any, precision: Any) -> Any:
     flat = maps.reshape(maps.shape[0], -1)
     mixed = jnp.matmul(weight.astype(maps.dtype).T, flat, precision=precision)
     return mixed.reshape(maps.shape) + bias.astype(maps.dtype)[:, None, None]
+
+
+def fused_attention(
+    q: Any, k: Any, v: Any, pre_weight: Any, pre_bias: Any, post_weight: Any, post_bias: Any, *,
+    platform: str, precision: Any, interpret: bool,
+) -> Any:  # fmt: skip
+    """`talking_heads_attention` by the kernels of a platform.
+
+    Args:
+      q: as for `talking_heads_attention`, with the next six.
+      k: likewise.
+      v: likewise.
+      pre_weight: likewise.
+      pre_bias: likewise; no output depends on it.
+      post_weight: likewise.
+      post_bias: likewise.
+      platform: whose kernels: `"tpu"` or `"gpu"`.
+      precision: of matrix products.
+      interpret: whether XLA computes what is in them.
+    """
+    attention = shard_over_batch(_differentiable(platform, precision, interpret), 3)
+    return attention(q, k, v, pre_weight, pre_bias, post_weight, post_bias)
+
+
+@functools.cache
+def _differentiable(platform: str, precision: Any, interpret: bool) -> Callable[..., Any]:
+    options = {"precision": precision, "interpret": interpret}
+    kernels: Any = {"tpu": tpu, "gpu": gpu}[platform]
+    forward = functools.partial(kernels.forward, **options)
+    backward = functools.partial(kernels.backward, **options)
+
+    @jax.custom_vjp
+    def attention(
+        q: Any, k: Any, v: Any, pre: Any, pre_bias: Any, post: Any, post_bias: Any
+    ) -> Any:
+        del pre_bias
+        return forward(q, k, v, pre, post, post_bias)[0]
+
+    def keep(
+        q: Any, k: Any, v: Any, pre: Any, pre_bias: Any, post: Any, post_bias: Any
+    ) -> tuple[Any, Any]:
+        out, kept = forward(q, k, v, pre, post, post_bias)
+        return out, (kept, pre, pre_bias, post, post_bias)
+
+    def gradients(residuals: Any, gradient: Any) -> tuple[Any, ...]:
+        kept, pre, pre_bias, post, post_bias = residuals
+        *by_token, d_pre, d_post, d_bias = backward(kept, pre, post, post_bias, gradient)
+        return (
+            *by_token,
+            d_pre.sum(axis=0).astype(pre.dtype),
+            jnp.zeros_like(pre_bias),
+            d_post.sum(axis=0).astype(post.dtype),
+            d_bias.sum(axis=0).astype(post_bias.dtype),
+        )
+
+    attention.defvjp(keep, gradients)
+    return attention

@@ -32,10 +32,15 @@ from cait_jax.models.layers import (
     Tokens,
     record,
     saveable,
+    scan_blocks,
 )
-from cait_jax.models.options import check_images, complete_options
-from cait_jax.models.residual import Residual, scalar_biases, scale_branch
-from cait_jax.models.stacking import scan_blocks
+from cait_jax.models.residual import (
+    Residual,
+    check_images,
+    complete_options,
+    scalar_biases,
+    scale_branch,
+)
 
 ClassToken = Float[Array, "batch 1 d"]
 

@@ -181,3 +181,20 @@ class HeadMixing(nn.Module):
 def record(module: nn.Module, name: str, value: Array) -> None:
     """Stores `value` in the `intermediates` collection where the caller made it mutable."""
     module.sow("intermediates", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+def scan_blocks(
+    block: nn.Module,
+    depth: int,
+    x: Tokens,
+    example_ids: ExampleIds,
+    drop_path_scales: Float[Array, "depth"] | None,
+) -> Tokens:
+    """Applies a block `depth` times, each time with parameters, draws and a drop path scale of its own."""
+    scan = nn.scan(
+        lambda block, x, scale: (block(x, example_ids, 1.0 if scale is None else scale), None),
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True, "drop_path": True},
+        length=depth,
+    )
+    return scan(block, x, drop_path_scales)[0]

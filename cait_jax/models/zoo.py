@@ -5,13 +5,10 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from cait_jax.errors import KEY_OF, UserError, can_set, nearest, setting
 from cait_jax.models.cait import CaiT
-from cait_jax.models.layers import Images
 from cait_jax.models.regnet import RegNetY
 
 Network = CaiT | RegNetY
@@ -101,11 +98,13 @@ _SMALL = {
 }
 
 _VIT = {
-    "vit_tiny": _vit(256, 6, 4),
-    "vit_small": _vit(384, 8, 6),
+    "vit_tiny": _vit(192, 12, 3),
+    "vit_small": _vit(384, 12, 6),
     "vit_base": _vit(768, 12, 12),
     "vit_large": _vit(1024, 24, 16),
     "vit_huge": _vit(1280, 32, 16),
+    "vit_6x256": _vit(256, 6, 4),
+    "vit_8x384": _vit(384, 8, 6),
 }
 
 # DeiT's paper, table 1; stochastic depth as in its recipe, table 9.
@@ -231,50 +230,3 @@ def float_dtype(argument: str, dtype: Any) -> Any:
     if name not in known:
         raise UserError(f"there is no {argument} {name!r}; {nearest(name, known)}")
     return known[name]
-
-
-def forward_intermediates(
-    model: Network, variables: Mapping[str, Any], images: Images
-) -> tuple[Float[Array, "batch outputs"], dict[str, Any]]:
-    """Runs the model once and gives, beside its output, what happened inside.
-
-    Args:
-      model: a model of `create_model`, stacked or not.
-      variables: its variables.
-      images: normalised float images, (batch, height, width, channels).
-
-    Returns:
-      The output of `model.apply(variables, images)`, and a dict of
-        `blocks`: `features` (depth, batch, tokens, width) and, of self-attention, `logits`, `softmax` and,
-          with talking heads, `mixed_logits`, `mixed_softmax` (depth, batch, heads, tokens, tokens); a list
-          of such dicts without the leading axis where a token joins on the way;
-        `blocks_token_only`, with class attention: `features` (class_depth, batch, 1, width) and `softmax`
-          (class_depth, batch, heads, 1, 1 + patches), the class token's own column first;
-        `stages`, of RegNetY: a list of the stages' outputs (batch, height, width, channels);
-        `features`: (batch, width), what the head reads;
-        `logits_class` and `logits_distillation`, of a distilled network.
-    """
-    output, mutated = model.apply(variables, images, mutable=["intermediates"])
-    tree = dict(mutated["intermediates"])
-    if isinstance(model, RegNetY):
-        stages = [tree.pop(name)["features"] for name in sorted(tree) if name != "features"]
-        return output, {"stages": stages, **tree}
-    if "blocks" in tree:
-        tree["blocks"] = _flatten(tree["blocks"])
-    else:
-        blocks = [_flatten(tree.pop(f"blocks_{i}")) for i in range(model.depth)]
-        tree["blocks"] = blocks if isinstance(model.class_token, int) else _stack(blocks)
-    token_only = [
-        _flatten(tree.pop(f"blocks_token_only_{i}")) for i in range(model.class_depth or 0)
-    ]
-    if token_only:
-        tree["blocks_token_only"] = _stack(token_only)
-    return output, tree
-
-
-def _stack(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def _flatten(block: Mapping[str, Any]) -> dict[str, Array]:
-    return {"features": block["features"], **block["attn"]}

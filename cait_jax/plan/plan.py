@@ -9,23 +9,23 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cait_jax.data.unread import unread_split
+from cait_jax.data.sources import Encoded, Split, is_folder, is_made_here, load_split
+from cait_jax.errors import UserError
 from cait_jax.kernels import default_implementation
 from cait_jax.models.cait import CaiT
 from cait_jax.models.cost import macs, macs_of, residual_bytes
 from cait_jax.models.zoo import create_model
-from cait_jax.plan.chips import Topology
-from cait_jax.plan.collectives import Collective, collectives
-from cait_jax.plan.compiled import cache_folder, compile_cached, tpu_devices
-from cait_jax.plan.largest import Largest, largest_batch
-from cait_jax.plan.program import read_program
-from cait_jax.plan.roofline import Roofline, roofline
+from cait_jax.plan.compile import Largest, cache_folder, compile_cached, largest_batch, tpu_devices
+from cait_jax.plan.hlo import Collective, collectives, read_program
+from cait_jax.plan.roofline import Roofline, Topology, roofline
 from cait_jax.plan.traffic import traffic_by_origin
 from cait_jax.sharding import AXES, check_batch_size
 from cait_jax.train.distill import make_teacher
 from cait_jax.train.setup import Setup, abstract_batch, abstract_state, set_up
 from cait_jax.weights.pretrained import preprocessing
 from cait_jax.weights.timm_names import abstract_variables
+
+_EXAMPLES = 1_281_167  # of ImageNet-1k; the length of the schedule hangs on it, no shape does
 
 Say = Callable[[str], Any]
 
@@ -144,7 +144,7 @@ def _setup(config: ConfigDict, devices: list[jax.Device], family: str) -> Setup:
     if config.model.attention is None:  # not what this machine would choose
         config = config.copy_and_resolve_references()
         config.model.attention = default_implementation(family)
-    return set_up(config, devices, split_of=unread_split, teacher_of=_shape_of_teacher)
+    return set_up(config, devices, split_of=abstract_split, teacher_of=_shape_of_teacher)
 
 
 def _shape_of_teacher(config: ConfigDict, model: CaiT) -> Any:
@@ -251,3 +251,44 @@ def _sizes(config: ConfigDict, topology: Topology) -> tuple[int, int]:
     sizes = {axis: config.mesh[axis] for axis in AXES}
     filled = topology.chips // -math.prod(sizes.values())
     return tuple(filled if sizes[axis] == -1 else sizes[axis] for axis in ("fsdp", "tensor"))
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractRecords:
+    """Records that are counted and cannot be read."""
+
+    count: int
+
+    def __len__(self) -> int:
+        """The number of records."""
+        return self.count
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """Refused."""
+        raise UserError(f"image {index} stands for one that is elsewhere")
+
+
+def abstract_split(
+    name: str, split: str, *, image_size: tuple[int, int], data_dir: str | None = None
+) -> Split:
+    """A split with the classes and channels of a data set that need not be on this machine.
+
+    Args:
+      name: as for `load_split`; TFDS's are known by their code, folders must be there.
+      split: likewise.
+      image_size: likewise.
+      data_dir: likewise; what lies there is not read.
+
+    Raises:
+      UserError: the name is unknown, or the folder is not there.
+    """
+    if is_made_here(name) or is_folder(name):
+        return load_split(name, split, image_size=image_size, data_dir=data_dir)
+    from cait_jax.data.prepared import find_builder
+
+    features = dict(find_builder(name, None).info.features.items())
+    classes = getattr(features.get("label"), "num_classes", None)
+    if not classes or "image" not in features:
+        raise UserError(f"data set {name} does not pair an 'image' with a class 'label'")
+    channels = 1 if features["image"].shape[-1] == 1 else 3
+    return Encoded(AbstractRecords(_EXAMPLES), tuple(map(str, range(classes))), channels)

@@ -1,10 +1,120 @@
-"""The least time a step can take on chips whose rates are known (Williams, Waterman and Patterson, 2009)."""
+"""The least time a step can take on chips whose rates are published (Williams, Waterman and Patterson, 2009).
+
+TPUs: Google Cloud's pages of v5e, v5p and v6e, seen in November 2026 (peak for bfloat16, bandwidths, interconnect,
+data centre network by chip); memory is what TPU's compiler lets a program have. GPUs: NVIDIA's data sheets of the
+A100 80 GB, H100 and H200 in SXM modules, dense bfloat16, and the network that a DGX has for every GPU.
+"""
 
 import dataclasses
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Sequence
 
-from cait_jax.plan.chips import Topology
-from cait_jax.plan.collectives import Collective
+from cait_jax.errors import UserError, nearest
+from cait_jax.plan.hlo import Collective
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one chip can do at most.
+
+    Attributes:
+      name: as in a topology.
+      family: `"tpu"` or `"gpu"`.
+      operations: a second, in bfloat16; a multiply-accumulate is two.
+      memory: bytes that a program can have.
+      bandwidth: bytes a second to and from that memory.
+      link: bytes a second that it can send to the chips of its slice or machine.
+      network: bytes a second that it can send to chips elsewhere, through the network.
+      ring: chips on an axis of a slice from which on the axis is closed to a ring; 0: no such axes.
+    """
+
+    name: str
+    family: str
+    operations: float
+    memory: float
+    bandwidth: float
+    link: float
+    network: float
+    ring: int = 0
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", "tpu", 197e12, 15.75 * 2**30, 819e9, 200e9, 3.125e9, ring=16),
+        Chip("v5p", "tpu", 459e12, 95.73 * 2**30, 2765e9, 600e9, 6.25e9, ring=4),
+        Chip("v6e", "tpu", 918e12, 31.24 * 2**30, 1600e9, 400e9, 12.5e9, ring=16),
+        Chip("a100", "gpu", 312e12, 80e9, 2039e9, 300e9, 25e9),
+        Chip("h100", "gpu", 989e12, 80e9, 3350e9, 450e9, 50e9),
+        Chip("h200", "gpu", 989e12, 141e9, 4800e9, 450e9, 50e9),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips in a shape.
+
+    Attributes:
+      chip: what each of them is.
+      shape: of a TPU slice, the sides of the torus; of GPUs, machines and GPUs in each.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """As it is written: `v5e:16x16`."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chips(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
+    def rate(self, span: int = 0, group: int = 0) -> float:
+        """Bytes a second that each chip sends while a group of them exchange.
+
+        A side of a slice that is not closed to a ring has half the links to send on. Between machines, the GPUs of
+        a machine that are of one group share what is to be sent, each by its own network card.
+
+        Args:
+          span: of GPUs, how many lie between the first and the last of the group, both counted; 0: all.
+          group: how many exchange; 0: all.
+        """
+        chip = self.chip
+        if chip.family == "gpu":
+            machines, inside = self.shape
+            if (span or self.chips) <= inside:
+                return chip.link
+            return min(chip.link, chip.network * max(1, (group or self.chips) // machines))
+        closed = sum(1.0 if side >= chip.ring else 0.5 for side in self.shape if side > 1)
+        return chip.link * (closed or 1.0) / len(self.shape)
+
+
+def parse_topology(text: str) -> Topology:
+    """Reads a topology.
+
+    Args:
+      text: such as `"v5e:4x8"`, `"v5p:4x4x8"`, `"h100:8"` (one machine) or `"h100:4x8"` (four).
+
+    Raises:
+      UserError: the chip is unknown, or the shape is none.
+    """
+    name, _, shape = text.partition(":")
+    if name not in CHIPS:
+        raise UserError(
+            f"topology {text!r} names no known chip; {nearest(name, list(CHIPS))}; write it like v5e:4x8 "
+            "or h100:8"
+        )
+    chip = CHIPS[name]
+    sides = {"v5e": (2,), "v6e": (2,), "v5p": (3,)}.get(name, (1, 2))
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") + 1 not in sides:
+        example = {2: "4x8", 3: "4x4x4", 1: "8"}[sides[0]]
+        raise UserError(f"topology {text!r} has no shape of {name}: write it like {name}:{example}")
+    numbers = tuple(int(side) for side in shape.split("x"))
+    return Topology(chip, numbers if chip.family == "tpu" or len(numbers) > 1 else (1, *numbers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,3 +180,55 @@ def sent_bytes(exchange: Collective, chips: int) -> float:
         "all-to-all": exchange.bytes * share,
         "collective-permute": float(exchange.bytes),
     }[exchange.kind]
+
+
+CHIP_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# Bytes a second that a chip sends: between pods of v5e, of v6e, between machines of GPUs; in open and closed
+# slices of v5e, closed ones of v6e, in v5p.
+RATES = (3.125e9, 12.5e9, 50e9, 100e9, 200e9, 400e9, 600e9)
+HOP_SECONDS = 1e-6
+# Of a step, the backward pass: while it runs, gradients can be summed.
+OVERLAP = 2 / 3
+
+
+def exchange_seconds(exchanged: Iterable[Collective], chips: int, rate: float) -> float:
+    """Seconds for what a data-parallel step exchanges.
+
+    Each chip sends what a ring makes it send, and each sum waits for its way around a square torus and back, at
+    `HOP_SECONDS` a hop.
+
+    Args:
+      exchanged: of a step compiled for any number of chips; only what all of them exchange counts.
+      chips: how many there are.
+      rate: bytes a second that each of them sends.
+    """
+    if chips == 1:
+        return 0.0
+    hops = chips**0.5  # half of each of two sides, there and back
+    return sum(
+        each.times
+        * (
+            sent_bytes(Collective(each.kind, (), each.bytes, 1, chips), chips) / rate
+            + hops * HOP_SECONDS
+        )
+        for each in exchanged
+        if each.kind == "all-reduce"
+    )
+
+
+def free_until(
+    exchanged: Sequence[Collective],
+    step_seconds: float,
+    rate: float,
+    chips: Sequence[int] = CHIP_COUNTS,
+) -> int:
+    """The largest of `chips` at which a step's exchange fits beside its backward pass.
+
+    Args:
+      exchanged: of the step.
+      step_seconds: of a chip's own work.
+      rate: bytes a second that each chip sends.
+      chips: numbers to look at.
+    """
+    free = (n for n in chips if exchange_seconds(exchanged, n, rate) <= OVERLAP * step_seconds)
+    return max(free, default=1)

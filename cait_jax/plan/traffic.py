@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from cait_jax.plan.program import Array, Instruction, Program
+from cait_jax.plan.hlo import Array, Instruction, Program
 
 # Of these nothing moves, or what they begin is counted there.
 _FREE = {

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 
 from cait_jax.data.decode import RESIZES
 from cait_jax.kernels.talking_heads import IMPLEMENTATIONS
-from cait_jax.models.options import CLASS_TOKENS, DROP_PATH_GROWTHS, REMATS
-from cait_jax.models.residual import SCHEMES
+from cait_jax.models.residual import CLASS_TOKENS, DROP_PATH_GROWTHS, REMATS, SCHEMES
 from cait_jax.models.zoo import FLOAT_DTYPES, VARIANTS
 from cait_jax.train.losses import LABEL_LOSSES, TEACHER_LOSSES
 from cait_jax.train.optimizer import OPTIMIZERS

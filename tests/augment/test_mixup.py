@@ -9,8 +9,7 @@ import pytest
 
 from cait_jax.augment.mixup import Mixup, cutmix_box, mix, sample_weights, soft_labels
 from cait_jax.errors import UserError
-from cait_jax.plan.collectives import collectives
-from cait_jax.plan.program import read_program
+from cait_jax.plan.hlo import collectives, read_program
 from cait_jax.sharding import batch_sharding, make_mesh, replicated
 from cait_jax.train.step import mean_over_micro_batches
 

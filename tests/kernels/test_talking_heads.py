@@ -88,7 +88,7 @@ def test_images_are_looped_over_where_maps_are_large(tokens, loops):
 
 @pytest.mark.parametrize(("tokens", "heads"), ZOO + RAGGED)
 @pytest.mark.parametrize(
-    "implementation", ["xla", "xla_lean", "xla_by_image", "pallas_tpu_interpreted"]
+    "implementation", ["xla", "xla_remat", "xla_by_image", "pallas_tpu_interpreted"]
 )
 def test_the_output_is_that_of_the_definition(implementation, tokens, heads):
     given = arguments(tokens, heads)
@@ -119,7 +119,7 @@ def gradients(implementation, given, cotangent, precision="highest"):
 
 
 @pytest.mark.parametrize(("tokens", "heads"), [(196, 4), *RAGGED])
-@pytest.mark.parametrize("implementation", ["xla_lean", "xla_by_image", *KERNELS])
+@pytest.mark.parametrize("implementation", ["xla_remat", "xla_by_image", *KERNELS])
 def test_every_gradient_is_that_of_the_definition(implementation, tokens, heads, no_map_is_small):
     given = arguments(tokens, heads, batch=2)
     cotangent = arguments(tokens, heads, batch=2, seed=1)[1]
@@ -274,7 +274,7 @@ def test_no_array_of_heads_queries_and_keys_is_written(
 
 
 @pytest.mark.parametrize(
-    ("implementation", "kept"), [("xla", True), ("xla_lean", False), ("xla_by_image", False)]
+    ("implementation", "kept"), [("xla", True), ("xla_remat", False), ("xla_by_image", False)]
 )
 def test_lean_keeps_no_maps_for_the_backward_pass(implementation, kept, no_map_is_small):
     given = arguments(20, 4, batch=2)
@@ -331,8 +331,8 @@ def test_tiles_fit_and_cover(tokens, heads):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="TPU's compiler is an extra")
 @pytest.mark.parametrize(("tokens", "heads"), [(196, 4), (196, 6), (576, 8), (784, 16)])
 def test_the_kernels_compile_for_a_tpu(tokens, heads):
-    from cait_jax.plan.chips import parse_topology
-    from cait_jax.plan.compiled import tpu_devices
+    from cait_jax.plan.compile import tpu_devices
+    from cait_jax.plan.roofline import parse_topology
 
     one = jax.sharding.SingleDeviceSharding(tpu_devices(parse_topology("v5e:2x2"))[0])
     given = [

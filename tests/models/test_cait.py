@@ -4,14 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trees import random_params
+from trees import random_params, stack_blocks, unstack_blocks
 
 import cait_jax
 from cait_jax import create_model, forward_intermediates
 from cait_jax.models.cait import CaiT, Mlp
 from cait_jax.models.cost import macs_of
 from cait_jax.models.layers import keep_mask
-from cait_jax.models.stacking import stack_blocks, unstack_blocks
 
 NAME = "cait_nano4_patch4_8"
 

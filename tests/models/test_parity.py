@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from trees import unstack_blocks
 
 from cait_jax.models import cait
 from cait_jax.models.cait import CaiT
-from cait_jax.models.stacking import unstack_blocks
 from cait_jax.weights.timm_names import from_timm, to_timm
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "cait_small.npz"

@@ -36,8 +36,10 @@ PUBLISHED = {
 # Ours, by hand: see count_by_hand.
 SMALL = {"cait_xxs12_patch4_32": 6_449_224, "cait_nano4_patch4_8": 367_368}
 VIT = {
-    "vit_tiny": 5_243_624,
-    "vit_small": 14_952_808,
+    "vit_6x256": 5_243_624,
+    "vit_8x384": 14_952_808,
+    "vit_tiny": 5_717_416,
+    "vit_small": 22_050_664,
     "vit_base": 86_567_656,
     "vit_base_patch16_224": 86_567_656,
     "vit_large": 304_326_632,
@@ -148,7 +150,7 @@ REGNETY = {
         ("cait_nano4_patch4_8", CAIT | {"patch_size": 1, "num_heads": 4}),
         ("cait_nano4_patch4_8", CAIT | {"stacked": False}),
         ("cait_nano4_patch4_8", CAIT | {"class_token": 1}),
-        ("vit_tiny", CAIT),
+        ("vit_6x256", CAIT),
         ("deit_tiny_distilled", CAIT),
         ("regnety_160", REGNETY),
     ],

@@ -11,11 +11,10 @@ from click.testing import CliRunner
 from cait_jax import UserError
 from cait_jax.cli import main
 from cait_jax.cli.plan import read_config
-from cait_jax.data.unread import unread_split
 from cait_jax.models.cost import macs, parameter_count, residual_bytes
 from cait_jax.models.zoo import create_model
-from cait_jax.plan.chips import parse_topology
-from cait_jax.plan.plan import make_plan
+from cait_jax.plan.plan import abstract_split, make_plan
+from cait_jax.plan.roofline import parse_topology
 from configs import cait_xxs24, cait_xxs24_distilled, digits
 
 
@@ -159,7 +158,7 @@ def test_bad_input_gets_one_sentence(arguments, sentence, monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("cait_jax.plan.compiled.importlib.metadata.version", missing)
+    monkeypatch.setattr("cait_jax.plan.compile.importlib.metadata.version", missing)
     result = run(*arguments)
     assert result.exit_code == 1
     assert sentence in result.output
@@ -180,7 +179,7 @@ def test_a_config_is_read_as_train_reads_it():
 )
 def test_data_need_not_be_there(name, classes, channels, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    split = unread_split(name, "train", image_size=(32, 32))
+    split = abstract_split(name, "train", image_size=(32, 32))
     assert (split.num_classes, split.channels) == (classes, channels)
     with pytest.raises(UserError, match="image 3 stands for one that is elsewhere"):
         split.records[3]

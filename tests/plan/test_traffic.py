@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cait_jax.plan.program import read_program
+from cait_jax.plan.hlo import read_program
 from cait_jax.plan.traffic import memory_traffic, transfers
 
 

@@ -17,7 +17,7 @@ TINY = {"image_size": 8, "patch_size": 4, "width": 8, "num_heads": 2, "num_class
 
 @pytest.fixture(scope="module")
 def teacher_model():
-    return create_model("vit_tiny", depth=1, **TINY)
+    return create_model("vit_6x256", depth=1, **TINY)
 
 
 @pytest.fixture(scope="module")

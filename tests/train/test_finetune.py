@@ -114,7 +114,7 @@ SETTINGS = {"image_size": [8, 8], "crop_ratio": 0.5, "mean": [0.4], "std": [0.3]
     [
         ("cait_nano4_patch4_8", {"depth": 2, "class_token": 1, "residual": "rezero"}),
         (
-            "vit_tiny",
+            "vit_6x256",
             {"depth": 1, "patch_size": 4, "distilled": True, "mlp_ratio": 2.0, "width": 16},
         ),
     ],

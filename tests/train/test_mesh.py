@@ -10,8 +10,7 @@ from trees import assert_same_bits
 
 from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.plan.collectives import collectives, totals
-from cait_jax.plan.program import read_program
+from cait_jax.plan.hlo import collectives, read_program, totals
 from cait_jax.sharding import batch_sharding, leaf_shapes, make_mesh, param_shardings, put_batch
 from cait_jax.train.setup import abstract_state, set_up
 from configs import digits
@@ -21,8 +20,8 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)]
 NETWORKS = [
     ("cait_nano4_patch4_8", True, 1),
     ("cait_nano4_patch4_8", False, 2),
-    ("vit_tiny", True, 2),
-    ("vit_tiny", False, 1),
+    ("vit_6x256", True, 2),
+    ("vit_6x256", False, 1),
 ]
 # All of them where every axis divides something, and on the other meshes one of each kind.
 PAIRS = [(network, (2, 2, 2)) for network in NETWORKS] + [

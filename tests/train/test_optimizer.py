@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from trees import random_params
+from trees import random_params, stack_blocks, unstack_blocks
 
 from cait_jax import UserError, create_model
-from cait_jax.models.stacking import stack_blocks, unstack_blocks
 from cait_jax.train.optimizer import (
     OPTIMIZERS,
     decay_mask,

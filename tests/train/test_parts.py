@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trees import random_params
+from trees import random_params, unstack_blocks
 
 from cait_jax import UserError, create_model
-from cait_jax.models.stacking import unstack_blocks
 from cait_jax.train.optimizer import OPTIMIZERS, make_optimizer
 from cait_jax.train.parts import (
     apply_updates,
@@ -93,7 +92,7 @@ NETWORKS = {
     "cait": ("cait_xxs24", {"depth": 4}),
     "cait_short": ("cait_xxs24", {"depth": 1}),
     "cait_three": ("cait_xxs24", {"depth": 3, "class_depth": 3}),
-    "vit": ("vit_tiny", {"depth": 3}),
+    "vit": ("vit_6x256", {"depth": 3}),
     "deit_distilled": ("deit_tiny_distilled", {"depth": 11}),
 }
 

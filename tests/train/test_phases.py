@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trees import random_params
+from trees import random_params, stack_blocks, unstack_blocks
 
 from cait_jax import UserError, create_model
-from cait_jax.models.stacking import stack_blocks, unstack_blocks
 from cait_jax.train.optimizer import OPTIMIZERS, make_optimizer
 from cait_jax.train.parts import apply_updates
 from cait_jax.train.phases import (

@@ -125,7 +125,7 @@ def test_the_shape_of_the_old_grid_is_given_or_square_or_asked_for(model, weight
 
 
 def test_tokens_of_a_prefix_are_counted_from_the_model():
-    vit = create_model("vit_tiny", depth=1, width=32, num_heads=2, image_size=16, patch_size=4)
+    vit = create_model("vit_6x256", depth=1, width=32, num_heads=2, image_size=16, patch_size=4)
     rng = np.random.default_rng(0)
     weights = {
         "pos_embed": rng.standard_normal((1, 1 + 9, 32), np.float32),

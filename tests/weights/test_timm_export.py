@@ -30,7 +30,7 @@ def test_released_models_are_timms_entry_points(name):
 
 
 def test_vit_shapes_without_a_name_are_the_constructors_call():
-    call = timm_constructor(create_model("vit_tiny", residual="layerscale", class_token="mean"))
+    call = timm_constructor(create_model("vit_6x256", residual="layerscale", class_token="mean"))
     assert call.constructor == "timm.models.vision_transformer.VisionTransformer"
     assert call.named is None
     assert call.arguments["init_values"] == 1e-5

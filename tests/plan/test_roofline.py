@@ -1,13 +1,10 @@
-"""Topologies, the roofline of counted work, and the search for the largest batch."""
+"""Topologies and the roofline of counted work."""
 
 import pytest
 
 from cait_jax import UserError
-from cait_jax.plan.chips import CHIPS, parse_topology
-from cait_jax.plan.collectives import Collective
-from cait_jax.plan.compiled import needed_bytes
-from cait_jax.plan.largest import largest_batch
-from cait_jax.plan.roofline import roofline, sent_bytes
+from cait_jax.plan.hlo import Collective
+from cait_jax.plan.roofline import CHIPS, parse_topology, roofline, sent_bytes
 
 
 @pytest.mark.parametrize(
@@ -78,62 +75,3 @@ def test_the_longest_bounds_a_step():
     assert (bounds.compute, bounds.memory, bounds.exchange) == pytest.approx((1, 2, 0.5))
     assert bounds.seconds == 2
     assert bounds.bound == "memory"
-
-
-@pytest.mark.parametrize("multiple", [1, 8])
-@pytest.mark.parametrize("capacity", [500.0, 10_000.0])
-@pytest.mark.parametrize("start", [8, 64, 1024])
-def test_the_largest_batch_is_found(start, capacity, multiple):
-    tried = []
-
-    def memory_of(batch):
-        tried.append(batch)
-        return 100.0 + 3.0 * batch
-
-    found = largest_batch(memory_of, capacity, start, multiple=multiple)
-    assert found.batch == int((capacity - 100) / 3) // multiple * multiple
-    assert found.memory == 100.0 + 3.0 * found.batch <= capacity
-    assert (found.fixed, found.by_image) == pytest.approx((100, 3))
-    assert len(tried) <= 3
-
-
-def test_a_compiler_that_saves_near_the_limit_is_asked_again():
-    """Memory that grows faster above 100 images than below."""
-
-    def memory_of(batch):
-        return 2.0 * batch if batch <= 100 else 200 + 5.0 * (batch - 100)
-
-    found = largest_batch(memory_of, 300.0, 16)
-    assert memory_of(found.batch) <= 300 < memory_of(found.batch + 3)
-
-
-def test_an_image_takes_what_it_takes_far_from_the_limit():
-    """XS24 on v5e, in MB: refused at 339 images and, needing more, at 336."""
-
-    def memory_of(batch):
-        return {339: 17_480.0, 335: 17_530.0, 336: 17_530.0, 328: 15_480.0}.get(
-            batch, 47.88 * batch + 678
-        )
-
-    found = largest_batch(memory_of, 16_910.0, 32)
-    assert 326 <= found.batch < 335
-    assert 40 < found.by_image < 60
-
-
-def test_nothing_fits():
-    assert largest_batch(lambda batch: 1000.0 + batch, 500.0, 8).batch == 0
-
-
-@pytest.mark.parametrize(
-    ("message", "size"),
-    [
-        (
-            "memory required for HLO temporaries (22.19G) exceeds available HBM (15.75G)",
-            22.19 * 2**30,
-        ),
-        ("Used 512.5M of 128M hbm", 512.5 * 2**20),
-        ("no numbers", 0),
-    ],
-)
-def test_a_refusal_names_what_is_needed(message, size):
-    assert needed_bytes(message) == round(size)

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cait_jax.plan.collectives import Collective, collectives, totals
-from cait_jax.plan.program import arrays_in, read_program
+from cait_jax.plan.hlo import Collective, arrays_in, collectives, read_program, totals
 
 TWO_LOOPS = """
 HloModule m
