@@ -19,7 +19,7 @@ import jax
 
 from cait_jax import load_pretrained, preprocessing
 from cait_jax.data import load_split
-from cait_jax.evaluation.score import score
+from cait_jax.evaluation.scores import score
 from cait_jax.train import train
 from cait_jax.weights.pretrained import load_settings
 from configs import cifar10_small

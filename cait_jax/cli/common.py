@@ -243,7 +243,7 @@ def answers_of(
       The `Answers` of each batch.
     """
     from cait_jax.evaluation.photographs import run_over_photographs
-    from cait_jax.evaluation.progress import show_progress
+    from cait_jax.evaluation.scores import show_progress
 
     with show_progress(len(paths), title) as update:
         for answers in run_over_photographs(

@@ -102,8 +102,7 @@ def command(
     """
     from cait_jax.data.folder import left_out_of
     from cait_jax.data.sources import load_split
-    from cait_jax.evaluation.benchmarks import find_benchmark
-    from cait_jax.evaluation.score import with_channels
+    from cait_jax.evaluation.scores import find_benchmark, with_channels
 
     check_writable(confusion, logits, output)
     found = find_benchmark(data, split, data_dir=data_dir)
@@ -208,7 +207,7 @@ def _refuse_shared_images(train: Any, test: Any, train_name: str, name: str) -> 
 
 
 def _scores(loaded: Loaded, examples: Any, *, by_position: bool, **options: Any) -> dict[str, Any]:
-    from cait_jax.evaluation.score import score
+    from cait_jax.evaluation.scores import score
 
     scores = score(
         loaded.model,
@@ -229,10 +228,8 @@ def _features_accuracy(
     loaded: Loaded, train: Any, test: Any, *, knn: bool, probe: bool, **reading: Any
 ) -> dict[str, Any]:
     """What the features alone tell about the classes. Images without a label do not count."""
-    from cait_jax.evaluation.features import features_of_split
-    from cait_jax.evaluation.knn import knn_accuracy
+    from cait_jax.evaluation.features import features_of_split, knn_accuracy, probe_accuracy
     from cait_jax.evaluation.labels import labels_among, read_labels
-    from cait_jax.evaluation.probe import probe_accuracy
 
     # Classes that cannot be matched are told before the work begins.
     if train.class_names != test.class_names:
@@ -265,7 +262,7 @@ def _write_logits(
 
     rows, _ = features_of_split(
         loaded.model, loaded.variables, examples, loaded.preprocessing, title="logits",
-        features_of=logits_of, **reading,
+        feature_fn=logits_of, **reading,
     )  # fmt: skip
     arrays: dict[str, Any] = {"logits": rows}
     if names is not None:

@@ -105,7 +105,7 @@ def _check_files(photographs: Any) -> None:
     from cait_jax.data.check import check_images
     from cait_jax.data.folder import load_folder
     from cait_jax.data.pipeline import MAX_BROKEN
-    from cait_jax.evaluation.progress import show_progress
+    from cait_jax.evaluation.scores import show_progress
 
     for name, may_be_broken in (("train", MAX_BROKEN), (photographs.eval_split, 0.0)):
         split = load_folder(photographs.directory, name)

@@ -1,19 +1,21 @@
-"""Features of every image of a split."""
+"""Features of every image of a split, and what they tell of the classes: k-NN and a linear probe."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from cait_jax.augment.pipeline import normalise
-from cait_jax.data.pipeline import eval_batches
 from cait_jax.data.preprocess import Preprocessing
 from cait_jax.data.sources import Split
-from cait_jax.evaluation.metrics import Batch
-from cait_jax.evaluation.progress import show_progress
+from cait_jax.errors import UserError
+from cait_jax.evaluation.evaluate import Batch
+from cait_jax.evaluation.scores import batches_of, show_progress
 from cait_jax.models.intermediates import forward_intermediates
 from cait_jax.sharding import (
     batch_sharding,
@@ -24,9 +26,11 @@ from cait_jax.sharding import (
     replicated,
 )
 
-FeaturesOf = Callable[
+FeatureFn = Callable[
     [Any, Mapping[str, Any], Float[Array, "batch height width channels"]], Float[Array, "batch d"]
 ]
+
+_BANK_CHUNK = 16384  # training examples whose similarities are held at a time
 
 
 def head_features(
@@ -34,8 +38,9 @@ def head_features(
     variables: Mapping[str, Any],
     images: Float[Array, "batch height width channels"],
 ) -> Float[Array, "batch d"]:
-    """What the model's head reads."""
-    return forward_intermediates(model, variables, images)[1]["features"]
+    """The input of the model's head."""
+    features: Array = forward_intermediates(model, variables, images)[1]["features"]
+    return features
 
 
 def extract_features(
@@ -45,20 +50,20 @@ def extract_features(
     *,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    features_of: FeaturesOf = head_features,
+    feature_fn: FeatureFn = head_features,
     mesh: Mesh | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[Float32[np.ndarray, "n d"], Int32[np.ndarray, "n"]]:
-    """Runs a model over a split and collects one vector an image.
+    """Runs a model over batches and collects one vector an image.
 
     Args:
-      model: the first argument of `features_of`.
+      model: the first argument of `feature_fn`.
       variables: the second.
       batches: of `cait_jax.data.eval_batches`; their size divides by the number of devices.
       mean: of each channel, on a scale from 0 to 1.
-      std: likewise.
-      features_of: a pure function of model, variables and normalised float images, giving (batch, d).
-      mesh: the devices that share each batch; all of them if not given.
+      std: of each channel, on the same scale.
+      feature_fn: a pure function of model, variables and normalised images.
+      mesh: default: all devices.
       progress: called after each batch with the number of this process's examples in it.
 
     Returns:
@@ -70,7 +75,7 @@ def extract_features(
 
     def step(variables: Any, batch: Batch) -> dict[str, Array]:
         images = normalise(batch["image"], mean, std)
-        features = features_of(model, variables, images).astype("float32")
+        features = feature_fn(model, variables, images).astype("float32")
         return {"features": features, "label": batch["label"], "mask": batch["mask"]}
 
     step = jax.jit(constrain_batch(step, mesh), in_shardings=(whole, rows), out_shardings=whole)
@@ -103,11 +108,11 @@ def features_of_split(
     preprocessing: Preprocessing,
     *,
     title: str,
-    features_of: FeaturesOf = head_features,
+    feature_fn: FeatureFn = head_features,
     batch_size: int = 64,
     workers: int = 0,
 ) -> tuple[Float32[np.ndarray, "n d"], Int32[np.ndarray, "n"]]:
-    """`extract_features` of every image of a split, with a bar or lines.
+    """`extract_features` of every image of a split, over all devices, with a progress bar or lines.
 
     Args:
       model: as for `extract_features`.
@@ -115,18 +120,12 @@ def features_of_split(
       split: of `cait_jax.data.load_split`, with the channels of the preprocessing.
       preprocessing: size, crop and normalisation of the images.
       title: of the bar.
-      features_of: as for `extract_features`.
-      batch_size: images at a time over all devices, rounded up to a multiple of their number.
-      workers: processes that decode; with 0 threads of this one do.
+      feature_fn: as for `extract_features`.
+      batch_size: global, rounded up to a multiple of the devices.
+      workers: decoding processes; with 0, threads decode.
     """
     with (
-        eval_batches(
-            split,
-            batch_size=padded_batch_size(batch_size, make_mesh()),
-            image_size=preprocessing.image_size,
-            workers=workers,
-            crop_ratio=preprocessing.crop_ratio,
-        ) as batches,
+        batches_of(split, preprocessing, batch_size, workers, make_mesh()) as batches,
         show_progress(len(split), title) as update,
     ):
         return extract_features(
@@ -135,6 +134,178 @@ def features_of_split(
             batches,
             mean=preprocessing.mean,
             std=preprocessing.std,
-            features_of=features_of,
+            feature_fn=feature_fn,
             progress=update,
         )
+
+
+def knn_accuracy(
+    train_features: Float[np.ndarray, "n d"],
+    train_labels: Int[np.ndarray, "n"],
+    test_features: Float[np.ndarray, "m d"],
+    test_labels: Int[np.ndarray, "m"],
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    batch_size: int = 256,
+    devices: list[jax.Device] | None = None,
+) -> float:
+    """Accuracy, 0 to 1, of `knn_predict`."""
+    predicted = knn_predict(
+        train_features,
+        train_labels,
+        test_features,
+        k=k,
+        temperature=temperature,
+        batch_size=batch_size,
+        devices=devices,
+    )
+    return float(np.mean(predicted == test_labels))
+
+
+def knn_predict(
+    train_features: Float[np.ndarray, "n d"],
+    train_labels: Int[np.ndarray, "n"],
+    test_features: Float[np.ndarray, "m d"],
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    batch_size: int = 256,
+    devices: list[jax.Device] | None = None,
+) -> Int32[np.ndarray, "m"]:
+    """Weighted k-nearest-neighbour classification (Wu et al. 2018, arXiv 1805.01978, section 3.4).
+
+    The `k` training examples of greatest cosine similarity s vote with weight `exp(s / temperature)`. The search
+    is exact, in float32. Where similarities or votes tie, the lower index or label wins.
+
+    Args:
+      train_features: one vector an example.
+      train_labels: classes, counted from 0.
+      test_features: one vector an example.
+      k: neighbours that vote.
+      temperature: of the votes.
+      batch_size: test examples at a time over all devices; it does not change the result.
+      devices: default: this process's.
+
+    Raises:
+      UserError: `k` is not between 1 and the number of training examples, or there is nothing to classify.
+    """
+    if not 1 <= k <= len(train_features):
+        raise UserError(
+            f"k is {k}, but there are {len(train_features)} training examples; choose k from 1 to "
+            f"{len(train_features)}"
+        )
+    if not len(test_features):
+        raise UserError("there are no test examples to classify; choose another split")
+
+    mesh = make_mesh(jax.local_devices() if devices is None else devices)
+    size = padded_batch_size(batch_size, mesh)
+    # The k nearest are merged chunk by chunk, so a chunk must hold k.
+    chunk = max(k, min(_BANK_CHUNK, len(train_features)))
+    chunks = -(-len(train_features) // chunk)
+    bank = _pad(_normalise_rows(train_features), chunks * chunk).reshape(chunks, chunk, -1)
+    labels = _pad(train_labels.astype(np.int32), chunks * chunk, -1).reshape(chunks, chunk)
+    whole, rows = replicated(mesh), batch_sharding(mesh)
+    classify = jax.jit(
+        functools.partial(
+            _classify, k=k, temperature=temperature, num_classes=int(train_labels.max()) + 1
+        ),
+        in_shardings=(whole, whole, rows),
+        out_shardings=whole,
+    )
+    bank, labels = jax.device_put((bank, labels), whole)
+    queries = _normalise_rows(test_features)
+    parts = (
+        jax.device_put(_pad(queries[start : start + size], size), rows)
+        for start in range(0, len(queries), size)
+    )
+    predicted = [np.asarray(classify(bank, labels, part)) for part in parts]
+    return np.concatenate(predicted)[: len(queries)]
+
+
+def _classify(
+    bank: Float[Array, "chunks chunk d"],
+    labels: Int[Array, "chunks chunk"],
+    queries: Float[Array, "batch d"],
+    *,
+    k: int,
+    temperature: float,
+    num_classes: int,
+) -> Int[Array, "batch"]:
+    def merge(best: tuple[Array, Array], part: tuple[Array, Array]) -> Any:
+        vectors, classes = part
+        similarity = jnp.matmul(queries, vectors.T, precision="highest")
+        similarity = jnp.where(classes[None] < 0, -jnp.inf, similarity)
+        # Those found so far have the lower indices, so they come first: top_k is stable.
+        similarity = jnp.concatenate([best[0], similarity], axis=1)
+        candidates = jnp.broadcast_to(classes[None], (len(queries), len(classes)))
+        candidates = jnp.concatenate([best[1], candidates], axis=1)
+        top, places = jax.lax.top_k(similarity, k)
+        return (top, jnp.take_along_axis(candidates, places, axis=1)), None
+
+    none = (
+        jnp.full((len(queries), k), -jnp.inf, jnp.float32),
+        jnp.full((len(queries), k), -1, jnp.int32),
+    )
+    (similarity, classes), _ = jax.lax.scan(merge, none, (bank, labels))
+    # Relative to the nearest, so that no temperature overflows.
+    weights = jnp.exp((similarity - similarity[:, :1]) / temperature)
+    votes = jax.nn.one_hot(classes, num_classes)
+    total = jnp.einsum("bk,bkc->bc", weights, votes, precision="highest")
+    return jnp.argmax(total, axis=-1).astype(jnp.int32)
+
+
+def _normalise_rows(features: np.ndarray) -> np.ndarray:
+    features = np.asarray(features, np.float32)
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    return features / np.maximum(norms, np.finfo(np.float32).tiny)
+
+
+def _pad(rows: np.ndarray, count: int, value: int = 0) -> np.ndarray:
+    missing = [(0, count - len(rows)), *[(0, 0)] * (rows.ndim - 1)]
+    return np.pad(rows, missing, constant_values=value)
+
+
+def probe_accuracy(
+    train_features: Float[np.ndarray, "n d"],
+    train_labels: Int[np.ndarray, "n"],
+    test_features: Float[np.ndarray, "m d"],
+    test_labels: Int[np.ndarray, "m"],
+    *,
+    inverse_l2: float = 1.0,
+    max_iterations: int = 1000,
+) -> float:
+    """Accuracy, 0 to 1, of a linear probe: multinomial logistic regression on standardised features.
+
+    Features are scaled to mean 0 and variance 1 over the training examples. The fit is scikit-learn's
+    `LogisticRegression` (L-BFGS), which warns where it has not converged.
+
+    Args:
+      train_features: one vector an example.
+      train_labels: their classes.
+      test_features: one vector an example.
+      test_labels: their classes.
+      inverse_l2: `C` of scikit-learn.
+      max_iterations: of the fit.
+
+    Raises:
+      UserError: scikit-learn is missing, or the training examples have one class only.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise UserError(
+            'the linear probe is fitted by scikit-learn: pip install "cait-jax[probe]"'
+        ) from error
+    if len(np.unique(train_labels)) < 2:
+        raise UserError(
+            "a linear probe tells classes apart, and the training examples have only one; choose a "
+            "split with more"
+        )
+    probe = make_pipeline(
+        StandardScaler(), LogisticRegression(C=inverse_l2, max_iter=max_iterations)
+    )
+    probe.fit(train_features, train_labels)
+    return float(probe.score(test_features, test_labels))

@@ -12,7 +12,8 @@ from jaxtyping import Array, Int32
 from cait_jax.data.imagenet import class_words, imagenet_classes
 from cait_jax.data.sources import InMemory, Split
 from cait_jax.errors import Literal, UserError, Way, advise, composed, nearest, some
-from cait_jax.evaluation.metrics import Batch, Measure, any_of_labels, classification
+from cait_jax.evaluation.evaluate import Batch, MetricFn
+from cait_jax.evaluation.metrics import any_of_labels, classification
 
 RULES = ("all", "restricted", "real")
 _CHUNK = 512
@@ -241,18 +242,16 @@ def labels_among(
     return np.where(labels < 0, -1, index[np.maximum(labels, 0)]).astype(np.int32)
 
 
-def measure_of(rule: str, classes: Classes) -> Measure:
-    """The measure of `rule` among `classes`: softmax and ranks know the competing classes alone.
+def metric_fn_for(rule: str, classes: Classes) -> MetricFn:
+    """The metric function of `rule`, of the model's logits and a batch with the data set's own labels.
 
-    Returns:
-      A measure of the model's logits and of a batch with the data set's own labels. Its sums are over
-      `classes`.
+    Softmax, ranks and the sums are over the competing classes.
     """
-    measure = any_of_labels if rule == "real" else classification
+    metric_fn = any_of_labels if rule == "real" else classification
     competing = len(classes.names)
     same = np.array_equal(classes.index, np.arange(competing))
     if classes.columns is None and same:
-        return measure
+        return metric_fn
 
     def among_classes(logits: Array, batch: Batch) -> Any:
         index = jnp.asarray(classes.index)
@@ -264,7 +263,7 @@ def measure_of(rule: str, classes: Classes) -> Measure:
             counts = jnp.zeros((len(label), competing), jnp.int32)
             counts = counts.at[:, index].add(batch["labels"].astype(jnp.int32))
             batch["labels"] = counts > 0
-        return measure(logits, batch)
+        return metric_fn(logits, batch)
 
     return among_classes
 

@@ -1,160 +1,96 @@
-"""What an evaluation sums over examples, and the scores made from the sums.
+"""Top-1, top-5, calibration and per-class metrics of `cait evaluate`.
 
-A measure is a pure function of a batch's logits and of the batch. It gives sums over the examples that count:
-those with `mask` True and a label. Added up, they do not depend on how a split was cut into batches.
-
-Where logits tie, the class of the lower index comes first. Logits that are not numbers (NaN, or infinities
-that leave no probabilities) are never right; `not_finite` counts them.
+Each metric function gives sums over the examples with `mask` True and a label; `compute_scores` divides them.
+Where logits tie, the class of the lower index comes first. Logits that are not finite (NaN, or infinities that
+leave no probabilities) are never right; `not_finite` counts them.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Num
 
 from cait_jax.errors import UserError
+from cait_jax.evaluation.evaluate import Batch, Labels, Logits, cross_entropy
 
-Batch = Mapping[str, Any]
-Sums = Any
-Measure = Callable[[Array, Batch], Sums]
-Logits = Float[Array, "batch classes"]
-Labels = Int[Array, "batch"]
-
-BINS = 15
+CALIBRATION_BINS = 15
 TOP = 5
 
 
-def loss_and_accuracy(logits: Logits, batch: Batch) -> dict[str, Num[Array, ""]]:
-    """The cheap measure, for use while training.
-
-    Args:
-      logits: of the model.
-      batch: with `label`, int (batch,), and `mask`, bool (batch,).
-
-    Returns:
-      The sums `counted`, `loss` (cross-entropy, nats) and `top1` (images whose largest logit is their label's).
-    """
-    label = batch["label"]
-    counted = batch["mask"] & (label >= 0)
-    losses = _cross_entropy(jax.nn.log_softmax(logits.astype(jnp.float32)), label)
-    right = (jnp.argmax(logits, axis=-1) == label) & ~jnp.isnan(losses)
-    return {
-        "counted": counted.sum(),
-        "loss": jnp.where(counted, losses, 0.0).sum(),
-        "top1": (counted & right).sum(),
-    }
-
-
-def classification(logits: Logits, batch: Batch) -> dict[str, Num[Array, "..."]]:
-    """The full measure for images with one label each. See `finish` for what the sums give.
-
-    Args:
-      logits: of the model.
-      batch: with `label`, int (batch,), below 0 where an image has none, and `mask`, bool (batch,).
+def classification(logits: Logits, batch: Batch) -> dict[str, Any]:
+    """Metric function for one label an image: `label` int (batch,), below 0 for none, and `mask` bool (batch,).
 
     Returns:
       Sums: counts are int32, `loss` and `confidence` float32; `confusion` is (classes, classes), rows true and
-      columns predicted, and holds the images whose logits are numbers; `class_images` is (classes,).
+      columns predicted, without the images whose logits are not finite; `class_images` is (classes,).
     """
     label, mask = batch["label"], batch["mask"]
     classes = logits.shape[-1]
     counted = mask & (label >= 0)
     logits = logits.astype(jnp.float32)
     log_probabilities = jax.nn.log_softmax(logits)
-    decided = counted & ~_undecided(log_probabilities)
+    finite = counted & ~jnp.isnan(log_probabilities).any(axis=-1)
     rank = _rank(logits, label)
     # An index past the end drops the example.
-    true = jnp.where(decided, label, classes)
+    true = jnp.where(finite, label, classes)
     per_class = jnp.zeros(classes, jnp.int32)
     confusion = jnp.zeros((classes, classes), jnp.int32)
     return {
         "images": mask.sum(),
         "counted": counted.sum(),
-        "not_finite": (counted & ~decided).sum(),
-        "loss": jnp.where(counted, _cross_entropy(log_probabilities, label), 0.0).sum(),
-        "top1": (decided & (rank < 1)).sum(),
-        "top5": (decided & (rank < TOP)).sum(),
-        "calibration": _calibration(log_probabilities, decided, rank < 1),
+        "not_finite": (counted & ~finite).sum(),
+        "loss": jnp.where(counted, cross_entropy(log_probabilities, label), 0.0).sum(),
+        "top1": (finite & (rank < 1)).sum(),
+        "top5": (finite & (rank < TOP)).sum(),
+        "calibration": _calibration(log_probabilities, finite, rank < 1),
         "class_images": per_class.at[jnp.where(counted, label, classes)].add(1, mode="drop"),
         "confusion": confusion.at[true, jnp.argmax(logits, axis=-1)].add(1, mode="drop"),
     }
 
 
-def any_of_labels(logits: Logits, batch: Batch) -> dict[str, Num[Array, "..."]]:
-    """The measure for images with any number of labels: right if the top-1 class is among them.
+def any_of_labels(logits: Logits, batch: Batch) -> dict[str, Any]:
+    """Metric function for images with any number of labels: `labels` bool (batch, classes), `mask` bool (batch,).
 
-    This is the ReaL accuracy of Beyer et al. 2020 (arXiv 2006.07159): an image without labels does not count. The
-    calibration error takes "right" in the same sense. Cross-entropy, top-5 and the confusion matrix need one
-    label an image, so they are left out.
-
-    Args:
-      logits: of the model.
-      batch: with `labels`, bool (batch, classes), and `mask`, bool (batch,).
-
-    Returns:
-      Sums, as of `classification`.
+    ReaL accuracy (Beyer et al. 2020, arXiv 2006.07159): the top-1 class is right if it is among the labels, and an
+    image without labels does not count. Calibration takes "right" in the same sense. Cross-entropy, top-5 and the
+    confusion matrix need one label an image, so they are left out of the sums.
     """
     labels, mask = batch["labels"], batch["mask"]
     counted = mask & labels.any(axis=-1)
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
-    decided = counted & ~_undecided(log_probabilities)
+    finite = counted & ~jnp.isnan(log_probabilities).any(axis=-1)
     predicted = jnp.argmax(logits, axis=-1)
     right = jnp.take_along_axis(labels, predicted[:, None], axis=-1)[:, 0]
     return {
         "images": mask.sum(),
         "counted": counted.sum(),
-        "not_finite": (counted & ~decided).sum(),
-        "top1": (decided & right).sum(),
-        "calibration": _calibration(log_probabilities, decided, right),
+        "not_finite": (counted & ~finite).sum(),
+        "top1": (finite & right).sum(),
+        "calibration": _calibration(log_probabilities, finite, right),
     }
 
 
-def zero_sums(measure: Measure, num_classes: int) -> Any:
-    """The sums of no examples, as NumPy arrays of the shapes and dtypes that `measure` gives.
+def compute_scores(sums: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
+    """Scores from the sums of `classification` or `any_of_labels` over all examples.
 
     Args:
-      measure: a measure of this module or one like it.
-      num_classes: the number of logits of an image.
-    """
-    batch = {
-        "label": jax.ShapeDtypeStruct((1,), jnp.int32),
-        "labels": jax.ShapeDtypeStruct((1, num_classes), jnp.bool_),
-        "mask": jax.ShapeDtypeStruct((1,), jnp.bool_),
-    }
-    sums = jax.eval_shape(measure, jax.ShapeDtypeStruct((1, num_classes), jnp.float32), batch)
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), sums)
-
-
-def means(sums: Mapping[str, Any]) -> dict[str, float]:
-    """The scores of `loss_and_accuracy`: `loss` (mean, nats) and `accuracy` (0 to 1)."""
-    count = int(sums["counted"])
-    if not count:
-        raise UserError("no image of the split has a label; choose a split with labels")
-    return {"loss": float(sums["loss"]) / count, "accuracy": int(sums["top1"]) / count}
-
-
-def finish(sums: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
-    """Makes scores of sums. What the measure did not sum is None.
-
-    Args:
-      sums: of `classification` or `any_of_labels`, over all examples.
-      class_names: the names of the classes that the logits stand for, in their order.
+      sums: as NumPy arrays.
+      class_names: of the logits, in their order.
 
     Returns:
-      A dict that `json.dumps` takes:
-        `images`, `counted`, `not_finite`: how many images there were, how many of them had a label and so
-          count in every mean, and how many of these had logits that are not numbers;
-        `top1`, `top5`: the share of images whose label is among the 1 or 5 largest logits; `top5` is None where 5
-          classes or fewer compete, of which every one would be among the 5;
+      A dict that `json.dumps` takes; what the metric function did not sum is None:
+        `images`, `counted`, `not_finite`: the images, those with a label, over which every mean is taken, and of
+          these those whose logits are not finite;
+        `top1`, `top5`: accuracy, 0 to 1; `top5` is None for 5 classes or fewer;
         `loss`: mean cross-entropy in nats; None where it is not finite;
         `ece`: expected calibration error of the top-1 confidence in 15 bins of equal width, closed on the right
-          (Guo et al. 2017, arXiv 1706.04599, equation 3), of the images whose logits are numbers;
-        `class_names`, `class_images`, `class_accuracy`: for each class its name, its images and the share of
-          them that is right, None for a class without images;
+          (Guo et al. 2017, arXiv 1706.04599, equation 3), of the images with finite logits;
+        `class_names`, `class_images`, `class_accuracy`: for each class its name, its images and their accuracy,
+          None for a class without images;
         `confusion`: for each true class, how many images were predicted as each class.
 
     Raises:
@@ -170,13 +106,16 @@ def finish(sums: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any
         "not_finite": int(sums["not_finite"]),
         "top1": int(sums["top1"]) / counted,
         "top5": int(sums["top5"]) / counted if "top5" in sums and len(class_names) > TOP else None,
-        "loss": _finite(float(sums["loss"]) / counted) if "loss" in sums else None,
+        "loss": None,
         "ece": _expected_calibration_error(sums["calibration"]),
         "class_names": list(class_names),
         "class_images": None,
         "class_accuracy": None,
         "confusion": None,
     }
+    if "loss" in sums:
+        loss = float(sums["loss"]) / counted
+        scores["loss"] = loss if math.isfinite(loss) else None
     if "confusion" in sums:
         confusion, images = np.asarray(sums["confusion"]), np.asarray(sums["class_images"])
         scores["class_images"] = images.tolist()
@@ -188,16 +127,6 @@ def finish(sums: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any
     return scores
 
 
-def _cross_entropy(log_probabilities: Logits, label: Labels) -> Float[Array, "batch"]:
-    """NaN exactly where the logits are not numbers; any number where the label is below 0."""
-    own = jnp.take_along_axis(log_probabilities, jnp.maximum(label, 0)[:, None], axis=-1)
-    return -own[:, 0]
-
-
-def _undecided(log_probabilities: Logits) -> Bool[Array, "batch"]:
-    return jnp.isnan(log_probabilities).any(axis=-1)
-
-
 def _rank(logits: Logits, label: Labels) -> Labels:
     """How many classes come before the label's."""
     own = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=-1)
@@ -206,13 +135,14 @@ def _rank(logits: Logits, label: Labels) -> Labels:
 
 
 def _calibration(
-    log_probabilities: Logits, decided: Bool[Array, "batch"], right: Bool[Array, "batch"]
+    log_probabilities: Logits, finite: Bool[Array, "batch"], right: Bool[Array, "batch"]
 ) -> dict[str, Num[Array, "bins"]]:
-    """For each bin of the top-1 confidence: images, right ones, and the sum of confidences."""
+    """Images, right ones and the sum of confidences, by bin of the top-1 confidence."""
     confidence = jnp.exp(log_probabilities.max(axis=-1))
     # Bin m of M is ((m - 1) / M, m / M].
-    index = jnp.clip(jnp.ceil(confidence * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
-    inside = decided[:, None] & (index[:, None] == jnp.arange(BINS)[None])
+    index = jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1
+    index = jnp.clip(index, 0, CALIBRATION_BINS - 1)
+    inside = finite[:, None] & (index[:, None] == jnp.arange(CALIBRATION_BINS)[None])
     return {
         "images": inside.sum(axis=0),
         "right": (inside & right[:, None]).sum(axis=0),
@@ -226,7 +156,3 @@ def _expected_calibration_error(calibration: Mapping[str, Any]) -> float | None:
         return None
     gaps = np.abs(calibration["right"] - np.asarray(calibration["confidence"], np.float64))
     return float(gaps.sum() / images.sum())
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

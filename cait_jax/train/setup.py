@@ -17,9 +17,15 @@ from cait_jax.data.balance import Balanced
 from cait_jax.data.pipeline import Batches, eval_batches, train_batches
 from cait_jax.data.sources import Split, load_split
 from cait_jax.errors import UserError, setting
-from cait_jax.evaluation.evaluate import evaluate, jit_eval_step, make_eval_step
+from cait_jax.evaluation.evaluate import (
+    evaluate,
+    jit_eval_step,
+    loss_and_accuracy,
+    make_eval_step,
+    means,
+    zero_sums,
+)
 from cait_jax.evaluation.labels import read_labels
-from cait_jax.evaluation.metrics import loss_and_accuracy, means, zero_sums
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.sharding import (

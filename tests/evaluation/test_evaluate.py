@@ -11,8 +11,14 @@ from cait_jax import create_model
 from cait_jax.augment.pipeline import normalise
 from cait_jax.data.pipeline import eval_batches
 from cait_jax.data.sources import InMemory
-from cait_jax.evaluation.evaluate import evaluate, jit_eval_step, make_eval_step
-from cait_jax.evaluation.metrics import loss_and_accuracy, means, zero_sums
+from cait_jax.evaluation.evaluate import (
+    evaluate,
+    jit_eval_step,
+    loss_and_accuracy,
+    make_eval_step,
+    means,
+    zero_sums,
+)
 from cait_jax.sharding import batch_sharding, make_mesh
 
 COUNT = 53

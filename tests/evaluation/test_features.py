@@ -39,7 +39,7 @@ def test_a_row_an_image_in_order_without_padding(split, batch_size, devices):
         batches(split, batch_size),
         mean=MEAN,
         std=STD,
-        features_of=lambda model, variables, images: (
+        feature_fn=lambda model, variables, images: (
             images.reshape(len(images), -1) @ variables["params"]
         ),
         mesh=make_mesh(jax.devices()[:devices]),

@@ -4,7 +4,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from cait_jax import UserError
-from cait_jax.evaluation import knn, knn_accuracy, knn_predict
+from cait_jax.evaluation import features, knn_accuracy, knn_predict
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_predictions_are_those_of_scikit_learn(clusters, k, temperature):
 def test_chunks_and_devices_change_nothing(clusters, monkeypatch):
     train, labels, test, _ = clusters
     expected = knn_predict(train, labels, test, devices=jax.devices()[:1], batch_size=100)
-    monkeypatch.setattr(knn, "_BANK_CHUNK", 64)
+    monkeypatch.setattr(features, "_BANK_CHUNK", 64)
     found = knn_predict(train, labels, test, devices=jax.devices()[:3], batch_size=7)
     np.testing.assert_array_equal(found, expected)
 

@@ -17,10 +17,10 @@ from cait_jax.evaluation.labels import (
     labels_among,
     match_classes,
     match_positions,
-    measure_of,
+    metric_fn_for,
     read_labels,
 )
-from cait_jax.evaluation.metrics import finish
+from cait_jax.evaluation.metrics import compute_scores
 
 MODEL = ("tench, Tinca tinca", "n01443537", "great_white_shark", "Cock", "hen", "crane", "crane")
 
@@ -247,8 +247,8 @@ def test_unfit_rules():
 def measured(rule, classes, logits, **batch):
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     batch |= {"mask": jnp.ones(len(logits), bool)}
-    sums = jax.jit(measure_of(rule, classes))(jnp.asarray(logits), batch)
-    return finish(sums, classes.names)
+    sums = jax.jit(metric_fn_for(rule, classes))(jnp.asarray(logits), batch)
+    return compute_scores(sums, classes.names)
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,8 @@ import pytest
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
 from cait_jax import UserError
-from cait_jax.evaluation.metrics import (
-    any_of_labels,
-    classification,
-    finish,
-    loss_and_accuracy,
-    means,
-    zero_sums,
-)
+from cait_jax.evaluation.evaluate import loss_and_accuracy, means, zero_sums
+from cait_jax.evaluation.metrics import any_of_labels, classification, compute_scores
 
 COUNT, CLASSES = 400, 7
 NAMES = [f"class {i}" for i in range(CLASSES)]
@@ -34,14 +28,14 @@ def softmax(logits):
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def scores(logits, labels, mask=None, measure=classification):
+def scores(logits, labels, mask=None, metric_fn=classification):
     logits = jnp.asarray(logits, jnp.float32)
     mask = np.ones(len(logits), bool) if mask is None else mask
     key = "labels" if np.ndim(labels) == 2 else "label"
     dtype = bool if key == "labels" else np.int32
     batch = {key: jnp.asarray(np.asarray(labels, dtype)), "mask": jnp.asarray(mask)}
-    sums = jax.device_get(jax.jit(measure)(logits, batch))
-    return finish(sums, NAMES[: logits.shape[1]])
+    sums = jax.device_get(jax.jit(metric_fn)(logits, batch))
+    return compute_scores(sums, NAMES[: logits.shape[1]])
 
 
 def calibration_error(confidence, right, bins=15):
@@ -77,7 +71,7 @@ def test_every_number_is_that_of_scikit_learn(random):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_the_cheap_measure_agrees(random):
+def test_the_cheap_metric_fn_agrees(random):
     logits, labels = random
     batch = {"label": jnp.asarray(labels), "mask": jnp.arange(COUNT) < 300}
     found = means(jax.jit(loss_and_accuracy)(jnp.asarray(logits), batch))
@@ -138,7 +132,7 @@ def test_bfloat16_logits_are_summed_in_float32(random):
     logits, labels = random
     rounded = jnp.asarray(logits, jnp.bfloat16)
     batch = {"label": jnp.asarray(labels), "mask": jnp.ones(COUNT, bool)}
-    found = finish(jax.jit(classification)(rounded, batch), NAMES)
+    found = compute_scores(jax.jit(classification)(rounded, batch), NAMES)
     expected = log_loss(labels, softmax(np.asarray(rounded, np.float32)))
     assert found["loss"] == pytest.approx(expected, rel=1e-6)
 
@@ -146,7 +140,7 @@ def test_bfloat16_logits_are_summed_in_float32(random):
 def test_any_of_the_labels_is_right(random):
     logits, _ = random
     labels = np.random.default_rng(1).random((COUNT, CLASSES)) < 0.25
-    found = scores(logits, labels, measure=any_of_labels)
+    found = scores(logits, labels, metric_fn=any_of_labels)
     labelled = labels.any(-1)
     assert 20 < (~labelled).sum() < 100
     right = labels[np.arange(COUNT), logits.argmax(-1)]
@@ -161,19 +155,19 @@ def test_any_of_the_labels_is_right(random):
 
 def test_any_of_labels_with_logits_that_are_not_numbers():
     logits = [[0.0, np.nan], [0.0, 1.0]]
-    found = scores(logits, [[True, True], [False, True]], measure=any_of_labels)
+    found = scores(logits, [[True, True], [False, True]], metric_fn=any_of_labels)
     assert (found["top1"], found["not_finite"]) == (0.5, 1)
 
 
-@pytest.mark.parametrize("measure", [loss_and_accuracy, classification, any_of_labels])
-def test_zero_sums_have_the_dtypes_of_the_sums(measure, random):
+@pytest.mark.parametrize("metric_fn", [loss_and_accuracy, classification, any_of_labels])
+def test_zero_sums_have_the_dtypes_of_the_sums(metric_fn, random):
     batch = {
         "label": jnp.zeros(3, jnp.int32),
         "labels": jnp.zeros((3, CLASSES), bool),
         "mask": jnp.ones(3, bool),
     }
-    sums = jax.jit(measure)(jnp.asarray(random[0][:3]), batch)
-    zeros = zero_sums(measure, CLASSES)
+    sums = jax.jit(metric_fn)(jnp.asarray(random[0][:3]), batch)
+    zeros = zero_sums(metric_fn, CLASSES)
     jax.tree.map(
         lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), zeros, sums
     )

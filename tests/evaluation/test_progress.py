@@ -3,8 +3,8 @@ import io
 import jax
 import pytest
 
-from cait_jax.evaluation import progress
-from cait_jax.evaluation.progress import show_progress
+from cait_jax.evaluation import scores
+from cait_jax.evaluation.scores import show_progress
 
 
 class Terminal(io.StringIO):
@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def clock(monkeypatch):
     times = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: times[0])
+    monkeypatch.setattr(scores.time, "monotonic", lambda: times[0])
     return times
 
 

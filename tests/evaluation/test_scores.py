@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_said(problem):
 
 
 def test_progress_is_shown_where_asked_for(problem, capsys, monkeypatch):
-    monkeypatch.setattr("cait_jax.evaluation.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("cait_jax.evaluation.scores.SECONDS_BETWEEN_LINES", 0.0)
     split, variables, _ = problem
     score(
         Linear(),
