@@ -1,7 +1,12 @@
 """Eight simulated devices, and no silent broadcasting, for every test."""
 
+import ctypes
+import gc
 import os
+import sys
 import tempfile
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -26,3 +31,21 @@ _cache = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests for a GPU say that they are skipped where JAX runs on something else."""
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu and jax.default_backend() != "gpu":
+        for item in needs_gpu:
+            item.add_marker(pytest.mark.skip(reason="JAX runs on no GPU: set JAX_PLATFORMS=cuda"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_compiled_programs():
+    """Drops a module's programs and traces, some hundred MB; what later ones share is read from the disk."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed in its arenas
