@@ -1,20 +1,21 @@
 """Trains a model: `python train.py --config=configs/digits.py [--workdir=DIR] [--config.KEY=VALUE ...]`."""
 
 import sys
-from pathlib import Path
 
 from absl import app, flags
 
 from cait_jax.errors import UserError, config_flags, nearest, run_program, speaking
 from cait_jax.train import NonFiniteError, train
-from cait_jax.train.config import CommandLine, load_config, take_apart
+from cait_jax.train.config import CommandLine, default_workdir, load_config, take_apart
 from cait_jax.train.distributed import ends_for_all, join_processes
 
 flags.DEFINE_string(
-    "config", None, "A recipe, such as configs/digits.py; --config.KEY=VALUE sets a key."
+    "config",
+    None,
+    "A recipe, such as configs/digits.py or configs/cait_xs24.py:384; --config.KEY=VALUE sets a key.",
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run's directory; runs/<config's name> by default."
+    "workdir", None, "The run's directory; by default runs/ and the recipe's name and argument."
 )
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes, as Slurm, Open MPI or a TPU pod started it."
@@ -33,7 +34,7 @@ def main(line: CommandLine) -> int:
     if line.file is None:
         raise UserError("give a recipe by --config=FILE, such as --config=configs/digits.py")
     config = load_config(line.file, line.overrides)
-    workdir = WORKDIR.value or Path("runs") / Path(line.file.partition(":")[0]).stem
+    workdir = WORKDIR.value or default_workdir(line.file)
     address, count, index = COORDINATOR.value, PROCESSES.value, PROCESS.value
     if DISTRIBUTED.value or (address, count, index) != (None, None, None):
         join_processes(address=address, count=count, index=index)

@@ -12,7 +12,7 @@ JPEGs of the split as it is, crops 224 pixels wide, batches of 50. Training flip
 in other ways are from Pillow's: fast, JPEGs shrunk while decoding, `reducing_gap`, and those of kornia-rs and
 cykooz-resizer (fast_image_resize) where they are installed.
 
-With --cifar, a batch of CIFAR-10 from memory is set against the step of `configs/cifar10_small.py`.
+With --cifar, a batch of CIFAR-10 from memory is set against the step of `configs/cifar10.py:small`.
 """
 
 import argparse
@@ -295,9 +295,9 @@ def cifar10(data_dir: str, rounds: int) -> dict[str, Any]:
 
     from cait_jax.sharding import batch_sharding, put_batch
     from cait_jax.train.setup import set_up
-    from configs import cifar10_small
+    from configs import cifar10
 
-    config = cifar10_small.get_config()
+    config = cifar10.get_config("small")
     config.data.data_dir = data_dir
     setup = set_up(config)
     state = setup.init()

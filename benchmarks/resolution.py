@@ -3,7 +3,7 @@
 Command: python benchmarks/resolution.py --run=RUN --data-dir=DIR [--sides 32 40 48] [--epochs=1]
     [--learning-rate=1e-4] [--out=runs/benchmark_resolution]
 
-RUN is a finished run of `configs/cifar10_small.py`. Test images are resized as in its evaluation (Pillow's
+RUN is a finished run of `configs/cifar10.py:small`. Test images are resized as in its evaluation (Pillow's
 bicubic), positions as by `load_pretrained`. Fine-tuning is that config at the last side, from RUN's weights.
 
 Prints a table and writes OUT/resolution.json. A fine-tuning that is finished under OUT is read, not made again.
@@ -22,7 +22,7 @@ from cait_jax.data import load_split
 from cait_jax.evaluation.scores import score
 from cait_jax.train import train
 from cait_jax.weights.pretrained import load_settings
-from configs import cifar10_small
+from configs import cifar10
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
             print(f"{run} at {side} pixels: {found[-1]:.4f}", flush=True)
         return found
 
-    config = cifar10_small.get_config()
+    config = cifar10.get_config("small")
     config.image_size = args.sides[-1]
     config.data.data_dir = args.data_dir
     config.init.weights = str(args.run)

@@ -3,7 +3,7 @@
 Command: python benchmarks/transfer.py --data-dir=DIR [--minutes=20] [--seeds=3] [--sizes 50 200 1000]
     [--held-out cat dog] [--figure=docs/transfer.png] [--out=runs/benchmark_transfer]
 
-The network of `configs/cifar10_small.py` learns the other eight classes, for as many steps as a short run says fit
+The network of `configs/cifar10.py:small` learns the other eight classes, for as many steps as a short run says fit
 in the minutes. Of the two held-out classes a folder of PNGs is written with so many images a class, drawn anew
 for each seed, and their 2,000 test images beside it. From there it is `cait finetune`'s own recipe
 (`cait_jax.train.finetune`): the whole network, the head alone, the two phases. From scratch is the whole
@@ -30,7 +30,7 @@ from cait_jax.data.sources import InMemory
 from cait_jax.train import Run, train
 from cait_jax.train.finetune import folder_config, look_through
 from cait_jax.train.metric_writer import read_metrics
-from configs import cifar10_small
+from configs import cifar10
 
 WAYS = ("from scratch", "head", "two-phase", "all")
 # Passes over the images, by their number a class: few images need many.
@@ -129,7 +129,7 @@ def write_folder(
 
 def pretrain(out: Path, workdir: Path, minutes: float) -> Run:
     """Trains on the eight classes for about so many minutes, and stops where the schedule ends."""
-    config = cifar10_small.get_config()
+    config = cifar10.get_config("small")
     config.data.name = str(out / "others")
     config.data.eval_split = "val"
     _see_alike(config)

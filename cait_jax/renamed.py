@@ -1,6 +1,8 @@
-"""Names that changed: old config keys, which command lines and saved runs may still have."""
+"""Names that changed: old config keys, which command lines and saved runs may still have, and old config files."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 # Old key to new, since the names of timm and big_vision are used where they have one.
@@ -21,6 +23,25 @@ KEYS: Mapping[str, str] = {
     "optimizer.clip_norm": "optimizer.grad_clip_norm",
     "eval.crop_ratio": "eval.crop_pct",
 }
+
+# Stem of an old config file to the new file and its argument.
+_FILES = (
+    (r"(cait_\w+)_(384|448|distilled)", r"\1.py:\2"),
+    (r"(cifar10)_(small)", r"\1.py:\2"),
+    (r"(deit)_(tiny|small|base)", r"\1.py:\2"),
+    (r"(deit)_(tiny|small|base)_(384|distilled)", r"\1.py:\2,\3"),
+    (r"(transfer)_(\w+)", r"\1.py:\2"),
+)
+
+
+def current_file(path: Path) -> str | None:
+    """Where the recipe of an old config file is now, such as `configs/cait_xs24.py:384`; None if it is not one."""
+    for old, new in _FILES:
+        if found := re.fullmatch(old, path.stem):
+            now = found.expand(new)
+            if path.with_name(now.partition(":")[0]).is_file():
+                return str(path.with_name(now))
+    return None
 
 
 def current_config(config: Mapping[str, Any]) -> dict[str, Any]:

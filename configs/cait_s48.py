@@ -1,15 +1,5 @@
-"""CaiT-S48 on ImageNet-1k at 224 pixels, from scratch, by the paper's recipe (docs/recipe.md).
-
-Command: python train.py --config=configs/cait_s48.py --config.data.data_dir=DIR
-Hardware and time: none recorded; not yet run to its end here.
-Expected (Touvron et al., arXiv 2103.17239, without distillation, 224 pixels): 83.5 % top-1.
-The paper reports the raw parameters (eval/accuracy), not their average (eval/ema_accuracy).
-"""
-
-from ml_collections import ConfigDict
+"""CaiT-S48 on ImageNet-1k at 224 pixels; `:384`, `:distilled`, `:384,distilled`: see `imagenet.py`."""
 
 from configs import imagenet
 
-
-def get_config() -> ConfigDict:
-    return imagenet.recipe("cait_s48")
+get_config = imagenet.cait("cait_s48")

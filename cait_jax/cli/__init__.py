@@ -9,7 +9,17 @@ from cait_jax.cli.common import command_words
 from cait_jax.errors import UserError, explain, leave, printable, quiet_libraries, speaking
 
 # Command to the module that holds it. Modules import what is heavy inside their command.
-COMMANDS = ("models", "predict", "evaluate", "features", "finetune", "convert", "data", "plan")
+COMMANDS = (
+    "models",
+    "recipes",
+    "predict",
+    "evaluate",
+    "features",
+    "finetune",
+    "convert",
+    "data",
+    "plan",
+)
 
 
 class Commands(click.Group):

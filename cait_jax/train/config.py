@@ -1,6 +1,7 @@
 """A config from its file and a command line, its check, and its differences from that of a run begun earlier."""
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import re
@@ -14,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, can_set, nearest, setting, some
-from cait_jax.renamed import KEYS, current_config
+from cait_jax.renamed import KEYS, current_config, current_file
 from cait_jax.train.conflicts import check_conflicts
 from cait_jax.train.keys import RULES
 from cait_jax.train.rules import Flag
@@ -218,9 +219,13 @@ def load_config(file: str, overrides: Mapping[str, str] | None = None) -> Config
       UserError: there is no such file, it fails, or it takes no argument; or what `get_config` says of it; or a
         key or value does not exist.
     """
-    name, colon, argument = file.partition(":")
+    name, _, argument = file.partition(":")
     path = Path(name)
     if not path.is_file():
+        if now := current_file(path):
+            raise UserError(
+                f"there is no config file {path} any more: its recipe is --config={now}"
+            )
         known = [str(file) for file in sorted(path.parent.glob("*.py")) if file.stem[0] != "_"]
         raise UserError(f"there is no config file {path}; {nearest(str(path), known)}")
     sys.path.insert(0, str(path.absolute().parent.parent))
@@ -228,9 +233,14 @@ def load_config(file: str, overrides: Mapping[str, str] | None = None) -> Config
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:
             raise UserError(f"{path} has no get_config: define one that returns the config")
-        if colon and not inspect.signature(get_config).parameters:
-            raise UserError(f"{path} takes no argument: leave out {colon + argument!r}")
-        config = get_config(argument) if colon else get_config()
+        parameters = list(inspect.signature(get_config).parameters.values())
+        if argument and not parameters:
+            raise UserError(f"{path} takes no argument: leave out {':' + argument!r}")
+        if not argument and parameters and parameters[0].default is inspect.Parameter.empty:
+            raise UserError(
+                f"{path} takes an argument: give --config={path}:{parameters[0].name.upper()}"
+            )
+        config = get_config(argument) if argument else get_config()
     except UserError:
         raise
     except Exception as error:
@@ -242,6 +252,42 @@ def load_config(file: str, overrides: Mapping[str, str] | None = None) -> Config
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return override(config, overrides or {})
+
+
+def check_argument(name: str, argument: str, known: Sequence[str]) -> None:
+    """Refuses what a config file does not take after its colon.
+
+    Args:
+      name: of the file, without `.py`.
+      argument: what was given; `""` for nothing.
+      known: what it takes, with `""` if it can do without.
+
+    Raises:
+      UserError: listing what it takes.
+    """
+    if argument not in known:
+        ways = [f":{way}" if way else "no argument" for way in known]
+        given = f"not :{argument}" if argument else "and needs one of them"
+        raise UserError(f"{name}.py takes {', '.join(ways[:-1])} or {ways[-1]}, {given}")
+
+
+def default_workdir(file: str) -> Path:
+    """The directory of a run whose user names none: `runs/STEM` or `runs/STEM-ARGUMENT`.
+
+    No two arguments share one, on any file system: what is no lower-case letter, digit, comma or `_` becomes `-`,
+    and where that loses something, the first digits of the argument's SHA-256 follow.
+
+    Args:
+      file: as for `load_config`, such as `configs/cait_xs24.py:384`. A slash at its end does not count.
+    """
+    name, _, argument = file.partition(":")
+    argument = argument.rstrip("/") or argument
+    plain = re.sub(r"[^a-z0-9_,]+", "-", argument.lower())[-40:].strip("-")
+    parts = [Path(name).stem, plain]
+    if plain != argument or re.search(r"(^|-)[0-9a-f]{8}$", argument):
+        digest = hashlib.sha256(argument.encode(errors="surrogateescape")).hexdigest()
+        parts.append(digest[:8])
+    return Path("runs") / "-".join(filter(None, parts))
 
 
 def _failure(path: Path, error: Exception) -> str:

@@ -60,6 +60,7 @@ def test_python_m_is_the_same_program_and_a_pipe_closed_early_is_no_traceback():
     [
         (["evalute"], 2, "No such command 'evalute'"),
         (["models", "resnet*"], 1, "no model matches 'resnet*': `cait models` lists them all"),
+        (["recipes", "x*"], 1, "no recipe matches 'x*': `cait recipes` lists them all"),
         (["predict", "a.jpg"], 2, "Missing option '--model'"),
         (["predict", "nowhere.jpg", "-m", "cait_s24_224"], 1, "nowhere.jpg"),
         (["convert", "-m", "cait_s48", "out"], 1, "no weights were released for cait_s48"),

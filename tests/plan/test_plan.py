@@ -15,7 +15,7 @@ from cait_jax.models.cost import macs, parameter_count, residual_bytes
 from cait_jax.models.zoo import create_model
 from cait_jax.plan.plan import abstract_split, make_plan
 from cait_jax.plan.roofline import parse_topology
-from configs import cait_xxs24, cait_xxs24_distilled, digits
+from configs import cait_xxs24, digits
 
 
 def small():
@@ -94,7 +94,7 @@ def test_the_largest_batch_was_seen_to_fit():
 
 
 def test_a_teacher_costs_its_forward_pass():
-    plain, taught = (cait_xxs24_distilled.get_config() for _ in range(2))
+    plain, taught = (cait_xxs24.get_config("distilled") for _ in range(2))
     plain.distill.kind = "none"
     topology = parse_topology("h100:64x8")
     without, with_teacher = (make_plan(config, topology) for config in (plain, taught))

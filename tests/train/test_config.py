@@ -1,5 +1,6 @@
 """A config from a command line: unknown keys, wrong values and differences are named; no key goes unread."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from cait_jax.train.config import (
     as_json,
     check_resumable,
     check_values,
+    default_workdir,
     flatten,
     load_config,
     take_apart,
@@ -108,10 +110,28 @@ def test_every_key_has_a_rule_that_its_default_fits():
     config = common.get_config()
     assert RULES.keys() == flatten(config).keys()
     check_values(config)
-    recipes = [file for file in CONFIGS.glob("*.py") if "def get_config()" in file.read_text()]
-    assert len(recipes) > 30
-    for file in recipes:
-        check_values(load_config(str(file)))
+
+
+def test_every_argument_of_a_config_has_a_workdir_of_its_own():
+    names = {
+        "configs/a.py": "a",
+        "configs/a.py:": "a",
+        "b.py:384": "b-384",
+        "b.py:x,y_1": "b-x,y_1",
+    }
+    assert {file: default_workdir(file).name for file in names} == names
+    arguments = [
+        "x", "photos/a", "photos-a", "photos_a", "photos a", "Photos/a", "PHOTOS/A", "/photos/a", "./photos/a",
+        "a", "á", "a\u0301", "b:c", "b-c", "..", ".", "/", "~", "con.", "12345678", "\udcff", "x" * 100, "x" * 101,
+        "photos/" + "x" * 100,
+    ]  # fmt: skip
+    arguments += [default_workdir(f"a.py:{argument}").name[2:] for argument in arguments[1:]]
+    found = [default_workdir(f"configs/a.py:{argument}") for argument in dict.fromkeys(arguments)]
+    assert len({str(path).lower() for path in found}) == len(found)
+    for path in found:
+        assert path.parent == Path("runs")
+        assert re.fullmatch(r"a-[a-z0-9_,-]{1,49}", path.name)
+    assert default_workdir("a.py:photos/a/") == default_workdir("a.py:photos/a")
 
 
 WRONG = (

@@ -1,6 +1,6 @@
-"""Every recipe loads, says how it is run, asks for data and a model that exist, and its step can be traced."""
+"""Every recipe loads, is in the table, asks for data and a model that exist, and its step can be traced."""
 
-import importlib
+import functools
 import re
 from pathlib import Path
 
@@ -8,78 +8,107 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cait_jax import create_model
+from cait_jax import UserError, create_model
+from cait_jax.cli.recipes import recipes
 from cait_jax.data.order import copies_in_a_group
 from cait_jax.data.sources import Encoded
 from cait_jax.data.synthetic import SyntheticJpegs
 from cait_jax.models.zoo import VARIANTS
 from cait_jax.train import defaults
-from cait_jax.train.config import flatten
+from cait_jax.train.config import check_values, default_workdir, flatten, load_config
 from cait_jax.train.distill import make_teacher
 from cait_jax.train.setup import abstract_state, set_up
+from configs import deit, imagenet
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def named(head):
-    """Names of the files in which `head` stands; the others hold what recipes share."""
-    return sorted(path.stem for path in CONFIGS.glob("*.py") if head in path.read_text())
+@functools.cache
+def arguments(file):
+    """What a config file takes after its colon, as it says itself."""
+    try:
+        load_config(f"{file}:?")
+    except UserError as error:
+        found = str(error)
+        if "takes no argument: leave out" in found:
+            return ("",)
+        if "takes " not in found:
+            return ("DIR",)  # a folder
+        ways = re.findall(r"(?<= )(no argument|:[\w,]*\w)", found.rpartition(", ")[0])
+        return tuple(way.removeprefix(":") if way[0] == ":" else "" for way in ways)
+    raise AssertionError(file)
 
 
-ALL = named("\ndef get_config(")
-RECIPES = named("\ndef get_config() ")  # whose data and model do not hang on an argument
+FILES = sorted(
+    path
+    for path in CONFIGS.glob("*.py")
+    if re.search(r"^(def )?get_config\b", path.read_text(), re.MULTILINE)
+)
+ALL = [
+    path.name + f":{argument}" * bool(argument) for path in FILES for argument in arguments(path)
+]
+RECIPES = [name for name in ALL if not name.startswith("folder.py")]  # data that are known
 
 
-def module(name):
-    return importlib.import_module(f"configs.{name}")
+def load(name):
+    return load_config(str(CONFIGS / name))
 
 
 # Parameters of each recipe's model. At another resolution a model has as many more as positions times width; with
 # another head, as many less or more as classes times one more than the width.
 PARAMETERS = {
-    "digits": 303_018,
-    "cait_xxs24": 11_956_264,
-    "cait_xxs36": 17_299_720,
-    "cait_xs24": 26_560_648,
-    "cait_xs36": 38_557_432,
-    "cait_s24": 46_916_200,
-    "cait_s36": 68_220_712,
-    "cait_s48": 89_525_224,
-    "cait_m24": 185_850_088,
-    "cait_m36": 270_929_512,
-    "cait_m48": 356_008_936,
-    "cait_xxs24_384": 12_029_224,
-    "cait_xxs36_384": 17_372_680,
-    "cait_xs24_384": 26_670_088,
-    "cait_xs36_384": 38_666_872,
-    "cait_s24_384": 47_062_120,
-    "cait_s36_384": 68_366_632,
-    "cait_s48_384": 89_671_144,
-    "cait_m24_384": 186_141_928,
-    "cait_m36_384": 271_221_352,
-    "cait_m48_448": 356_460_520,
-    "cait_xxs24_distilled": 11_956_264,
-    "cait_xxs36_distilled": 17_299_720,
-    "cait_xs24_distilled": 26_560_648,
-    "cait_s24_distilled": 46_916_200,
-    "cait_s36_distilled": 68_220_712,
-    "cait_m36_distilled": 270_929_512,
-    "cait_m48_distilled": 356_008_936,
-    "deit_tiny": 5_717_416,
-    "deit_small": 22_050_664,
-    "deit_base": 86_567_656,
-    "deit_base_384": 86_859_496,
-    "deit_tiny_distilled": 5_910_800,
-    "deit_small_distilled": 22_436_432,
-    "deit_base_distilled": 87_338_192,
-    "transfer_cifar10": 46_916_200 - 990 * 385,
-    "transfer_cifar100": 46_916_200 - 900 * 385,
-    "transfer_flowers": 46_916_200 - 898 * 385,
-    "transfer_cars": 46_916_200 - 804 * 385,
-    "transfer_inaturalist": 46_916_200 + 7142 * 385,
-    "cifar10": 11_601_610,
-    "cifar10_small": 684_346,
-    "vit_cifar10": 4_771_082,
+    "digits.py": 303_018,
+    "cait_xxs24.py": 11_956_264,
+    "cait_xxs36.py": 17_299_720,
+    "cait_xs24.py": 26_560_648,
+    "cait_xs36.py": 38_557_432,
+    "cait_s24.py": 46_916_200,
+    "cait_s36.py": 68_220_712,
+    "cait_s48.py": 89_525_224,
+    "cait_m24.py": 185_850_088,
+    "cait_m36.py": 270_929_512,
+    "cait_m48.py": 356_008_936,
+    "cait_xxs24.py:384": 12_029_224,
+    "cait_xxs36.py:384": 17_372_680,
+    "cait_xs24.py:384": 26_670_088,
+    "cait_xs36.py:384": 38_666_872,
+    "cait_s24.py:384": 47_062_120,
+    "cait_s36.py:384": 68_366_632,
+    "cait_s48.py:384": 89_671_144,
+    "cait_m24.py:384": 186_141_928,
+    "cait_m36.py:384": 271_221_352,
+    "cait_m48.py:448": 356_460_520,
+    "cait_xxs24.py:distilled": 11_956_264,
+    "cait_xxs36.py:distilled": 17_299_720,
+    "cait_xs24.py:distilled": 26_560_648,
+    "cait_s24.py:distilled": 46_916_200,
+    "cait_s36.py:distilled": 68_220_712,
+    "cait_m36.py:distilled": 270_929_512,
+    "cait_m48.py:distilled": 356_008_936,
+    "cait_xs36.py:distilled": 38_557_432,
+    "cait_s48.py:distilled": 89_525_224,
+    "cait_m24.py:distilled": 185_850_088,
+    "deit.py:tiny": 5_717_416,
+    "deit.py:small": 22_050_664,
+    "deit.py:base": 86_567_656,
+    "deit.py:base,384": 86_859_496,
+    "deit.py:tiny,distilled": 5_910_800,
+    "deit.py:small,distilled": 22_436_432,
+    "deit.py:base,distilled": 87_338_192,
+    "transfer.py:cifar10": 46_916_200 - 990 * 385,
+    "transfer.py:cifar100": 46_916_200 - 900 * 385,
+    "transfer.py:flowers": 46_916_200 - 898 * 385,
+    "transfer.py:cars": 46_916_200 - 804 * 385,
+    "transfer.py:inaturalist": 46_916_200 + 7142 * 385,
+    "cifar10.py": 11_601_610,
+    "cifar10.py:small": 684_346,
+    "vit_cifar10.py": 4_771_082,
+}
+# Distillation on one head adds nothing.
+PARAMETERS |= {
+    f"{name},distilled": count
+    for name, count in PARAMETERS.items()
+    if re.search(r"cait_.*:\d+$", name)
 }
 
 # Of each data set: classes, channels and the splits that have labels, in examples.
@@ -132,7 +161,7 @@ def without_data(monkeypatch):
 
 def operations(name):
     """What decides which operations a recipe's step has: all but sizes, and strengths that are not 0."""
-    config = module(name).get_config()
+    config = load(name)
     variant = VARIANTS[config.model.name]
     parts = (config.model, config.augment, config.loss, config.distill, config.optimizer)
     chosen = [
@@ -148,32 +177,106 @@ def test_every_recipe_is_counted():
     assert set(PARAMETERS) == set(RECIPES)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_recipe_has_the_keys_and_names_its_command(name):
-    config = module(name).get_config()
-    assert set(flatten(config)) == set(flatten(defaults.get_config()))
-    assert config.is_locked
+def test_the_table_of_recipes_is_that_of_the_files():
+    table = {row.config: row for row in recipes()}
+    assert sorted(table) == sorted(ALL)
+    for name in RECIPES:
+        data = load(name).data.name
+        assert table[name].data == ("scikit-learn's digits" if data == "digits" else data)
+        expected, source = table[name].top1, table[name].source
+        assert (expected is None) == (source is None)
+    assert sum(row.run_here is not None for row in table.values()) == 2
 
-    text = module(name).__doc__
-    assert f"\nCommand: python train.py --config=configs/{name}.py" in text
-    assert "\nHardware and time: " in text
-    for key in re.findall(r"--config\.([\w.]+)=", text):
-        assert key in flatten(config)
-    for other in re.findall(r"configs/(\w+)\.py", text):
-        assert other in ALL
+
+def test_the_configs_are_few():
+    texts = [path.read_text() for path in CONFIGS.glob("*.py")]
+    assert len(texts) <= 24
+    assert sum(len(text.splitlines()) for text in texts) <= 500
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_says_what_to_expect_of_it(name):
-    text = module(name).__doc__
-    assert re.search(r"^(Expected|Result|Aim)\b", text, re.MULTILINE)
-    needs_data = module(name).get_config().data.name != "digits"
-    assert ("--config.data.data_dir=DIR" in text) == needs_data
+def test_a_recipe_has_the_keys(name):
+    config = load(name)
+    assert set(flatten(config)) == set(flatten(defaults.get_config()))
+    assert config.is_locked
+    check_values(config)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_a_config_file_names_exists(path):
+    text = path.read_text()
+    keys = flatten(defaults.get_config())
+    assert set(re.findall(r"--config\.([\w.]+)=", text)) <= keys.keys()
+    for argument in arguments(path):
+        assert all(part in text for part in argument.split(","))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_wrong_argument_is_told_the_right_ones(path, tmp_path):
+    if path.stem == "folder":
+        with pytest.raises(UserError, match="there is no folder"):
+            load_config(f"{path}:{tmp_path / 'none'}")
+        with pytest.raises(UserError, match=r"takes an argument: give --config=.*folder\.py:DIR"):
+            load_config(str(path))
+        return
+    with pytest.raises(UserError, match=rf"{path.stem}\.py takes .*:wrong") as caught:
+        load_config(f"{path}:wrong")
+    message = str(caught.value)
+    assert "\n" not in message
+    for argument in arguments(path):
+        assert (f":{argument}" if argument else "no argument") in message
+    if "" not in arguments(path):
+        with pytest.raises(UserError, match="and needs one of them"):
+            load_config(str(path))
+    else:
+        assert load_config(f"{path}:") == load_config(str(path))
+
+
+# The recipes of before, each in a file of its own.
+TAUGHT = ("xxs24", "xxs36", "xs24", "s24", "s36", "m36", "m48")
+OLD = [
+    *(f"cait_{name}_384" for name in (*TAUGHT[:-1], "xs36", "s48", "m24")),
+    *(f"cait_{name}_distilled" for name in TAUGHT),
+    *(f"deit_{size}{variant}" for size in ("tiny", "small", "base") for variant in ("", "_distilled")),
+    *(f"transfer_{data}" for data in ("cars", "cifar10", "cifar100", "flowers", "inaturalist")),
+    "cait_m48_448", "deit_base_384", "cifar10_small",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_an_old_path_is_told_the_new_one(name):
+    with pytest.raises(UserError, match=r"there is no config file .* its recipe is ") as caught:
+        load_config(str(CONFIGS / f"{name}.py"))
+    now = str(caught.value).rpartition("--config=")[2]
+    file, _, argument = Path(now).name.partition(":")
+    stem = file.removesuffix(".py")
+    assert "_".join([stem, *argument.split(",")]) == name
+    load_config(now)
+
+
+def test_what_never_was_a_config_is_not_called_old():
+    for name in ("deit_large", "cait_xl_384", "cifar10_large", "transfer"):
+        with pytest.raises(UserError) as caught:
+            load_config(str(CONFIGS / "elsewhere" / f"{name}.py"))
+        assert "any more" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if load(name).init.weights])
+def test_fine_tuning_starts_from_the_default_workdir_of_its_recipe(name):
+    before, start = start_of(name), load(name).init.weights
+    assert before in RECIPES
+    assert start == str(default_workdir(f"configs/{before}"))
+    assert start != str(default_workdir(f"configs/{name}"))
+
+
+def start_of(name):
+    """The recipe that a fine-tuning at a higher resolution follows."""
+    return re.sub(r"(:?)\b(384|448),?", r"\1", name).rstrip(",:")
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_data_model_and_schedule_fit(name, without_data):
-    config = module(name).get_config()
+    config = load(name)
     setup = set_up(config, devices=jax.devices()[:1])
     params = abstract_state(setup).params
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
@@ -188,7 +291,7 @@ def test_data_model_and_schedule_fit(name, without_data):
 
 @pytest.mark.parametrize("name", {operations(name): name for name in RECIPES}.values())
 def test_each_kind_of_step_can_be_traced(name, without_data):
-    config = module(name).get_config()
+    config = load(name)
     setup = set_up(config, devices=jax.devices()[:1])
     state = abstract_state(setup)
     shape = (config.batch_size, *setup.image_size, setup.model.in_channels)
@@ -201,37 +304,38 @@ def test_each_kind_of_step_can_be_traced(name, without_data):
     assert set(metrics) == {"loss", "accuracy", "learning_rate", "grad_norm"}
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name[-4:] in ("_384", "_448")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if re.search("384|448", name)])
 def test_a_higher_resolution_changes_nothing_of_the_recipe_it_follows(name):
     """But for the author's numbers for it: constant 5e-6, and of DeiT a weight decay of 1e-8."""
-    before = name.rpartition("_")[0]
-    first, then = (flatten(module(which).get_config()) for which in (before, name))
+    before = start_of(name)
+    first, then = (flatten(load(which)) for which in (before, name))
     changed = {key for key in first if first[key] != then[key]}
     own = {"image_size", "batch_size", "epochs", "init.weights"}
     rates = {"learning_rate", "reference_batch", "final_learning_rate"}
-    more = {"cait_m48_448": {"model.drop_path_rate"}, "deit_base_384": {"optimizer.weight_decay"}}
-    assert changed == own | {f"optimizer.{key}" for key in rates} | more.get(name, set())
-    length = (512, 30, 1e-8) if name == "deit_base_384" else (256, 60, 0.05)
+    more = {"cait_m48.py": {"model.drop_path_rate"}, "deit.py": {"optimizer.weight_decay"}}
+    file = name.partition(":")[0]
+    assert changed == own | {f"optimizer.{key}" for key in rates} | more.get(file, set())
+    length = (512, 30, 1e-8) if file == "deit.py" else (256, 60, 0.05)
     assert (then["batch_size"], then["epochs"], then["optimizer.weight_decay"]) == length
     rate, final = then["optimizer.learning_rate"], then["optimizer.final_learning_rate"]
     assert (rate, final, then["optimizer.reference_batch"]) == (5e-6, 5e-6, 0)
-    assert then["init.weights"] == f"runs/{before}"
-    assert then["image_size"] == int(name[-3:])
+    assert then["init.weights"] == str(default_workdir(before))
+    assert then["image_size"] == int(re.search("384|448", name)[0])
 
 
 def settings(name, *keys):
-    flat = flatten(module(name).get_config())
+    flat = flatten(load(name))
     return [flat[key] for key in keys]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_rate_changes_once_an_epoch_where_the_authors_code_does(name):
-    authors = name.startswith(("cait_", "deit_", "transfer_"))
+    authors = name.startswith(("cait_", "deit.py", "transfer.py"))
     assert settings(name, "optimizer.per_epoch") == [authors]
 
 
 def test_a_run_of_the_recipe_peaks_in_its_seventh_epoch(without_data):
-    setup = set_up(module("cait_xs24").get_config(), devices=jax.devices()[:1])
+    setup = set_up(load("cait_xs24.py"), devices=jax.devices()[:1])
     starts = [-(-epoch * 1_281_167 // 1024) for epoch in range(400)]
     rates = [setup.schedule(step) for step in starts[:9]]
     expected = [1e-6, 1e-6, 2.008e-4, 4.006e-4, 6.004e-4, 8.002e-4, 9.99618e-4, 9.9945e-4]
@@ -241,7 +345,7 @@ def test_a_run_of_the_recipe_peaks_in_its_seventh_epoch(without_data):
     assert setup.schedule(setup.total_steps - 1) == pytest.approx(1.0061e-5, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("transfer_")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("transfer.py")])
 def test_sgd_has_nesterov_momentum(name):
     kind, nesterov, momentum = settings(
         name, "optimizer.name", "optimizer.nesterov", "optimizer.momentum"
@@ -252,16 +356,20 @@ def test_sgd_has_nesterov_momentum(name):
 
 def test_vit_on_cifar10_is_its_sources():
     dropout = ("embedding_dropout", "attention_dropout", "dropout", "projection_dropout")
-    assert settings("vit_cifar10", *(f"model.{key}" for key in dropout)) == [0.1, 0.1, 0.1, 0.0]
+    assert settings("vit_cifar10.py", *(f"model.{key}" for key in dropout)) == [0.1, 0.1, 0.1, 0.0]
     rates = ("warmup_learning_rate", "learning_rate", "final_learning_rate")
-    found = settings("vit_cifar10", "augment.rotate", *(f"optimizer.{key}" for key in rates))
+    found = settings("vit_cifar10.py", "augment.rotate", *(f"optimizer.{key}" for key in rates))
     assert found == [36.0, 0.0, 1e-3, 1e-8]
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("_distilled")])
-def test_distillation_on_one_head_is_called_an_assumption(name):
-    one_head = name.startswith("cait_")
-    assert ("is an assumption" in module(name).__doc__) == one_head
+def test_distillation_on_one_head_is_called_an_assumption():
+    taught = [name for name in RECIPES if name.endswith("distilled")]
+    assert len(taught) == 2 * 10 + 3
+    for name in taught:
+        assert settings(name, "distill.kind") == ["hard"]
+        assert name.startswith("cait_") != load(name).model.name.endswith("_distilled")
+    assert re.search(r"the one head.*is an assumption", imagenet.__doc__.replace("\n", " "))
+    assert "assumption" not in deit.__doc__
 
 
 def test_data_sets_are_those_of_tfds(tmp_path):
@@ -275,7 +383,7 @@ def test_data_sets_are_those_of_tfds(tmp_path):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_mixes_copies_of_an_image_by_one_draw(name):
-    config = module(name).get_config()
+    config = load(name)
     augment = config.augment
     if augment.mixup or augment.cutmix:
         assert not copies_in_a_group(config.batch_size, augment.mix_rows, config.data.aug_repeats)
