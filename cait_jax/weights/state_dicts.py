@@ -22,13 +22,35 @@ _PICKLES = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
 # A zip archive, or as older versions of PyTorch wrote it, a pickle.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
+# Keys under which checkpoints hold the weights, and those of their moving average.
+_PLAIN = (
+    "state_dict", "model", "model_state_dict", "model_state", "module", "net", "network", "student",
+)  # fmt: skip
+_AVERAGED = (
+    "state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", "teacher",
+)  # fmt: skip
+# Prefixes of names, with which none of our networks' begins: of DistributedDataParallel, torch.compile,
+# Lightning and other wrappers; of self-supervised pairs; of averages.
+_PREFIXES = (
+    "module.", "_orig_mod.", "model.", "network.", "net.", "backbone.", "encoder.", "student.", "online_model.",
+    "state_dict.",
+)  # fmt: skip
+_AVERAGED_PREFIXES = ("ema.", "ema_model.", "model_ema.", "state_dict_ema.", "teacher.")
+# Top-level modules of our networks: a state dict of one of them alone has it before every name.
+_TOP_LEVEL = (
+    "blocks", "blocks_token_only", "patch_embed", "norm", "head", "head_dist", "stem", "s1", "s2", "s3", "s4",
+)  # fmt: skip
+# What averages count beside the weights.
+_COUNTERS = ("n_averaged", "num_updates", "decay", "initted", "step")
+# Numbers checked at once.
+_CHUNK = 2**22
 
 
 class Unwrapped(NamedTuple):
-    """What was inside.
+    """What a wrapper held.
 
     Attributes:
-      content: the state dict, or what it may be.
+      content: the state dict, or what may be one.
       averaged: it is a moving average.
       passed_over: the key or prefix of the other kind, where the file has both; empty if it has one.
     """
@@ -39,20 +61,20 @@ class Unwrapped(NamedTuple):
 
 
 def read_weights(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, np.ndarray]:
-    """Reads a file of named arrays.
+    """Reads a state dict.
 
     Args:
       path: `.safetensors`, or `.pth`, `.pt` or `.bin` as `torch.save` writes them: a dict of tensors, alone
-        or in a checkpoint under `"model"`, `"state_dict"` and the like. Prefixes that wrappers and compilers put
-        before every name (`module.`, `_orig_mod.`, ...) are dropped.
+        or in a checkpoint under `"model"`, `"state_dict"` and the like. Prefixes that wrappers and compilers
+        add to every name (`module.`, `_orig_mod.`, ...) are removed.
       ema: the moving average that the file holds beside the weights, as timm's and DeiT's checkpoints do.
 
     Returns:
-      Name to array. Dtypes are those of the file, bfloat16 among them.
+      Name to array, in the file's dtypes, bfloat16 among them.
 
     Raises:
-      UserError: the file is missing, empty, cut short or of another kind, holds something else than tensors, has a
-        prefix before some names only, lacks the average, or is a pickle and PyTorch is not installed.
+      UserError: the file is missing, empty, truncated or of another kind, holds something else than tensors, has
+        a prefix before some names only, lacks the average, or is a pickle and PyTorch is not installed.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -69,7 +91,7 @@ def read_weights(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str
     else:
         outer = Unwrapped(_read_safetensors(path), averaged=False, passed_over="")
     try:
-        inner = strip(outer.content, ema=ema)
+        inner = strip_prefixes(outer.content, ema=ema)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if not inner.content:
@@ -84,14 +106,10 @@ def read_weights(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str
 
 
 def write_safetensors(path: str | os.PathLike[str], weights: Mapping[str, np.ndarray]) -> None:
-    """Writes named arrays to a `.safetensors` file, whole or not at all.
-
-    Args:
-      path: the file, replaced if it exists; its directory is made if missing.
-      weights: name to array; dtypes are kept.
+    """Writes a state dict, dtypes unchanged, to a `.safetensors` file, which is replaced atomically.
 
     Raises:
-      UserError: the disk refuses; what was at `path` is still there then.
+      UserError: it could not be written; what was at `path` is still there then.
     """
     path = Path(path)
     replace_files(path.parent, {path.name: safetensors_writer(weights)})
@@ -102,7 +120,7 @@ def safetensors_writer(weights: Mapping[str, np.ndarray]) -> Callable[[Path], No
     from safetensors.numpy import save_file
 
     def write(path: Path) -> None:
-        # The library writes memory as it lies, whatever the strides say.
+        # The library writes the memory of an array, whatever its strides.
         arrays = {name: np.asarray(array, order="C") for name, array in weights.items()}
         save_file(arrays, path, {"format": "pt"})
 
@@ -110,15 +128,15 @@ def safetensors_writer(weights: Mapping[str, np.ndarray]) -> Callable[[Path], No
 
 
 def replace_files(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Puts files in place together: all are written and synced beside their places, then renamed.
+    """Replaces several files together: all are written and synced in a temporary directory, then renamed.
 
     Args:
-      directory: where they go, made if missing; files of other names in it stay.
+      directory: made if missing; its other files stay.
       writers: file name to a function that writes the file at the path it is given. They are called in
         order, all with paths in one directory, so that a later one can read what an earlier one wrote.
 
     Raises:
-      UserError: the disk refuses; `directory` is as it was then.
+      UserError: a file could not be written; `directory` is as it was then.
     """
     from safetensors import SafetensorError
 
@@ -202,8 +220,8 @@ def _read_pickle(path: Path, ema: bool) -> Unwrapped:
 
 
 def _broken(path: Path, kind: str, cause: Exception | str) -> UserError:
-    said = one_line(str(cause)).split(". ")[0] or type(cause).__name__
-    return UserError(f"{path} is cut short or no {kind} ({said}): download it again")
+    reason = one_line(str(cause)).split(". ")[0] or type(cause).__name__
+    return UserError(f"{path} is truncated or no {kind} ({reason}): download it again")
 
 
 def _to_numpy(torch: types.ModuleType, tensor: Any) -> np.ndarray:
@@ -215,52 +233,13 @@ def _to_numpy(torch: types.ModuleType, tensor: Any) -> np.ndarray:
     return tensor.numpy()
 
 
-# Keys of a checkpoint under which the weights are, and their moving average.
-_PLAIN = (
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "model_state",
-    "module",
-    "net",
-    "network",
-    "student",
-)
-_AVERAGED = (
-    "state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", "teacher",
-)  # fmt: skip
-# Beginnings of names, none of which a network of this package has: of DistributedDataParallel, torch.compile,
-# Lightning and other wrappers; of self-supervised pairs; of averages.
-_PREFIXES = (
-    "module.", "_orig_mod.", "model.", "network.", "net.", "backbone.", "encoder.", "student.", "online_model.",
-    "state_dict.",
-)  # fmt: skip
-_AVERAGED_PREFIXES = ("ema.", "ema_model.", "model_ema.", "state_dict_ema.", "teacher.")
-# What the names of our own networks begin with: files of a part of one have it before every name.
-_OURS = (
-    "blocks",
-    "blocks_token_only",
-    "patch_embed",
-    "norm",
-    "head",
-    "head_dist",
-    "stem",
-    "s1",
-    "s2",
-    "s3",
-    "s4",
-)
-# What averages count beside the weights.
-_COUNTERS = ("n_averaged", "num_updates", "decay", "initted", "step")
-
-
 def unwrap(content: Any, *, ema: bool, is_weight: type) -> Unwrapped:
-    """The state dict in a checkpoint. What stands beside it (optimiser, epoch, arguments) is left out.
+    """The state dict in a training script's checkpoint, without optimiser state, epoch and arguments.
 
     Args:
       content: what the file holds.
-      ema: take the moving average, if both are there.
-      is_weight: the type of a weight.
+      ema: the moving average, where the file has both.
+      is_weight: the class of a weight.
     """
     averaged, passed_over = False, ""
     for _ in range(3):  # wrappers in wrappers
@@ -287,19 +266,19 @@ def _holds(content: Any, key: str, is_weight: type) -> bool:
     )
 
 
-def strip(weights: Mapping[str, Any], *, ema: bool) -> Unwrapped:
-    """Takes off what wrappers put before every name, one after the other, and leaves out counters of averages.
+def strip_prefixes(weights: Mapping[str, Any], *, ema: bool) -> Unwrapped:
+    """Removes the prefixes that wrappers add to every name, and the counters of averages.
 
     A first part that all names share is a wrapper's too, whatever it is called.
 
     Args:
       weights: name to array.
-      ema: where the names are of weights and of their average (`online_model.x`, `ema_model.x`), take the average.
+      ema: where there are weights and their average (`online_model.x`, `ema_model.x`), the average.
 
     Raises:
       UserError: some names have a prefix and others none.
     """
-    weights = {name: array for name, array in weights.items() if not _counts(name, array)}
+    weights = {name: array for name, array in weights.items() if not _is_counter(name, array)}
     averaged, passed_over = False, ""
     while groups := _by_prefix(weights):
         prefixes = [prefix for prefix in groups if prefix]
@@ -307,7 +286,7 @@ def strip(weights: Mapping[str, Any], *, ema: bool) -> Unwrapped:
             common = {name.partition(".")[0] for name in weights}
             if (
                 len(common) > 1
-                or not common.isdisjoint(_OURS)
+                or not common.isdisjoint(_TOP_LEVEL)
                 or not all("." in n for n in weights)
             ):
                 break
@@ -325,7 +304,7 @@ def strip(weights: Mapping[str, Any], *, ema: bool) -> Unwrapped:
 
 
 def _by_prefix(weights: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The weights by their known prefix, which is taken off; those without one under an empty one."""
+    """Known prefix, or an empty one, to the weights that have it, without it."""
     groups: dict[str, dict[str, Any]] = {}
     for name, array in weights.items():
         prefix = next((p for p in (*_PREFIXES, *_AVERAGED_PREFIXES) if name.startswith(p)), "")
@@ -333,7 +312,7 @@ def _by_prefix(weights: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return groups
 
 
-def _counts(name: str, array: Any) -> bool:
+def _is_counter(name: str, array: Any) -> bool:
     return name.rpartition(".")[2] in _COUNTERS and getattr(array, "size", 1) == 1
 
 
@@ -347,19 +326,11 @@ def _mixed(weights: Mapping[str, Any], prefixes: Sequence[str]) -> UserError:
     )
 
 
-_NUMBERS_AT_ONCE = 2**22
-
-
 def check_finite(weights: Mapping[str, Any], dtype: Any = None) -> None:
-    """Refuses weights with NaN or infinity among them.
-
-    Args:
-      weights: name to array; integers are always finite.
-      dtype: what they will be cast to, if that may overflow.
+    """Refuses weights that hold NaN or infinity, or would after a cast to `dtype`.
 
     Raises:
-      UserError: naming the first such weight, how many of its numbers are not finite, and how many weights are
-        affected.
+      UserError: naming the first of them, how many of its numbers are not finite, and how many more have such.
     """
     bad = {name: count for name, array in weights.items() if (count := _not_finite(array, None))}
     if bad:
@@ -379,14 +350,14 @@ def check_finite(weights: Mapping[str, Any], dtype: Any = None) -> None:
 
 
 def _not_finite(array: Any, dtype: Any) -> int:
-    """How many numbers are not finite, after a cast to `dtype`."""
+    """How many numbers are not finite after a cast to `dtype`; of integers none."""
     array = np.asarray(array)
     if array.dtype.kind in "biuSU":
         return 0
     flat, count = array.reshape(-1), 0
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, flat.size, _NUMBERS_AT_ONCE):
-            part = flat[start : start + _NUMBERS_AT_ONCE]
+        for start in range(0, flat.size, _CHUNK):
+            part = flat[start : start + _CHUNK]
             part = part if dtype is None else part.astype(dtype)
             count += part.size - int(np.count_nonzero(np.isfinite(part)))
     return count

@@ -116,8 +116,8 @@ def written(path: Path) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda data: data[:-1], r"is cut short .*: download it again"),
-        (lambda data: data[:40], r"is cut short .*: download it again"),
+        (lambda data: data[:-1], r"is truncated .*: download it again"),
+        (lambda data: data[:40], r"is truncated .*: download it again"),
         (lambda data: b"<html>404</html>" * 9, r"no safetensors file .*: download it again"),
         (lambda data: b"", r"is empty: download it again"),
     ],
@@ -288,8 +288,8 @@ def test_a_checkpoint_of_timm_or_deit_has_both(monkeypatch, caplog, averaged):
     ("result", "sentence"),
     [
         (pickle.UnpicklingError("Unsupported global"), "more than tensors, .* could run code"),
-        (RuntimeError("failed finding central directory. And more.\nAnd more."), "cut short or no"),
-        (EOFError(), r"cut short .*\(EOFError\): download it again"),
+        (RuntimeError("failed finding central directory. And more.\nAnd more."), "truncated or no"),
+        (EOFError(), r"truncated .*\(EOFError\): download it again"),
         ([1], "holds a list, not named tensors"),
         ({"lots": STATE}, "holds 'lots', of type dict, where weights are expected"),
         ({"a": 3}, "holds 'a', of type int"),
@@ -306,7 +306,7 @@ def test_what_is_no_pickle_is_not_given_to_pytorch(monkeypatch, tmp_path):
     torch = stand_in(STATE)
     monkeypatch.setitem(sys.modules, "torch", torch)
     (tmp_path / "w.bin").write_bytes(b"<html>404</html>")
-    with pytest.raises(UserError, match=r"w\.bin is cut short or no file of PyTorch's"):
+    with pytest.raises(UserError, match=r"w\.bin is truncated or no file of PyTorch's"):
         read_weights(tmp_path / "w.bin")
     assert torch.calls == []
 
