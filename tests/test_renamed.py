@@ -10,7 +10,7 @@ from cait_jax.renamed import KEYS, current_attributes
 from cait_jax.train import defaults
 from cait_jax.train.config import as_json, check_resumable, flatten, load_config, take_apart
 from cait_jax.train.keys import RULES
-from cait_jax.weights.saved import build, describe
+from cait_jax.weights.saved import model_from_dict, model_to_dict
 
 DIGITS = str(Path(__file__).parents[1] / "configs" / "digits.py")
 VALUES = {
@@ -78,8 +78,8 @@ def test_a_run_saved_under_old_keys_resumes_under_new_ones(old):
 
 def test_a_model_saved_under_old_names_is_read():
     model = create_model("cait_nano4_patch4_8", drop_path_rate=0.25)
-    described = describe(model)
+    described = model_to_dict(model)
     attributes = described["attributes"]
     attributes["drop_path"] = attributes.pop("drop_path_rate")
-    assert build(described) == model
+    assert model_from_dict(described) == model
     assert current_attributes({"drop_path": 1, "scale": 2}) == {"drop_path_rate": 1, "scale": 2}

@@ -25,20 +25,17 @@ def resize_pos_embed(
     antialias: bool = False,
     num_prefix_tokens: int = 0,
 ) -> Float[np.ndarray, "1 new d"]:
-    """Resizes the grid of a position embedding with PyTorch's bicubic interpolation.
+    """Resizes the grid of a position embedding with PyTorch's bicubic interpolation, in float32.
 
     The released models were fine-tuned from positions resized without antialiasing; timm antialiases.
 
     Args:
-      pos_embed: positions of prefix tokens, then of the patches, row by row.
-      old_grid: rows and columns of patches it is for.
-      new_grid: rows and columns wanted.
-      antialias: as `torch.nn.functional.interpolate(..., antialias=True)`, whose kernel is another one too
+      pos_embed: positions of prefix tokens, then of the patches in row-major order.
+      old_grid: rows and columns of patches.
+      new_grid: rows and columns of patches.
+      antialias: as `torch.nn.functional.interpolate(..., antialias=True)`, which also has another kernel
         (a = -0.5 instead of -0.75).
       num_prefix_tokens: positions in front that belong to no patch and stay as they are.
-
-    Returns:
-      (1, num_prefix_tokens + new rows * new columns, d), computed in float32, in the dtype of `pos_embed`.
 
     Raises:
       UserError: `pos_embed` has another number of positions than `old_grid` and the prefix together.
@@ -72,14 +69,7 @@ def resize_patch_embed(
 
     Beyer et al., "FlexiViT", arXiv 2212.08013, section 3.4: with `B` the linear map that resizes a patch
     (bicubic, antialiased), the new kernel is the pseudo-inverse of `B`'s transpose times the old one. For
-    larger patches `<new, B x> = <old, x>` holds for every patch `x`; for smaller ones as nearly as can be.
-
-    Args:
-      kernel: of the convolution that embeds patches, (old, old, channels, width).
-      new_patch: side of the new patches in pixels.
-
-    Returns:
-      (new, new, channels, width), in the dtype of `kernel`.
+    larger patches `<new, B x> = <old, x>` holds for every patch `x`, for smaller ones in the least-squares sense.
     """
     array = np.asarray(kernel)
     old = array.shape[0]
@@ -101,20 +91,16 @@ def adapt_input(
     image_size: tuple[int, int] | None = None,
     antialias: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Resizes position embedding and patch kernel where the model's image or patches have another size.
+    """Resizes position embedding and patch kernel where the model's images or patches have another size.
 
     Args:
-      weights: published name to array, in PyTorch's layout.
-      model: the model the weights are wanted for; one without position embedding takes any image.
+      weights: a state dict of timm's.
+      model: one without position embedding takes images of any size.
       image_size: (height, width) in pixels that the weights are for; a square image if not given.
       antialias: see `resize_pos_embed`.
 
-    Returns:
-      The weights, those two replaced where needed.
-
     Raises:
-      UserError: the weights' grid is not known: it is not square and `image_size` is not given, or does
-        not fit.
+      UserError: the weights' grid is not square and `image_size` is not given, or does not match it.
     """
     fitted = dict(weights)
     if _POSITIONS not in weights or _KERNEL not in weights:
@@ -128,7 +114,7 @@ def adapt_input(
     prefix = shapes[_POSITIONS].shape[1] - grid[0] * grid[1]
     old_grid = _grid(positions.shape[1] - prefix, grid, kernel.shape[-1], image_size)
     if positions.shape[-1] != shapes[_POSITIONS].shape[-1]:
-        return fitted  # of another network, as whoever fills it in will say
+        return fitted  # of another network, which `from_timm` refuses
     fitted[_POSITIONS] = resize_pos_embed(
         positions, old_grid, grid, antialias=antialias, num_prefix_tokens=prefix
     )
@@ -140,7 +126,7 @@ def adapt_input(
 def _grid(
     count: int, wanted: tuple[int, int], patch: int, image_size: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """Rows and columns of the `count` patches that weights have positions for."""
+    """Rows and columns of the weights' `count` patches."""
     if image_size is not None:
         grid = (image_size[0] // patch, image_size[1] // patch)
         if grid[0] * grid[1] != count:
@@ -181,22 +167,19 @@ _HEAD = "head"
 def adapt_head(
     weights: Mapping[str, np.ndarray], model: Any, *, reset: bool = False, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Gives weights the head that a model has.
-
-    A model of 0 classes has none: it is left out. With `reset` it starts as the model's own initialisation
-    makes it, and one line of the log names what was replaced.
+    """Drops the head where the model has 0 classes, and initialises it with `reset`, which is logged.
 
     Args:
-      weights: published name to array.
-      model: the model the weights are wanted for.
-      reset: start the head anew.
-      seed: what the new head is drawn from.
+      weights: a state dict of timm's.
+      model: the model that the weights are for.
+      reset: initialise the head.
+      seed: of that initialisation.
 
     Returns:
-      The weights, and the names that were started anew.
+      The weights, and the names of the initialised ones.
 
     Raises:
-      UserError: the weights fit but for a head of another number of classes, or none, and `reset` is False.
+      UserError: the head of the weights has another number of classes, or is missing, and `reset` is False.
     """
     if model.num_classes == 0:
         body = {name: array for name, array in weights.items() if not _of_head(name)}
@@ -208,9 +191,9 @@ def adapt_head(
         return {name: leaves for name, leaves in params.items() if name.startswith(_HEAD)}
 
     if reset:
-        # Jitted, so that the initialisation of everything else is dropped before it runs.
+        # Jitted: XLA drops the initialisation of everything else.
         fresh = to_timm({"params": jax.jit(head)(jax.random.key(seed))})
-        _log.warning("started anew from seed %d: %s", seed, ", ".join(sorted(fresh)))
+        _log.warning("initialised from seed %d: %s", seed, ", ".join(sorted(fresh)))
         return {**weights, **fresh}, sorted(fresh)
 
     shapes = jax.eval_shape(head, jax.random.key(0))
@@ -221,7 +204,7 @@ def adapt_head(
         raise UserError(
             f"these weights have no head, and the model has {model.num_classes} classes: "
             + advise(
-                Way("give {} to start one anew", "reset_head", True),
+                Way("give {} to initialise one", "reset_head", True),
                 Way("{} for features", "num_classes", 0),
                 otherwise="choose weights with a head",
             )
@@ -232,7 +215,7 @@ def adapt_head(
             raise UserError(
                 f"these weights have {found[0]} classes and the model {model.num_classes}: "
                 + advise(
-                    Way("give {} to start the head anew", "reset_head", True),
+                    Way("give {} to initialise the head", "reset_head", True),
                     Way("{} to keep it", "num_classes", found[0]),
                     otherwise=f"choose weights of {model.num_classes} classes",
                 )

@@ -1,13 +1,13 @@
 """The released weights: where they are on the Hugging Face hub, how they are downloaded, what they score."""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cait_jax.errors import Literal, UserError, nearest, one_line, setting
+from cait_jax.files import sha256
 from cait_jax.models.zoo import VARIANTS
 
 _FILE = "model.safetensors"
@@ -20,15 +20,14 @@ class Released:
     """One set of released weights.
 
     Attributes:
-      name: of the model, as `create_model` takes it.
-      hub_id: repository on the Hugging Face hub; the weights are its `model.safetensors`.
+      name: of the model.
+      hub_id: repository on the Hugging Face hub, which holds `model.safetensors`.
       image_size: side in pixels of the images it was evaluated on.
       crop_ratio: side of the centre crop over the short side of the resized image.
-      top1: accuracy on ImageNet-1k's validation images in percent, with this size and crop; None where no
-        figure is certain.
-      source: where `top1` is from.
+      top1: on ImageNet-1k's validation images in percent, with this size and crop; None if not published.
+      source: of `top1`.
       mean: of each channel, on a scale from 0 to 1.
-      std: of each channel, on the same scale.
+      std: on the same scale.
       revision: commit of the repository; empty: the newest.
       sha256: of the file, in hexadecimal; empty: not checked.
     """
@@ -45,7 +44,7 @@ class Released:
     sha256: str = ""
 
     def preprocessing(self) -> dict[str, Any]:
-        """The settings of its preprocessing, as JSON holds them."""
+        """The settings of its preprocessing."""
         return {
             "image_size": [self.image_size, self.image_size],
             "crop_ratio": self.crop_ratio,
@@ -57,12 +56,7 @@ class Released:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A published accuracy.
-
-    Attributes:
-      top1: in percent.
-      source: who measured it, and how the model was trained where that is not the released weights.
-    """
+    """A published accuracy, `top1` in percent, and who measured it."""
 
     top1: float
     source: str
@@ -138,8 +132,7 @@ def find_released(name: str) -> Released:
     """The released weights of a named model.
 
     Raises:
-      UserError: the name is unknown, or no weights were released under it; with the names under which the
-        same architecture was.
+      UserError: the name is unknown, or no weights were released under it (naming those of the same architecture).
     """
     if name in RELEASED:
         return RELEASED[name]
@@ -159,11 +152,7 @@ def find_released(name: str) -> Released:
 
 
 def published_result(name: str) -> Result | None:
-    """The published ImageNet-1k accuracy of a named model.
-
-    That of the weights released under this name, else of the paper that trained the architecture; None where
-    there is neither.
-    """
+    """A named model's ImageNet-1k accuracy: that of its released weights, else that of its paper, else None."""
     if name in RELEASED:
         row = RELEASED[name]
         return None if row.top1 is None else Result(row.top1, row.source)
@@ -184,8 +173,7 @@ def download(released: Released) -> Path:
     """
     file = _fetch(released)
     if released.sha256:
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = sha256(file)
         if found != released.sha256:
             raise UserError(
                 f"{file} has SHA-256 {found} instead of {released.sha256}: remove "

@@ -17,20 +17,45 @@ from cait_jax.models.zoo import VARIANTS
 from cait_jax.weights.adapt import adapt_head, adapt_input
 from cait_jax.weights.hub import RELEASED, download, find_released
 from cait_jax.weights.runs import is_run, read_run, run_settings
-from cait_jax.weights.saved import change, is_saved, read_saved, read_saved_weights, save_pretrained
+from cait_jax.weights.saved import (
+    is_saved,
+    read_saved,
+    read_saved_weights,
+    replace_attributes,
+    save_pretrained,
+)
 from cait_jax.weights.state_dicts import SUFFIXES, check_finite, read_weights
 from cait_jax.weights.timm_names import from_timm
 
+__all__ = [
+    "Settings",
+    "create_model",
+    "list_models",
+    "load_pretrained",
+    "load_settings",
+    "preprocessing",
+    "save_pretrained",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is saved beside a model's weights; None where it is not.
+
+    Attributes:
+      label_names: the classes in the order of the logits; None for released weights, which have ImageNet-1k's.
+      preprocessing: `image_size` [height, width] in pixels, `crop_ratio`, `mean` and `std` of each channel
+        on a scale from 0 to 1, and `channels`.
+    """
+
+    label_names: tuple[str, ...] | None
+    preprocessing: dict[str, Any] | None
+
 
 def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
-    """Names the models whose name matches a shell pattern, in alphabetical order.
+    """The names that match a shell pattern such as `"cait_s*"`, in alphabetical order.
 
-    Args:
-      pattern: such as `"cait_s*"`.
-      pretrained: only those with released weights.
-
-    Returns:
-      The names, which may be none.
+    With `pretrained`, only those with released weights.
     """
     if pretrained:
         return sorted(fnmatch.filter(RELEASED, pattern))
@@ -41,7 +66,7 @@ def create_model(name: str, *, pretrained: bool = False, **attributes: Any) -> A
     """Makes a model by name.
 
     Args:
-      name: a name of `list_models()`.
+      name: one of `list_models()`.
       pretrained: with its released weights, downloaded on first use.
       **attributes: see `cait_jax.models.zoo.create_model`; with `pretrained`, see `load_pretrained`.
 
@@ -50,29 +75,129 @@ def create_model(name: str, *, pretrained: bool = False, **attributes: Any) -> A
       With `pretrained` the model and its variables.
 
     Raises:
-      UserError: for an unknown name or attribute, for sizes that do not fit, and for weights that do not
-        exist or cannot be had.
+      UserError: a name or attribute is unknown, sizes do not match each other, or the weights do not exist or
+        cannot be downloaded.
     """
     if pretrained:
         return load_pretrained(name, **attributes)
     return zoo.create_model(name, **attributes)
 
 
+def load_pretrained(
+    name_or_path: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    num_classes: int | None = None,
+    reset_head: bool = False,
+    antialias: bool = False,
+    dtype: Any = None,
+    param_dtype: Any = None,
+    ema: bool = False,
+    seed: int = 0,
+    weights_image_size: tuple[int, int] | None = None,
+    **overrides: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Makes a model and loads its weights, strictly: all of them, or an error.
+
+    Args:
+      name_or_path: a model's name; or a directory that `save_pretrained` or `export_timm` wrote, or that
+        of a training run (its newest checkpoint) or of one of its checkpoints (`RUN/checkpoints/STEP`).
+      weights: other weights: a `.safetensors`, `.pth`, `.pt` or `.bin` file with timm's names, or such a
+        directory.
+      image_size: side in pixels, or (height, width), to which the position embedding is resized.
+      patch_size: in pixels; the patch kernel is resized to it.
+      num_classes: 0 leaves out the head.
+      reset_head: initialise the head, as another number of classes needs.
+      antialias: resize positions as timm does; by default as the released weights were.
+      dtype: of the computation; by default float32 for a name, or the saved model's own.
+      param_dtype: by default as `dtype`. One that cannot hold the numbers of the file exactly must be given.
+      ema: of a training run, or of a file that holds both, the average of the parameters.
+      seed: of the head's initialisation.
+      weights_image_size: (height, width) that a file's weights were made for, where it is not square.
+      **overrides: any other attribute of the model, such as `drop_path_rate=0.1`; None leaves it as it is.
+
+    Returns:
+      The model, and its variables: `logits = model.apply(variables, images)`.
+
+    Raises:
+      UserError: weights are missing, broken, or do not match the model.
+    """
+    attributes = overrides | {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "num_classes": num_classes,
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+    }
+    attributes = {key: value for key, value in attributes.items() if value is not None}
+
+    if _is_name(name_or_path):
+        name = str(name_or_path)
+        if weights is None:
+            find_released(name)
+        model = zoo.create_model(name, **attributes)
+        place = download(find_released(name)) if weights is None else Path(weights)
+        trained, stored = _read(place, ema)
+    else:
+        place = Path(name_or_path)
+        trained, stored = _read(place, ema and weights is None)
+        if trained is None:
+            raise UserError(
+                f"{place} holds weights but not the network they are of: give "
+                f"{setting('name_or_path', Literal('NAME'))} and {setting('weights', str(place))}"
+            )
+        model = replace_attributes(trained, **attributes)
+        if weights is not None:
+            place = Path(weights)
+            trained, stored = _read(place, ema)
+    size = weights_image_size or getattr(trained, "image_size", None)
+    try:
+        stored = adapt_input(stored, model, image_size=size, antialias=antialias)
+        stored, _ = adapt_head(stored, model, reset=reset_head, seed=seed)
+        if param_dtype is None:
+            _check_exact(stored, model.param_dtype)
+        else:
+            check_finite(stored, model.param_dtype)
+        return model, from_timm(stored, model)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def load_settings(name_or_path: str | os.PathLike[str]) -> Settings:
+    """The class names and preprocessing saved beside the model of `load_pretrained(name_or_path)`.
+
+    Raises:
+      UserError: there is no such name or directory, or it cannot be read.
+    """
+    if _is_name(name_or_path):
+        return Settings(None, find_released(str(name_or_path)).preprocessing())
+    path = Path(name_or_path)
+    if is_run(path):
+        return Settings(*run_settings(path))
+    if not is_saved(path):
+        raise _no_source(path)
+    saved = read_saved(path)
+    return Settings(saved.label_names, saved.preprocessing)
+
+
 def preprocessing(
     name_or_path: str | os.PathLike[str], *, image_size: int | tuple[int, int] | None = None
 ) -> Preprocessing:
-    """The function from images to a batch that a model was evaluated with.
+    """The preprocessing of a model's evaluation, a function of PIL images or paths.
+
+    A named model without released weights gets ImageNet's mean and standard deviation.
 
     Args:
-      name_or_path: a model's name, or a directory as `load_pretrained` takes it.
-      image_size: side in pixels, or (height, width), if it is to be another than the model's own.
+      name_or_path: as `load_pretrained` takes it.
+      image_size: side in pixels, or (height, width), instead of the model's own.
 
     Returns:
-      `preprocessing(name)(images)`: PIL images or paths to float32 (batch, height, width, channels). A named
-      model without released weights gets its own resolution and ImageNet's mean and standard deviation.
+      `preprocessing(name)(images)` is float32 (batch, height, width, channels).
 
     Raises:
-      UserError: there is no such name or directory, or it does not say how its images are prepared.
+      UserError: there is no such name or directory, or no preprocessing is saved in it.
     """
     prepare = _preprocessing(name_or_path)
     if image_size is None:
@@ -101,129 +226,8 @@ def _preprocessing(name_or_path: str | os.PathLike[str]) -> Preprocessing:
     raise UserError(f"nothing says how images for {name} are prepared: {fix}")
 
 
-__all__ = ["Settings", "load_pretrained", "load_settings", "save_pretrained"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What prediction needs beside a model.
-
-    Attributes:
-      label_names: names of the classes in the order of the logits; None where none are saved. Released
-        weights have ImageNet-1k's.
-      preprocessing: `image_size` [height, width] in pixels, `crop_ratio`, `mean` and `std` of each channel
-        on a scale from 0 to 1, and `channels`; None where none is saved.
-    """
-
-    label_names: tuple[str, ...] | None
-    preprocessing: dict[str, Any] | None
-
-
-def load_pretrained(
-    name_or_path: str | os.PathLike[str],
-    *,
-    weights: str | os.PathLike[str] | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    patch_size: int | None = None,
-    num_classes: int | None = None,
-    reset_head: bool = False,
-    antialias: bool = False,
-    dtype: Any = None,
-    param_dtype: Any = None,
-    ema: bool = False,
-    seed: int = 0,
-    weights_image_size: tuple[int, int] | None = None,
-    **overrides: Any,
-) -> tuple[Any, dict[str, Any]]:
-    """Makes a model and fills it with weights, strictly: all of them, or an error.
-
-    Args:
-      name_or_path: a name of a model; or a directory that `save_pretrained` or `export_timm` wrote, or that
-        of a training run (its newest checkpoint) or of one of its checkpoints (`RUN/checkpoints/STEP`).
-      weights: where the weights are instead: a `.safetensors`, `.pth`, `.pt` or `.bin` file under the
-        published names, or such a directory.
-      image_size: side in pixels, or (height, width); positions are resized to it.
-      patch_size: side of a patch in pixels; the patch kernel is resized to it.
-      num_classes: classes of the head; 0 leaves the head out.
-      reset_head: start the head anew, as another number of classes needs.
-      antialias: resize positions as timm does; by default as the released weights were.
-      dtype: dtype of the computation; if not given float32 for a name, or the saved model's own.
-      param_dtype: dtype of the parameters, likewise. One that cannot hold the numbers of the file exactly
-        must be asked for.
-      ema: of a training run, or of a file that holds both, the average of the parameters.
-      seed: what a new head is drawn from.
-      weights_image_size: (height, width) that a file's weights were made for, where it is not square.
-      **overrides: any other attribute of the model, such as `drop_path_rate=0.1`; None leaves it as it is.
-
-    Returns:
-      The model, and its variables: `logits = model.apply(variables, images)`.
-
-    Raises:
-      UserError: in one sentence, for anything missing, broken, or not fitting.
-    """
-    attributes = overrides | {
-        "image_size": image_size,
-        "patch_size": patch_size,
-        "num_classes": num_classes,
-        "dtype": dtype,
-        "param_dtype": param_dtype,
-    }
-    attributes = {key: value for key, value in attributes.items() if value is not None}
-
-    if _is_name(name_or_path):
-        name = str(name_or_path)
-        if weights is None:
-            find_released(name)
-        model = zoo.create_model(name, **attributes)
-        place = download(find_released(name)) if weights is None else Path(weights)
-        trained, stored = _read(place, ema)
-    else:
-        place = Path(name_or_path)
-        trained, stored = _read(place, ema and weights is None)
-        if trained is None:
-            raise UserError(
-                f"{place} holds weights but not the network they are of: give "
-                f"{setting('name_or_path', Literal('NAME'))} and {setting('weights', str(place))}"
-            )
-        model = change(trained, **attributes)
-        if weights is not None:
-            place = Path(weights)
-            trained, stored = _read(place, ema)
-    size = weights_image_size or getattr(trained, "image_size", None)
-    try:
-        stored = adapt_input(stored, model, image_size=size, antialias=antialias)
-        stored, _ = adapt_head(stored, model, reset=reset_head, seed=seed)
-        if param_dtype is None:
-            _refuse_rounding(stored, model.param_dtype)
-        else:
-            check_finite(stored, model.param_dtype)
-        return model, from_timm(stored, model)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
-
-
-def load_settings(name_or_path: str | os.PathLike[str]) -> Settings:
-    """What prediction needs beside the model of `load_pretrained(name_or_path)`.
-
-    Args:
-      name_or_path: a released name, or a directory as `load_pretrained` takes it.
-
-    Raises:
-      UserError: there is no such name or directory, or it cannot be read.
-    """
-    if _is_name(name_or_path):
-        return Settings(None, find_released(str(name_or_path)).preprocessing())
-    path = Path(name_or_path)
-    if is_run(path):
-        return Settings(*run_settings(path))
-    if not is_saved(path):
-        raise _no_source(path)
-    saved = read_saved(path)
-    return Settings(saved.label_names, saved.preprocessing)
-
-
 def _is_name(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether a model is meant and not a path: what is neither is refused as the likelier of the two."""
+    """Whether it is a model's name and not a path; what is neither is refused as the likelier of the two."""
     if not isinstance(name_or_path, str):
         return False
     if name_or_path in VARIANTS or name_or_path in RELEASED:
@@ -233,7 +237,7 @@ def _is_name(name_or_path: str | os.PathLike[str]) -> bool:
 
 
 def _read(path: Path, ema: bool) -> tuple[Any, dict[str, np.ndarray]]:
-    """The model, where `path` says what it is, and the weights under their published names."""
+    """The model, None for a file, and the weights as a state dict of timm's."""
     if is_run(path):
         trained, weights = read_run(path, ema=ema)
     elif is_saved(path):
@@ -262,11 +266,11 @@ def _no_source(path: Path) -> UserError:
     )
 
 
-def _refuse_rounding(weights: Mapping[str, np.ndarray], param_dtype: Any) -> None:
+def _check_exact(weights: Mapping[str, np.ndarray], param_dtype: Any) -> None:
     wide = {
         array.dtype
         for name, array in weights.items()
-        # Which are kept in float32 whatever the parameters are in.
+        # Statistics of batch norms are float32 whatever `param_dtype` is.
         if not name.endswith(("running_mean", "running_var"))
         and jnp.issubdtype(array.dtype, jnp.floating)
         and jnp.promote_types(array.dtype, param_dtype) != param_dtype

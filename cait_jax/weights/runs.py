@@ -1,6 +1,6 @@
 """A training run as a source of weights. It is only read, also while the run goes on.
 
-`RUN` is its newest good checkpoint, `RUN/checkpoints/STEP` the one of that step and no other.
+`RUN` is its newest valid checkpoint, `RUN/checkpoints/STEP` the one of that step and no other.
 """
 
 from collections.abc import Mapping
@@ -23,17 +23,13 @@ def is_run(path: Path) -> bool:
 
 
 def read_run(path: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarray]]:
-    """Reads the parameters of a run; the optimiser's state is not loaded.
-
-    Args:
-      path: the directory of the run or of a checkpoint.
-      ema: the average of the parameters instead of the parameters themselves.
+    """Reads a run's parameters, or their average, without the optimiser's state.
 
     Returns:
-      The model as it was trained, and published name to array.
+      The model as it was trained, and a state dict of timm's.
 
     Raises:
-      UserError: there is no checkpoint, none that is good, or no average in it.
+      UserError: there is no checkpoint, none that is valid, or no average in it.
     """
     params, meta = _restore(path, "ema" if ema else "params")
     model = _model(meta, params)
@@ -41,15 +37,12 @@ def read_run(path: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarra
 
 
 def run_settings(path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The names of a run's classes, and the preprocessing of its images.
-
-    Args:
-      path: the directory of the run or of a checkpoint.
+    """A run's class names and the preprocessing of its evaluation.
 
     Raises:
-      UserError: there is no checkpoint, or none that is good.
+      UserError: there is no checkpoint, or none that is valid.
     """
-    checkpoints, step = _located(path)
+    checkpoints, step = _open(path)
     meta = checkpoints.meta(step)
     params: Mapping[str, Any] = {}
     if "class_names" not in meta or "channels" not in meta:
@@ -70,8 +63,8 @@ def _is_step(path: Path) -> bool:
     return path.name.isdecimal() and path.parent.name == _CHECKPOINTS
 
 
-def _located(path: Path) -> tuple[Any, int | None]:
-    """The checkpoints of a run, and which of them is meant; None: the newest good one."""
+def _open(path: Path) -> tuple[Any, int | None]:
+    """The checkpoints of a run, and the step of the one that `path` names; None: the newest valid one."""
     from cait_jax.checkpoint.store import Checkpoints
 
     if _is_step(path):
@@ -80,7 +73,7 @@ def _located(path: Path) -> tuple[Any, int | None]:
 
 
 def _restore(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    checkpoints, step = _located(path)
+    checkpoints, step = _open(path)
     if part == "ema" and not checkpoints.meta(step)["config"]["optimizer"]["ema_decay"]:
         raise UserError(
             f"the run in {path} kept no average of its parameters (optimizer.ema_decay is 0): leave out "
@@ -108,7 +101,7 @@ def _image_size(config: Mapping[str, Any]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-# Runs of before the names and the channels were saved: of CaiT alone.
+# Old runs, all of CaiT, saved neither class names nor channels.
 
 
 def _class_names(meta: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """Directories of `save_pretrained`: weights under timm's names, model and settings in `config.json`."""
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from cait_jax.errors import Literal, UserError, nearest, setting
+from cait_jax.files import sha256
 from cait_jax.models.cait import CaiT
 from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import VisionTransformer, float_dtype, misfit
@@ -27,21 +27,176 @@ from cait_jax.weights.state_dicts import (
 )
 from cait_jax.weights.timm_names import abstract_variables, to_timm
 
-# The networks that can be saved, under the names their files say.
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+# Our section of config.json, beside those of other libraries.
+SECTION = "cait_jax"
+_FORMAT = 1
+_PREPROCESSING = ("image_size", "crop_ratio", "mean", "std", "channels")
+# The networks that can be saved, by their names in config.json.
 FAMILIES: Mapping[str, type[nn.Module]] = {
     network.__name__: network for network in (CaiT, VisionTransformer, RegNetY)
 }
 _DTYPES = ("dtype", "param_dtype")
 
 
-def describe(model: Any) -> dict[str, Any]:
-    """Every attribute that defines a model.
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A saved model but for its weights.
+
+    Attributes:
+      model: the module.
+      label_names: the classes in the order of the logits, or None.
+      preprocessing: `image_size`, `crop_ratio`, `mean`, `std` and `channels`, or None.
+      sha256: of the file of weights.
+    """
+
+    model: Any
+    label_names: tuple[str, ...] | None
+    preprocessing: dict[str, Any] | None
+    sha256: str
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str],
+    model: Any,
+    variables: Mapping[str, Any],
+    *,
+    label_names: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves a model so that `load_pretrained(directory)` gives the same bits and the same outputs.
 
     Args:
-      model: a model of `FAMILIES`.
+      directory: made if missing; an earlier save in it is replaced.
+      model: a model of this package.
+      variables: in the model's `param_dtype`.
+      label_names: the classes in the order of the logits.
+      preprocessing: `image_size` (height, width) in pixels, `crop_ratio`, `mean` and `std` of each channel
+        on a scale from 0 to 1, `channels`.
 
-    Returns:
-      `{"family": name, "attributes": {name: value}}`, dtypes by their names; `build` undoes it.
+    Raises:
+      UserError: variables, label names or preprocessing do not match the model, or the directory cannot be
+        written; it is as it was then.
+    """
+    weights = checked_state_dict(model, variables)
+    section = config_section(model, label_names=label_names, preprocessing=preprocessing)
+    replace_files(
+        Path(directory),
+        {WEIGHTS: safetensors_writer(weights), CONFIG: config_writer({SECTION: section})},
+    )
+
+
+def config_section(
+    model: Any, *, label_names: Sequence[str] | None, preprocessing: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Our section of `config.json`, without the checksum of the weights.
+
+    Raises:
+      UserError: see `save_pretrained`.
+    """
+    if label_names is not None and len(label_names) != model.num_classes:
+        raise UserError(
+            f"there are {len(label_names)} label names and the model has {model.num_classes} classes: "
+            "give one name a class"
+        )
+    return {
+        "format": _FORMAT,
+        **model_to_dict(model),
+        "label_names": None if label_names is None else [str(name) for name in label_names],
+        "preprocessing": None if preprocessing is None else _as_json(preprocessing),
+    }
+
+
+def config_writer(config: Mapping[str, Any]) -> Callable[[Path], None]:
+    """A writer of `config.json` for `replace_files`, after that of the weights, whose SHA-256 it adds."""
+
+    def write(path: Path) -> None:
+        section = {**config[SECTION], "weights_sha256": sha256(path.with_name(WEIGHTS))}
+        text = json.dumps({**config, SECTION: section}, indent=1, allow_nan=False)
+        path.write_text(f"{text}\n", encoding="utf-8")
+
+    return write
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `path` is a directory with a `config.json`."""
+    return (path / CONFIG).is_file()
+
+
+def read_saved(directory: Path) -> SavedModel:
+    """Reads `config.json`.
+
+    Raises:
+      UserError: it is not one of ours, or of a newer format.
+    """
+    file = directory / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): save the model again") from error
+    section = config.get(SECTION) if isinstance(config, dict) else None
+    if not isinstance(section, dict):
+        raise UserError(
+            f"{file} is not of this package and does not say which network the weights are of: give "
+            f"{setting('name_or_path', Literal('NAME'))} and {setting('weights', str(directory / WEIGHTS))}"
+        )
+    if section.get("format") != _FORMAT:
+        raise UserError(
+            f"{file} is of format {section.get('format')}, and this version reads {_FORMAT}: install a "
+            "newer cait-jax"
+        )
+    try:
+        labels = section["label_names"]
+        return SavedModel(
+            model=model_from_dict(section),
+            label_names=None if labels is None else tuple(labels),
+            preprocessing=section["preprocessing"],
+            sha256=section["weights_sha256"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is incomplete (no {error}): save the model again") from error
+
+
+def read_saved_weights(directory: Path) -> dict[str, np.ndarray]:
+    """Reads the weights of a saved model.
+
+    Raises:
+      UserError: a file is missing, or the weights' SHA-256 is not that in `config.json`.
+    """
+    expected = read_saved(directory).sha256
+    file = directory / WEIGHTS
+    weights = read_weights(file)
+    if sha256(file) != expected:
+        raise UserError(
+            f"{file} is not the file that {CONFIG} beside it was written for (its SHA-256 differs): "
+            "save the model again"
+        )
+    return weights
+
+
+def checked_state_dict(model: Any, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """`to_timm(variables)`, without collections that initialisation does not make.
+
+    Raises:
+      UserError: a variable is missing, left over, not finite, or of another shape or dtype than the model's.
+    """
+    expected = abstract_variables(model)
+    given = {name: variables[name] for name in expected if name in variables}
+    found, wanted = leaf_shapes(given), leaf_shapes(expected)
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"these variables are not this model's: {name} is {found.get(name, 'missing')} and "
+                f"should be {wanted.get(name, 'absent')}: use a model made for them, with their param_dtype"
+            )
+    weights = to_timm(given)
+    check_finite(weights)
+    return weights
+
+
+def model_to_dict(model: Any) -> dict[str, Any]:
+    """A model of `FAMILIES` as `{"family": name, "attributes": {name: value}}`, dtypes by their names.
 
     Raises:
       UserError: the model is of another class, or has an attribute that JSON cannot hold.
@@ -69,8 +224,8 @@ def describe(model: Any) -> dict[str, Any]:
     return {"family": family, "attributes": attributes}
 
 
-def build(description: Mapping[str, Any]) -> Any:
-    """The model that `describe` described.
+def model_from_dict(description: Mapping[str, Any]) -> Any:
+    """The inverse of `model_to_dict`.
 
     Raises:
       UserError: the family or an attribute is unknown, or a value does not fit.
@@ -95,12 +250,8 @@ def build(description: Mapping[str, Any]) -> Any:
         raise misfit(family, error) from error
 
 
-def change(model: Any, **attributes: Any) -> Any:
-    """The model with some attributes replaced.
-
-    Args:
-      model: a model.
-      **attributes: new values; `image_size` may be one side, a dtype may be its name.
+def replace_attributes(model: Any, **attributes: Any) -> Any:
+    """The model with some attributes replaced; `image_size` may be one side, a dtype may be its name.
 
     Raises:
       UserError: an attribute is unknown, or its value does not fit.
@@ -123,185 +274,10 @@ def attribute_names(model: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
 
 
-def checked_state_dict(model: Any, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A model's variables under their published names.
-
-    Args:
-      model: the model.
-      variables: its variables; collections that initialisation does not make are left out.
-
-    Returns:
-      Published name to array, in PyTorch's layout, dtypes unchanged.
-
-    Raises:
-      UserError: a variable is missing, left over, of another shape or dtype than the model's, or not finite.
-    """
-    expected = abstract_variables(model)
-    given = {name: variables[name] for name in expected if name in variables}
-    found, wanted = leaf_shapes(given), leaf_shapes(expected)
-    for name in sorted({*found, *wanted}):
-        if found.get(name) != wanted.get(name):
-            raise UserError(
-                f"these variables are not this model's: {name} is {found.get(name, 'missing')} and "
-                f"should be {wanted.get(name, 'absent')}: use a model made for them, with their param_dtype"
-            )
-    weights = to_timm(given)
-    check_finite(weights)
-    return weights
-
-
 def _refuse_unknown(family: str, attributes: Mapping[str, Any], known: set[str]) -> None:
     for name in attributes:
         if name not in known:
             raise UserError(f"{family} has no attribute {name!r}; {nearest(name, known)}")
-
-
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-# Our part of config.json, beside which other libraries may have theirs.
-SECTION = "cait_jax"
-_FORMAT = 1
-_PREPROCESSING = ("image_size", "crop_ratio", "mean", "std", "channels")
-
-
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """What a directory holds.
-
-    Attributes:
-      model: the model, without parameters.
-      label_names: names of the classes in the order of the logits, or None.
-      preprocessing: `image_size`, `crop_ratio`, `mean`, `std` and `channels`, or None.
-      sha256: of the file of weights.
-    """
-
-    model: Any
-    label_names: tuple[str, ...] | None
-    preprocessing: dict[str, Any] | None
-    sha256: str
-
-
-def save_pretrained(
-    directory: str | os.PathLike[str],
-    model: Any,
-    variables: Mapping[str, Any],
-    *,
-    label_names: Sequence[str] | None = None,
-    preprocessing: Mapping[str, Any] | None = None,
-) -> None:
-    """Saves a model so that `load_pretrained(directory)` gives the same bits and the same outputs.
-
-    Args:
-      directory: made if missing; an earlier save in it is replaced.
-      model: the model.
-      variables: its variables, in its own `param_dtype`.
-      label_names: names of the classes in the order of the logits.
-      preprocessing: what images need: `image_size` (height, width) in pixels, `crop_ratio`, `mean` and
-        `std` of each channel on a scale from 0 to 1, `channels`.
-
-    Raises:
-      UserError: the variables are not the model's, or label names or preprocessing do not fit it, or the
-        disk refuses; the directory is as it was then.
-    """
-    weights = checked_state_dict(model, variables)
-    section = config_section(model, label_names=label_names, preprocessing=preprocessing)
-    replace_files(
-        Path(directory),
-        {WEIGHTS: safetensors_writer(weights), CONFIG: config_writer({SECTION: section})},
-    )
-
-
-def config_section(
-    model: Any, *, label_names: Sequence[str] | None, preprocessing: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Our part of `config.json`, but for the sum of the weights.
-
-    Raises:
-      UserError: see `save_pretrained`.
-    """
-    if label_names is not None and len(label_names) != model.num_classes:
-        raise UserError(
-            f"there are {len(label_names)} label names and the model has {model.num_classes} classes: "
-            "give one name a class"
-        )
-    return {
-        "format": _FORMAT,
-        **describe(model),
-        "label_names": None if label_names is None else [str(name) for name in label_names],
-        "preprocessing": None if preprocessing is None else _as_json(preprocessing),
-    }
-
-
-def config_writer(config: Mapping[str, Any]) -> Callable[[Path], None]:
-    """A writer of `config.json` for `replace_files`, after that of the weights, whose sum it adds."""
-
-    def write(path: Path) -> None:
-        section = {**config[SECTION], "weights_sha256": _sha256(path.with_name(WEIGHTS))}
-        text = json.dumps({**config, SECTION: section}, indent=1, allow_nan=False)
-        path.write_text(f"{text}\n", encoding="utf-8")
-
-    return write
-
-
-def is_saved(path: Path) -> bool:
-    """Whether `path` is a directory with a `config.json`."""
-    return (path / CONFIG).is_file()
-
-
-def read_saved(directory: Path) -> Saved:
-    """Reads what `config.json` says, without the weights.
-
-    Raises:
-      UserError: the file is not one of ours, or of a newer format.
-    """
-    file = directory / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): save the model again") from error
-    section = config.get(SECTION) if isinstance(config, dict) else None
-    if not isinstance(section, dict):
-        raise UserError(
-            f"{file} is not of this package and does not say which network the weights are of: give "
-            f"{setting('name_or_path', Literal('NAME'))} and {setting('weights', str(directory / WEIGHTS))}"
-        )
-    if section.get("format") != _FORMAT:
-        raise UserError(
-            f"{file} is of format {section.get('format')}, and this version reads {_FORMAT}: install a "
-            "newer cait-jax"
-        )
-    try:
-        labels = section["label_names"]
-        return Saved(
-            model=build(section),
-            label_names=None if labels is None else tuple(labels),
-            preprocessing=section["preprocessing"],
-            sha256=section["weights_sha256"],
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file} is incomplete (no {error}): save the model again") from error
-
-
-def read_saved_weights(directory: Path) -> dict[str, np.ndarray]:
-    """Reads the weights of a saved model, checked against the sum in its `config.json`.
-
-    Raises:
-      UserError: a file is missing, or the weights are not those that were saved.
-    """
-    expected = read_saved(directory).sha256
-    file = directory / WEIGHTS
-    weights = read_weights(file)
-    if _sha256(file) != expected:
-        raise UserError(
-            f"{file} is not the file that {CONFIG} beside it was written for (its SHA-256 differs): "
-            "save the model again"
-        )
-    return weights
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _as_json(preprocessing: Mapping[str, Any]) -> dict[str, Any]:

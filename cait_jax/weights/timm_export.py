@@ -21,14 +21,14 @@ from cait_jax.weights.saved import (
 )
 from cait_jax.weights.state_dicts import replace_files, safetensors_writer, write_safetensors
 
-# What a network of each class of timm's is, in attributes of ours.
-_CAIT_IS = {
+# The values of our attributes that timm's classes have.
+_CAIT_OPTIONS = {
     "residual": ("layerscale",),
     "block_norm": (True,),
     "talking_heads": (True,),
     "class_token": ("class_attention",),
 }
-_VIT_IS = {
+_VIT_OPTIONS = {
     "residual": ("plain", "layerscale"),
     "block_norm": (True,),
     "talking_heads": (False,),
@@ -43,13 +43,13 @@ class TimmModel:
     Attributes:
       constructor: dotted path of the class.
       arguments: of the constructor.
-      entry_point: the model of timm's registry that the arguments make this network from.
-      named: the arguments that `entry_point` needs beside its own; None if the network is not that model
-        at another resolution, with other channels or classes.
-      first_conv: name of the layer that sees the image.
-      classifier: name of the layer that gives the logits, or of both.
-      positional: what comes before the arguments of the constructor, as code.
-      fixed_input_size: whether the network takes images of its own size only.
+      entry_point: a model of timm's registry of this class.
+      named: the arguments with which `entry_point` is this network; None if they would be more than image
+        size, channels and classes.
+      first_conv: name of the first layer.
+      classifier: name of the last layer, or of both.
+      positional: the constructor's positional arguments, as code.
+      fixed_input_size: whether images must have the network's size.
     """
 
     constructor: str
@@ -63,13 +63,10 @@ class TimmModel:
 
 
 def timm_constructor(model: Any) -> TimmModel:
-    """The call of timm that makes the same network, whose state dict has the same names and shapes.
-
-    Args:
-      model: a model.
+    """How timm makes the network whose state dict has the same names and shapes.
 
     Raises:
-      UserError: timm has no such network; the attributes that it lacks are named.
+      UserError: timm has no such network, naming the attributes that it lacks.
     """
     if isinstance(model, RegNetY):
         return _regnet(model)
@@ -90,14 +87,14 @@ def export_timm(
     Args:
       path_or_dir: a `.safetensors` file, which is written alone; or a directory, which receives
         `model.safetensors`, `config.json` for timm's `local-dir:` and `hf-hub:`, and a model card.
-      model: the model.
-      variables: its variables; their dtypes are kept.
+      model: a model of this package.
+      variables: their dtypes are kept.
       name: title of the model card.
-      label_names: names of the classes in the order of the logits.
+      label_names: the classes in the order of the logits.
       preprocessing: as `save_pretrained` takes it.
 
     Raises:
-      UserError: timm has no such network, the variables are not the model's, or the disk refuses.
+      UserError: timm has no such network, the variables are not the model's, or the file cannot be written.
     """
     call = timm_constructor(model)
     section = config_section(model, label_names=label_names, preprocessing=preprocessing)
@@ -118,7 +115,7 @@ def export_timm(
 
 
 def _cait(model: Any) -> TimmModel:
-    _refuse_options("Cait", model, _CAIT_IS)
+    _refuse_options("Cait", model, _CAIT_OPTIONS)
     class_mlp_ratio = model.mlp_ratio if model.class_mlp_ratio is None else model.class_mlp_ratio
     if class_mlp_ratio == 0:
         raise UserError(
@@ -138,7 +135,7 @@ def _cait(model: Any) -> TimmModel:
 
 
 def _vit(model: Any) -> TimmModel:
-    _refuse_options("VisionTransformer", model, _VIT_IS)
+    _refuse_options("VisionTransformer", model, _VIT_OPTIONS)
     usual = (model.mlp_ratio, model.residual, model.class_token) == (4, "plain", "input")
     otherwise = f"deit_tiny{'_distilled' * model.distilled}_patch16_224"
     entry_point, named = _entry_point(model, usual=usual, otherwise=otherwise)
@@ -183,7 +180,7 @@ def _regnet(model: Any) -> TimmModel:
 
 
 def _free_of(released: RegNetY) -> dict[str, Any]:
-    """The attributes that timm's name leaves open."""
+    """The attributes that timm's entry point leaves open."""
     names = ("image_size", "in_channels", "num_classes", "dtype", "param_dtype", "precision")
     return {name: getattr(released, name) for name in names}
 
@@ -198,7 +195,7 @@ def _input_and_head(model: Any) -> dict[str, Any]:
 
 
 def _sizes(model: Any) -> dict[str, Any]:
-    """The arguments that timm's transformers share."""
+    """The arguments common to timm's transformers."""
     return {
         **_input_and_head(model),
         "patch_size": model.patch_size,
@@ -209,18 +206,15 @@ def _sizes(model: Any) -> dict[str, Any]:
 
 
 def _entry_point(model: Any, *, usual: bool, otherwise: str) -> tuple[str, dict[str, Any] | None]:
-    """The name under which timm knows a transformer, and what must be said beside it.
+    """`TimmModel.entry_point` and `.named` of a transformer.
 
     Args:
-      model: the model.
+      model: the transformer.
       usual: whether everything but its sizes is as in the released models.
-      otherwise: a name of the same class, for a model that timm has no name for.
-
-    Returns:
-      The name and its arguments, None if the model is none of timm's.
+      otherwise: an entry point of the same class, for a model that is none of timm's.
     """
     same = [name for name in RELEASED if usual and _has_shape_of(name, model)]
-    # The one made for this resolution first.
+    # That of this resolution first.
     same.sort(key=lambda name: RELEASED[name].image_size != model.image_size[0])
     if not same:
         return otherwise, None
@@ -240,7 +234,7 @@ def _has_shape_of(name: str, model: Any) -> bool:
 
 
 def _refuse_options(constructor: str, model: Any, known: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuses the attributes that make a network which the constructor cannot make."""
+    """Refuses attributes that the constructor does not have."""
     lacking = [
         f"{name} {getattr(model, name)!r}"
         for name, values in known.items()

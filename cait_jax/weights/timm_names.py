@@ -18,19 +18,19 @@ from cait_jax.models.zoo import Network
 
 _NUMBERED = re.compile(r"(blocks|blocks_token_only)_(\d+)")
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-# PyTorch's batch norms count their batches too. The count enters no result here and is not kept.
+# PyTorch's batch norms count their batches too; no result depends on it.
 _COUNTER = "num_batches_tracked"
 
 
 def from_timm(weights: Mapping[str, Any], model: Network) -> dict[str, Any]:
-    """Builds a model's variables from weights under their published names.
+    """A model's variables from a state dict of timm's.
 
     Args:
-      weights: published name to array, in PyTorch's layout, such as `blocks.0.attn.qkv.weight` (3d, d).
-      model: the model the weights are for, stacked or not.
+      weights: name to array in PyTorch's layout, such as `blocks.0.attn.qkv.weight` (3d, d).
+      model: blocks stacked or not.
 
     Returns:
-      The variables of `model`: `params` in its `param_dtype` and, of RegNetY, `batch_stats` in float32.
+      `params` in the model's `param_dtype` and, of RegNetY, `batch_stats` in float32.
 
     Raises:
       UserError: naming every weight that is missing, left over, or of another shape, or one that is not
@@ -89,13 +89,9 @@ def from_timm(weights: Mapping[str, Any], model: Network) -> dict[str, Any]:
 
 
 def to_timm(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Gives a model's variables under the published names and in PyTorch's layout.
+    """A model's variables as a state dict of timm's, in PyTorch's layout, dtypes unchanged.
 
-    Args:
-      variables: of a model of this package, stacked or not.
-
-    Returns:
-      Published name to array, dtypes unchanged; `from_timm` undoes it bit for bit.
+    `from_timm` is its inverse, to the bit.
     """
     weights: dict[str, np.ndarray] = {}
     class_attention = _has_class_attention(variables)
@@ -114,7 +110,7 @@ def to_timm(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def timm_names(model: Network) -> frozenset[str]:
-    """The published names of all of a model's variables."""
+    """The names of all of a model's variables in timm."""
     empty = jax.tree.map(
         lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), abstract_variables(model)
     )
@@ -132,9 +128,9 @@ def _has_class_attention(variables: Mapping[str, Any]) -> bool:
 
 
 def _timm_names(keys: tuple[str, ...], blocks: int | None, class_attention: bool) -> Iterator[str]:
-    """The published names of the leaf at `keys`: one, or one for each of the stacked `blocks`.
+    """The names in timm of the leaf at `keys`: one, or one for each of the stacked `blocks`.
 
-    LayerScale's are `gamma_1` in a network with class attention, and `ls1.gamma` in one without.
+    LayerScale is `gamma_1` in a network with class attention, and `ls1.gamma` in one without.
     """
     first, rest = keys[0], keys[1:]
     if len(rest) >= 2 and rest[-2].startswith("layer_scale_"):

@@ -89,7 +89,7 @@ def test_another_number_of_classes_is_refused_or_said(file, model, variables, ca
                 NAME, weights=file, num_classes=5, reset_head=True, seed=seed, **SHAPE
             )
         heads.append(np.asarray(found["params"]["head"]["kernel"]))
-    assert "started anew from seed 0: head.bias, head.weight" in caplog.text
+    assert "initialised from seed 0: head.bias, head.weight" in caplog.text
     assert heads[0].shape == (16, 5)
     assert 0.01 < heads[0].std() < 0.03
     np.testing.assert_array_equal(heads[0], heads[1])

@@ -11,7 +11,7 @@ from trees import assert_same_bits, random_params
 
 from cait_jax import UserError, create_model
 from cait_jax.weights.pretrained import load_pretrained, load_settings, save_pretrained
-from cait_jax.weights.saved import build, describe
+from cait_jax.weights.saved import model_from_dict, model_to_dict
 from cait_jax.weights.timm_names import abstract_variables
 
 PREPROCESSING = {
@@ -89,14 +89,14 @@ def test_other_networks_and_attributes_are_described_whole(tmp_path):
         create_model("cait_xxs24", depth=1, residual="rezero", talking_heads=False),
         create_model("regnety_160"),
     ):
-        assert build(json.loads(json.dumps(describe(made)))) == made
+        assert model_from_dict(json.loads(json.dumps(model_to_dict(made)))) == made
 
 
 def test_a_description_of_before_an_attribute_existed_gives_its_default():
     model = create_model("cait_xxs24", depth=1, dropout=0.1)
-    old = json.loads(json.dumps(describe(model)))
+    old = json.loads(json.dumps(model_to_dict(model)))
     del old["attributes"]["projection_dropout"]
-    assert build(old) == model
+    assert model_from_dict(old) == model
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_a_network_of_the_callers_own_cannot_be_described(model):
         pass
 
     with pytest.raises(UserError, match=r"a Other cannot be saved; it can be one of CaiT, RegNetY"):
-        describe(Other(image_size=(16, 16), width=16, depth=1, num_heads=2))
+        model_to_dict(Other(image_size=(16, 16), width=16, depth=1, num_heads=2))
     with pytest.raises(UserError, match=r"precision=.* cannot be saved"):
-        describe(model.clone(precision=(("bfloat16",),)))
+        model_to_dict(model.clone(precision=(("bfloat16",),)))
 
 
 def test_labels_and_preprocessing_come_back(tmp_path, model, variables):
