@@ -250,7 +250,7 @@ class TensorFlow:
     """The process of the other side."""
 
     def __init__(self, python: str, split: Any, folder: Path) -> None:
-        from cait_jax.data.tfrecord import masked_crc
+        from cait_jax.data.prepare import masked_crc
 
         path = folder / "images.tfrecord"
         with path.open("wb") as file:

@@ -26,7 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cait_jax.data import load_split
-from cait_jax.data.sources import InMemory
+from cait_jax.data.split import InMemory
 from cait_jax.train import Run, train
 from cait_jax.train.finetune import folder_config, look_through
 from cait_jax.train.metric_writer import read_metrics

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cait_jax.data.decode import BrokenImage
+from cait_jax.data.split import BrokenImage
 from cait_jax.errors import (
     KEY_OF,
     Literal,

@@ -41,7 +41,7 @@ def prepare_command(name: str, data_dir: str | None, dry_run: bool, json: bool) 
     This alone needs TensorFlow: pip install "cait-jax[prepare]". Some data sets, ImageNet among them, must be
     downloaded by hand; where their archives go is said first.
     """
-    from cait_jax.data.prepared import plan_preparation, prepare
+    from cait_jax.data.prepare import plan_preparation, prepare
 
     plan = plan_preparation(name, data_dir)
     if not json:
@@ -68,7 +68,7 @@ def convert_command(directory: Path, json: bool) -> None:
     """
     from tqdm import tqdm
 
-    from cait_jax.data.convert import convert, plan_conversion
+    from cait_jax.data.prepare import convert, plan_conversion
 
     plan = plan_conversion(directory)
     with tqdm(

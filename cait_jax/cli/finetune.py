@@ -102,9 +102,9 @@ def command(
 
 def _check_files(photographs: Any) -> None:
     """Refuses a folder with broken images: any to measure on, more than training replaces to learn from."""
-    from cait_jax.data.check import check_images
     from cait_jax.data.folder import load_folder
-    from cait_jax.data.pipeline import MAX_BROKEN
+    from cait_jax.data.loader import MAX_BROKEN
+    from cait_jax.data.show import check_images
     from cait_jax.evaluation.scores import show_progress
 
     for name, may_be_broken in (("train", MAX_BROKEN), (photographs.eval_split, 0.0)):

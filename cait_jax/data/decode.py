@@ -1,58 +1,39 @@
 """Encoded images to uint8 crops, in the arithmetic of torchvision and timm.
 
-Every image becomes 8-bit RGB or luminance: transparency lies over white, deeper pixels are scaled. EXIF
-orientation is followed only where asked for: published scores of data sets were made without it.
+Every image becomes 8-bit RGB or luminance: transparency is composited over white, deeper pixels are scaled. EXIF
+orientation is applied only where asked for: published scores of data sets were measured without it.
 
-Pillow decodes in training, evaluation and prediction, so what is broken in one is broken in all.
+Pillow decodes in training, evaluation and prediction, so what is broken in one is broken in all. It never sees
+metadata, for it refuses a whole picture for one bad comment. JPEGs are opened here, all else in `opening`.
 """
 
 import contextlib
+import functools
+import io
 import math
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from ml_collections import ConfigDict
+from PIL import Image, JpegImagePlugin
 
-from cait_jax.data.formats import SUFFIXES, missing_decoder
-from cait_jax.data.levels import to_eight_bits
-from cait_jax.data.opening import BrokenImage, check_pixels, open_image, silence_warnings
+from cait_jax.data import opening
+from cait_jax.data.split import BrokenImage, InMemory, Split
 from cait_jax.errors import UserError, nearest
 
-__all__ = [
-    "MAX_PIXELS",
-    "RESIZES",
-    "SUFFIXES",
-    "BrokenImage",
-    "center_crop",
-    "decode_image",
-    "missing_decoder",
-    "random_resized_crop",
-    "read_header",
-    "sample_box",
-    "simple_random_crop",
-]
-
 MAX_PIXELS = 89_478_485
-"""The most pixels an image may have: 256 MiB of RGB, as Pillow's own default. More is refused unread."""
+"""The most pixels an image may have: 256 MiB of RGB, as Pillow's own default. More is refused undecoded."""
 RESIZES = ("exact", "fast")
 """How training resizes: Pillow's antialiased bicubic, or OpenCV's approximation of it."""
 
-# By EXIF orientation: what turns an image upright, and what that does to its sides.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_UPSIDE_DOWN, _MIRRORED, _LYING = (3, 4, 7, 8), (2, 3, 6, 7), (5, 6, 7, 8)
 _ATTEMPTS = 10
 # In fast crops a JPEG is shrunk while decoding only as far as the box stays this many times the crop.
 _JPEG_MARGIN = 2
 _PADDING = 4
+_SILENT = ("ignore", None, UserWarning, re.compile(r"PIL\."), 0)
 _DAMAGED = "it is damaged or cut short"
 # What Pillow says without saying anything.
 _REASONS = {
@@ -60,6 +41,8 @@ _REASONS = {
     "could not create decoder object": _DAMAGED,
     "decoder error -2": _DAMAGED,
 }
+_START_OF_SCAN, _JPEG_LS, _COMMENT = 0xDA, 0xF7, 0xFE
+_START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 
 def decode_image(data: bytes, *, channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
@@ -67,17 +50,14 @@ def decode_image(data: bytes, *, channels: int = 3) -> UInt8[np.ndarray, "h w c"
 
     Args:
       data: an encoded JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image of any colour mode and depth, AVIF where
-        Pillow has it, HEIF where pillow-heif is installed; of an animation, the first frame counts.
+        Pillow has it, HEIF where pillow-heif is installed; of an animation, the first frame.
       channels: 3 for RGB, 1 for luminance.
-
-    Returns:
-      The pixels, uint8 (height, width, channels).
 
     Raises:
       BrokenImage: the bytes cannot be decoded, or hold more than `MAX_PIXELS` pixels.
     """
     with _broken_image():
-        return _pixels(to_eight_bits(_open(data), channels))
+        return _pixels(_decoded(_open(data), channels))
 
 
 def read_header(data: bytes) -> None:
@@ -97,37 +77,28 @@ def center_crop(
     image: bytes | Image.Image,
     *,
     image_size: tuple[int, int],
-    crop_ratio: float = 1.0,
+    crop_pct: float = 1.0,
     channels: int = 3,
     exif: bool = False,
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Crops an image for evaluation: resized to cover, then cropped in the middle.
-
-    The image is resized (bicubic, antialiased) so that it just covers `image_size / crop_ratio`,
-    rounded down.
+    """The crop of evaluation: resized (bicubic, antialiased) to just cover `image_size / crop_pct`, then centred.
 
     Args:
-      image: encoded as in `decode_image`, or opened by Pillow.
+      image: encoded as for `decode_image`, or opened by Pillow.
       image_size: height and width of the crop in pixels.
-      crop_ratio: the part of the shorter side that the crop keeps, in (0, 1].
+      crop_pct: the fraction of the shorter side that the crop keeps, in (0, 1].
       channels: 3 for RGB, 1 for luminance.
-      exif: whether the EXIF orientation is followed, as for photographs. TIFF and HEIF always stand
-        upright.
-
-    Returns:
-      The crop, uint8 (image_size[0], image_size[1], channels).
+      exif: whether the EXIF orientation is applied, as for photographs. TIFF and HEIF always stand upright.
 
     Raises:
       BrokenImage: the image cannot be decoded, or has more than `MAX_PIXELS` pixels.
     """
     height, width = image_size
     with _broken_image():
-        image = _open(image)
-        converted = to_eight_bits(image, channels)
-        image = _turn(converted, _orientation(image) if exif else 1)
+        image = _decoded(_open(image), channels, exif)
         resized = _covering_size(
             (image.height, image.width),
-            (math.floor(height / crop_ratio), math.floor(width / crop_ratio)),
+            (math.floor(height / crop_pct), math.floor(width / crop_pct)),
         )
         top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
         if math.prod(resized) > MAX_PIXELS:  # a hair of an image: only what is kept is enlarged
@@ -149,7 +120,7 @@ def random_resized_crop(
     exif: bool = False,
     resize: str = "exact",
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Decodes an image for training: a random box of it, resized (antialiased).
+    """The crop of training: a random box of the image, resized (antialiased).
 
     `"exact"` is Pillow's bicubic, as timm has it. `"fast"` makes 1.25 times as many crops in the same time
     (`benchmarks/input.py`): OpenCV takes means over areas where a side shrinks and bicubic where it grows, and a
@@ -157,17 +128,14 @@ def random_resized_crop(
     is 1.0 grey level from exact on average, 7 at the 99th percentile and 50 at most.
 
     Args:
-      data: an encoded image, as in `decode_image`.
-      rng: where the box comes from; the result is a function of `data` and of the state of `rng`.
+      data: encoded as for `decode_image`.
+      rng: where the box comes from.
       image_size: height and width of the crop in pixels.
-      scale: the least and greatest part of the image's area that the box covers, drawn uniformly.
-      ratio: the least and greatest width over height of the box, drawn uniformly in the logarithm.
+      scale: least and greatest fraction of the image's area that the box covers, drawn uniformly.
+      ratio: least and greatest width over height of the box, drawn uniformly in the logarithm.
       channels: 3 for RGB, 1 for luminance.
-      exif: whether the EXIF orientation is followed, as in `center_crop`.
+      exif: as for `center_crop`.
       resize: one of `RESIZES`.
-
-    Returns:
-      The crop, uint8 (image_size[0], image_size[1], channels).
 
     Raises:
       BrokenImage: the bytes cannot be decoded, or hold more than `MAX_PIXELS` pixels.
@@ -179,27 +147,28 @@ def random_resized_crop(
         image = _open(data)
         if image.format != "JPEG":  # which alone shrinks while decoding, and never turns itself
             image.load()
-        orientation = _orientation(image) if exif else 1
-        lying = orientation in _LYING
-        size = (image.width, image.height) if lying else (image.height, image.width)
+        orientation = opening.exif_orientation(image) if exif else 1
+        on_its_side = orientation > 4
+        size = (image.width, image.height) if on_its_side else (image.height, image.width)
         box = sample_box(rng, size, scale=scale, ratio=ratio)
         # Cropped as stored, and turned when small.
-        top, left, box_height, box_width = _stored_box(box, size, orientation)
-        stored_size = (height, width) if lying else (width, height)
+        stored = box if orientation == 1 else opening.stored_box(box, size, orientation)
+        top, left, box_height, box_width = stored
+        stored_size = (height, width) if on_its_side else (width, height)
         edges = (left, top, left + box_width, top + box_height)
         reduction = _jpeg_reduction(image, box[2:], image_size) if resize == "fast" else 1
         if reduction > 1:
             image.draft(None, (image.width // reduction, image.height // reduction))
-            image = to_eight_bits(image, channels)
+            image = _decoded(image, channels)
             x0, y0, x1, y1 = (edge / reduction for edge in edges)
             image = image.resize(stored_size, Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
             pixels = _pixels(image)
         else:
-            pixels = _resize(to_eight_bits(image, channels).crop(edges), stored_size, resize)
+            pixels = _resize(_decoded(image, channels).crop(edges), stored_size, resize)
         if orientation == 1:
             return pixels
         image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-        return _pixels(_turn(image, orientation))
+        return _pixels(opening.turned(image, orientation))
 
 
 def simple_random_crop(
@@ -211,21 +180,10 @@ def simple_random_crop(
     exif: bool = False,
     resize: str = "exact",
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Decodes an image for training: the shorter side resized to the crop, then a random crop.
+    """DeiT III's crop of training (Touvron et al., arXiv 2204.07118, section 3).
 
-    The resized image (antialiased bicubic) is reflected by 4 pixels on every side before the crop is drawn from
-    it uniformly: DeiT III's simple random crop (Touvron et al., arXiv 2204.07118, section 3).
-
-    Args:
-      data: an encoded image, as in `decode_image`.
-      rng: where the crop's place comes from.
-      image_size: height and width of the crop in pixels; the image is resized to just cover them.
-      channels: 3 for RGB, 1 for luminance.
-      exif: whether the EXIF orientation is followed, as in `center_crop`.
-      resize: one of `RESIZES`.
-
-    Returns:
-      The crop, uint8 (image_size[0], image_size[1], channels).
+    The image is resized to just cover the crop, reflected by 4 pixels on every side, and cropped uniformly.
+    Arguments are as for `random_resized_crop`.
 
     Raises:
       BrokenImage: the bytes cannot be decoded, or hold more than `MAX_PIXELS` pixels.
@@ -234,12 +192,13 @@ def simple_random_crop(
     _check_resize(resize)
     height, width = image_size
     with _broken_image():
-        image = _open(data)
-        converted = to_eight_bits(image, channels)
-        image = _turn(converted, _orientation(image) if exif else 1)
+        image = _decoded(_open(data), channels, exif)
         resized = _covering_size((image.height, image.width), image_size)
         if math.prod(resized) > MAX_PIXELS:  # a hair of an image: of its length, twice its width
-            image = _random_part(image, rng)
+            part_width, part_height = (min(side, 2 * min(image.size)) for side in image.size)
+            left = int(rng.integers(image.width - part_width + 1))
+            top = int(rng.integers(image.height - part_height + 1))
+            image = image.crop((left, top, left + part_width, top + part_height))
             resized = _covering_size((image.height, image.width), image_size)
         pixels = _resize(image, resized[::-1], resize)
         top = int(rng.integers(resized[0] + 2 * _PADDING - height + 1))
@@ -249,6 +208,24 @@ def simple_random_crop(
         return padded[top : top + height, left : left + width]
 
 
+def crop_from_config(config: ConfigDict, split: Split) -> Callable[..., UInt8[np.ndarray, "h w c"]]:
+    """The crop of `train_batches`.
+
+    Raises:
+      UserError: images in memory are asked to be cropped while they are decoded.
+    """
+    augment, resize = config.augment, config.data.resize
+    if not augment.simple_crop:
+        scale, ratio = tuple(augment.scale), tuple(augment.ratio)
+        return functools.partial(random_resized_crop, scale=scale, ratio=ratio, resize=resize)
+    if isinstance(split, InMemory):
+        raise UserError(
+            "--config.augment.simple_crop crops images as they are decoded, and those of "
+            f"{config.data.name} are in memory: set it to False and use --config.augment.pad_crop=4"
+        )
+    return functools.partial(simple_random_crop, resize=resize)
+
+
 def sample_box(
     rng: np.random.Generator,
     size: tuple[int, int],
@@ -256,15 +233,9 @@ def sample_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """Draws the box of `random_resized_crop`.
+    """Draws the box of `random_resized_crop` in an image of `size` (height, width).
 
-    Ten draws are tried; if none fits, the box is the greatest centred one whose ratio is allowed.
-
-    Args:
-      rng: source of the draws.
-      size: height and width of the image in pixels.
-      scale: as in `random_resized_crop`.
-      ratio: as in `random_resized_crop`.
+    If none of ten draws fits, it is the greatest centred box whose ratio is allowed.
 
     Returns:
       Top, left, height and width in pixels, inside the image.
@@ -297,26 +268,73 @@ def _broken_image() -> Iterator[None]:
 
 
 def _open(image: bytes | Image.Image) -> Image.Image:
-    """Reads the header."""
+    """Reads the header, without `Image.open`, which guesses formats and checks the size by a global."""
+    # `warnings.catch_warnings` is not thread-safe, so the filter stays; it is put back where it was removed.
+    if warnings.filters[:1] != [_SILENT]:
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     if isinstance(image, bytes):
-        return open_image(image, MAX_PIXELS)
-    silence_warnings()
-    check_pixels(image.size, MAX_PIXELS)
+        if not image.startswith(b"\xff\xd8\xff"):
+            return opening.open_image(image, _check_size)
+        image = JpegImagePlugin.JpegImageFile(io.BytesIO(_without_metadata(image)))
+    _check_size(image.size)
     return image
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    count = size[0] * size[1]
+    if count > MAX_PIXELS:
+        raise BrokenImage(
+            f"{size[0]:,} by {size[1]:,} pixels are {count:,}, more than the limit of {MAX_PIXELS:,}; shrink the "
+            "image first"
+        )
+
+
+def _without_metadata(jpeg: bytes) -> bytes:
+    """Leaves out segments that hold neither pixels nor their colour space or orientation."""
+    kept, at = [jpeg[:2]], 2
+    while (
+        len(jpeg) >= at + 4 and jpeg[at] == 0xFF and jpeg[at + 1] not in (0, 0xFF, _START_OF_SCAN)
+    ):
+        marker, end = jpeg[at + 1], at + 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+        content = jpeg[at + 4 : end]
+        if marker in _START_OF_FRAME and content[:1] not in (b"", b"\x08"):
+            raise BrokenImage(
+                f"a JPEG of {content[0]} bits a sample, which cannot be read; save it with 8 bits"
+            )
+        if marker == _JPEG_LS:
+            raise BrokenImage("a JPEG-LS, which cannot be read; save it as PNG")
+        if end > len(jpeg) or _is_needed(marker, content):
+            kept.append(jpeg[at:end])
+        at = end
+    return b"".join([*kept, jpeg[at:]])
+
+
+def _is_needed(marker: int, content: bytes) -> bool:
+    match marker:
+        case 0xE0:  # JFIF
+            return len(content) >= 14
+        case 0xE1:
+            return content.startswith(b"Exif\0\0")
+        case 0xEE:  # Adobe's colour transform
+            return len(content) >= 12
+    return not (0xE0 <= marker <= 0xEF or marker == _COMMENT)
+
+
+def _decoded(image: Image.Image, channels: int, exif: bool = False) -> Image.Image:
+    """The image in mode RGB or L, upright by its EXIF orientation if asked for."""
+    mode = "L" if channels == 1 else "RGB"
+    image.load()
+    converted = image
+    if image.has_transparency_data or image.mode == "F" or image.mode.startswith("I"):
+        converted = opening.to_opaque_eight_bits(image)
+    if converted.mode != mode:
+        converted = converted.convert(mode)
+    return opening.turned(converted, opening.exif_orientation(image)) if exif else converted
 
 
 def _check_resize(resize: str) -> None:
     if resize not in RESIZES:
         raise UserError(f"resize is {resize!r}; {nearest(resize, RESIZES)}")
-
-
-def _random_part(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    width, height = (min(side, 2 * min(image.size)) for side in image.size)
-    left, top = (
-        int(rng.integers(image.width - width + 1)),
-        int(rng.integers(image.height - height + 1)),
-    )
-    return image.crop((left, top, left + width, top + height))
 
 
 def _resize(image: Image.Image, size: tuple[int, int], resize: str) -> UInt8[np.ndarray, "h w c"]:
@@ -331,32 +349,6 @@ def _resize(image: Image.Image, size: tuple[int, int], resize: str) -> UInt8[np.
     pixels = cv2.resize(pixels, shrunk, interpolation=cv2.INTER_AREA)
     pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC)
     return pixels.reshape(size[1], size[0], -1)
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, of a loaded image or an opened JPEG: 1 where it says nothing."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow's reader reports broken EXIF in any type; the picture is whole
-        return 1
-    return orientation if orientation in _TURNS else 1
-
-
-def _turn(image: Image.Image, orientation: int) -> Image.Image:
-    """Turns an image upright."""
-    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
-
-
-def _stored_box(
-    box: tuple[int, int, int, int], size: tuple[int, int], orientation: int
-) -> tuple[int, int, int, int]:
-    """Where a box (top, left, height, width) of the upright image of `size` lies as it is stored."""
-    top, left, height, width = box
-    if orientation in _UPSIDE_DOWN:
-        top = size[0] - top - height
-    if orientation in _MIRRORED:
-        left = size[1] - left - width
-    return (left, top, width, height) if orientation in _LYING else (top, left, height, width)
 
 
 def _pixels(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:

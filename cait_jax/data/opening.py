@@ -1,126 +1,124 @@
-"""Encoded bytes to an image of Pillow's, whatever else the file says: one answer on what can be read.
+"""Images beyond plain JPEG: the other formats, deep samples, transparency and EXIF orientation.
 
-Pixels count, metadata do not: chunks and segments that hold no pixels never reach Pillow, which refuses a whole
-picture for a long text or a bad checksum in one. Its warnings name no file and are dropped.
+As with JPEG, chunks that hold no pixels never reach Pillow, which refuses a picture for a bad checksum in one.
+Of TIFF, Pillow refuses most depths above 8 bits, and of some gives wrong levels without an error: 12 bits, 16 bits
+in separate planes or with white as zero, signed integers. OpenCV decodes those, to be scaled by what the tags say.
 """
 
+import contextlib
+import ctypes
+import functools
 import io
+import logging
 import re
 import struct
-import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import (
     BmpImagePlugin,
+    ExifTags,
     GifImagePlugin,
     Image,
-    JpegImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,
+    TiffImagePlugin,
     WebPImagePlugin,
 )
 
-from cait_jax.data.formats import missing_decoder
-from cait_jax.data.levels import scaled
-from cait_jax.data.tiff import open_tiff
-from cait_jax.errors import UserError
+from cait_jax.data.image_files import missing_decoder
+from cait_jax.data.split import BrokenImage
 
 _Check = Callable[[tuple[int, int]], None]
 _Reader = Callable[[bytes, _Check], Image.Image]
 
-_SILENT = ("ignore", None, UserWarning, re.compile(r"PIL\."), 0)
-_START_OF_SCAN, _JPEG_LS, _COMMENT = 0xDA, 0xF7, 0xFE
-_START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+# By EXIF orientation: what turns an image upright, and what that does to its sides.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_UPSIDE_DOWN, _MIRRORED, _ON_ITS_SIDE = (3, 4, 7, 8), (2, 3, 6, 7), (5, 6, 7, 8)
 _PNG_GREY, _PNG_RGB = 0, 2
 _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _NO_IMAGE = "not a JPEG, PNG or WebP image, nor a GIF, BMP, TIFF, PPM, AVIF or HEIF"
 
+# Tags of TIFF.
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
+_SAMPLES, _MAX_SAMPLE, _PLANES, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 277, 281, 284, 338, 339
+_S_MAX_SAMPLE = 341
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
+_UNSIGNED, _FLOAT = 1, 3
+_ASSOCIATED, _UNASSOCIATED = 1, 2
+_LZMA, _ZSTD = 34925, 50000
 
-class BrokenImage(UserError):
-    """The bytes are no image that can be decoded."""
 
-
-def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Reads the header of an encoded image.
-
-    Not by `Image.open`, which guesses formats and whose check of the size warns or raises by a global.
+def open_image(data: bytes, check: _Check) -> Image.Image:
+    """Reads the header of an encoded image that is no JPEG.
 
     Args:
-      data: a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF or HEIF.
-      max_pixels: more are refused.
+      data: a PNG, WebP, GIF, BMP, TIFF, PPM, AVIF or HEIF.
+      check: called with width and height before anything is decoded.
 
     Returns:
       The image, to be decoded by its `load`. A TIFF whose samples are not of 8 bits is decoded already.
 
     Raises:
-      BrokenImage: there is no decoder, or too many pixels.
+      BrokenImage: there is no decoder.
       Exception: of any type, as Pillow's readers report broken files.
     """
-    silence_warnings()
     if not data:
         raise BrokenImage("the file is empty")
     reader = next((cls for start, cls in _READERS if re.match(start, data, re.DOTALL)), None)
     if reader is None:
         raise BrokenImage(_NO_IMAGE)
-    return reader(data, lambda size: check_pixels(size, max_pixels))
+    return reader(data, check)
 
 
-def check_pixels(size: tuple[int, int], most: int) -> None:
-    """Refuses an image of `size` (width, height) that has more than `most` pixels."""
-    count = size[0] * size[1]
-    if count > most:
-        raise BrokenImage(
-            f"{size[0]:,} by {size[1]:,} pixels are {count:,}, more than the limit of {most:,}; shrink the "
-            "image first"
-        )
+def to_opaque_eight_bits(image: Image.Image) -> Image.Image:
+    """A loaded image with 8-bit samples, composited over white where it is transparent.
 
-
-def silence_warnings() -> None:
-    """Drops the warnings of Pillow's readers, in all threads.
-
-    `warnings.catch_warnings` is not for threads, so the filter stays; it returns where it was taken out.
+    Deeper samples are scaled so that the format's white becomes 255. An alpha channel that is zero everywhere, in
+    a file that does not declare one, is no transparency: the fourth byte of a BMP, unspecified samples of a TIFF.
     """
-    if warnings.filters[:1] != [_SILENT]:
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
-
-def _jpeg(data: bytes, check: _Check) -> Image.Image:
-    image = JpegImagePlugin.JpegImageFile(io.BytesIO(_pixels_of_jpeg(data)))
-    check(image.size)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _scaled_image(image)
+    if image.has_transparency_data:
+        image = image.convert("RGB") if _alpha_means_nothing(image) else _over_white(image)
     return image
 
 
-def _pixels_of_jpeg(data: bytes) -> bytes:
-    """Leaves out segments that hold neither pixels nor their colour space or orientation."""
-    kept, at = [data[:2]], 2
-    while (
-        len(data) >= at + 4 and data[at] == 0xFF and data[at + 1] not in (0, 0xFF, _START_OF_SCAN)
-    ):
-        marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4])
-        content = data[at + 4 : end]
-        if marker in _START_OF_FRAME and content[:1] not in (b"", b"\x08"):
-            raise BrokenImage(
-                f"a JPEG of {content[0]} bits a sample, which cannot be read; save it with 8 bits"
-            )
-        if marker == _JPEG_LS:
-            raise BrokenImage("a JPEG-LS, which cannot be read; save it as PNG")
-        if end > len(data) or _is_pixels(marker, content):
-            kept.append(data[at:end])
-        at = end
-    return b"".join([*kept, data[at:]])
+def exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8, of a loaded image or an opened JPEG: 1 (upright) where there is none."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow's reader reports broken EXIF in any type; the picture is whole
+        return 1
+    return orientation if orientation in _TURNS else 1
 
 
-def _is_pixels(marker: int, content: bytes) -> bool:
-    match marker:
-        case 0xE0:  # JFIF
-            return len(content) >= 14
-        case 0xE1:
-            return content.startswith(b"Exif\0\0")
-        case 0xEE:  # Adobe's colour transform
-            return len(content) >= 12
-    return not (0xE0 <= marker <= 0xEF or marker == _COMMENT)
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """The image turned upright."""
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def stored_box(
+    box: tuple[int, int, int, int], size: tuple[int, int], orientation: int
+) -> tuple[int, int, int, int]:
+    """A box (top, left, height, width) of the upright image of `size` in coordinates of the stored one."""
+    top, left, height, width = box
+    if orientation in _UPSIDE_DOWN:
+        top = size[0] - top - height
+    if orientation in _MIRRORED:
+        left = size[1] - left - width
+    return (left, top, width, height) if orientation in _ON_ITS_SIDE else (top, left, height, width)
 
 
 def _png(data: bytes, check: _Check) -> Image.Image:
@@ -133,9 +131,8 @@ def _png(data: bytes, check: _Check) -> Image.Image:
         level = int.from_bytes(transparency[:2]) & (2**depth - 1)
         image.info["transparency"] = level * (255 // (2**depth - 1))
     if transparency and colour == _PNG_RGB and depth == 16:
-        return _by_opencv(
-            data
-        )  # Pillow keeps 8 bits of levels, and 16 of the one that is transparent
+        # Pillow keeps 8 bits of levels, and 16 of the one that is transparent.
+        return _by_opencv(data)
     return image
 
 
@@ -166,7 +163,7 @@ def _by_opencv(data: bytes) -> Image.Image:
     levels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if levels is None:
         raise BrokenImage("the PNG is damaged")
-    return Image.fromarray(scaled(levels[..., [2, 1, 0, 3]], 65535))
+    return Image.fromarray(to_uint8(levels[..., [2, 1, 0, 3]], 65535))
 
 
 def _high_efficiency(data: bytes, check: _Check) -> Image.Image:
@@ -197,13 +194,182 @@ def _by(reader: Callable[[io.BytesIO], Image.Image]) -> _Reader:
     return read
 
 
+def _tiff(data: bytes, check: _Check) -> Image.Image:
+    _silence_libtiff()
+    tags = _tags(data)
+    if _WIDTH not in tags or _HEIGHT not in tags:
+        raise BrokenImage("its header is damaged or cut short")
+    if _for_pillow(tags):
+        try:
+            image = TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+        except SyntaxError as error:
+            if "unknown pixel mode" not in str(error):
+                raise
+            raise _unreadable(tags) from error
+        check(image.size)
+        return image
+    check((tags[_WIDTH], tags[_HEIGHT]))
+    return _tiff_image(_levels(data, tags), tags)
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """Drops what Pillow's libtiff and its reader write, which name no file; both raise errors beside."""
+    logging.getLogger(TiffImagePlugin.__name__).setLevel(logging.CRITICAL)
+    with contextlib.suppress(OSError, AttributeError):  # linked into Pillow without its symbols
+        library = ctypes.CDLL(Image.core.__file__)
+        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p
+            function(None)
+
+
+def _tags(data: bytes) -> Mapping[int, Any]:
+    """The tags of the first image."""
+    head = data[:16] if data[2:4] in (b"+\0", b"\0+") else data[:8]
+    tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+    file = io.BytesIO(data)
+    file.seek(tags.next)
+    tags.load(file)
+    return tags
+
+
+def _for_pillow(tags: Mapping[int, Any]) -> bool:
+    bits, sample_format = _first(tags, _BITS, 1), _first(tags, _SAMPLE_FORMAT, _UNSIGNED)
+    colours = tags.get(_PHOTOMETRIC, _BLACK_IS_ZERO)
+    if colours not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
+        return True
+    if bits <= 8 and sample_format == _UNSIGNED:
+        return True
+    # OpenCV's libtiff lacks these; of the kinds here Pillow's levels are right.
+    packed = tags.get(_COMPRESSION) in (_LZMA, _ZSTD) and not _in_planes(tags)
+    kinds = ((16, _UNSIGNED), (32, _FLOAT))
+    return packed and colours != _WHITE_IS_ZERO and (bits, sample_format) in kinds
+
+
+def _in_planes(tags: Mapping[int, Any]) -> bool:
+    return tags.get(_PLANES, 1) != 1 and tags.get(_SAMPLES, 1) > 1
+
+
+def _levels(data: bytes, tags: Mapping[int, Any]) -> np.ndarray:
+    """Levels (h, w) or (h, w, 3 or 4) as they are stored, upright; 10, 12 and 14 bits in the upper ones of 16."""
+    import cv2
+
+    if _in_planes(tags):  # which OpenCV takes for interleaved
+        raise _unreadable(tags)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it names no file
+    levels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if levels is None:
+        raise _unreadable(tags)
+    return levels if levels.ndim == 2 else levels[..., [2, 1, 0, 3][: levels.shape[2]]]
+
+
+def _first(tags: Mapping[int, Any], tag: int, default: Any) -> Any:
+    value = tags.get(tag, default)
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _unreadable(tags: Mapping[int, Any]) -> BrokenImage:
+    bits, samples = _first(tags, _BITS, 1), tags.get(_SAMPLES, 1)
+    return BrokenImage(
+        f"a TIFF of {samples} sample{'s' * (samples != 1)} of {bits} bits a pixel that is damaged, or of a kind "
+        "that cannot be read; save it as PNG"
+    )
+
+
+def _tiff_image(levels: np.ndarray, tags: Mapping[int, Any]) -> Image.Image:
+    inverted = tags.get(_PHOTOMETRIC, _BLACK_IS_ZERO) == _WHITE_IS_ZERO
+    eight = to_uint8(levels, _white(levels, tags), inverted=inverted)
+    if eight.ndim == 2 or eight.shape[2] == 3:
+        return Image.fromarray(eight)
+    # The colours of associated alpha are multiplied by it.
+    extra = _first(tags, _EXTRA_SAMPLES, None)
+    if extra == _ASSOCIATED:
+        return Image.frombytes("RGBa", (eight.shape[1], eight.shape[0]), eight.tobytes())
+    if extra == _UNASSOCIATED or (extra is None and eight[..., 3].any()):
+        return Image.fromarray(eight)
+    return Image.fromarray(np.ascontiguousarray(eight[..., :3]))
+
+
+def _white(levels: np.ndarray, tags: Mapping[int, Any]) -> int | float:
+    """The level of white in `levels`."""
+    kind, bits = levels.dtype.kind, levels.dtype.itemsize * 8
+    if kind == "f":
+        return usual_white(levels)
+    stored = _first(tags, _BITS, bits)
+    if stored < bits:  # shifted up
+        return (2**stored - 1) << (bits - stored)
+    # A greatest value of all ones states the depth; any other is a statistic of the image.
+    for tag in (_S_MAX_SAMPLE, _MAX_SAMPLE):
+        stated = _first(tags, tag, 0)
+        if stated in {2**depth - 1 for depth in range(8, bits)} and levels.max() <= stated:
+            return stated
+    if bits == 32:
+        return usual_white(levels)
+    return int(np.iinfo(levels.dtype).max)
+
+
+def to_uint8(
+    levels: Any, white: int | float, *, inverted: bool = False
+) -> UInt8[np.ndarray, "..."]:
+    """Scales levels from [0, white] to [0, 255]; what lies outside is clipped, NaN is 0.
+
+    Args:
+      levels: of any dtype and shape.
+      white: the level of white; of black, if inverted.
+      inverted: whether 0 is white.
+    """
+    if white == 65535 and levels.dtype.kind == "u" and not inverted:
+        return (levels >> 8).astype(np.uint8)  # as Pillow reduces colours of 16 bits
+    with np.errstate(invalid="ignore"):  # NaNs that signal
+        levels = np.clip(np.nan_to_num(levels.astype(np.float64), nan=0.0), 0, white)
+    return np.rint((white - levels if inverted else levels) * (255 / white)).astype(np.uint8)
+
+
+def usual_white(levels: Any) -> int | float:
+    """The white of integers of 32 bits and of floats, which do not say: the least usual one that holds all."""
+    peak = levels.max(initial=0, where=np.isfinite(levels))
+    usual = (1, 255, 65535) if levels.dtype.kind == "f" else (255, 65535)
+    return next((white for white in usual if peak <= white), float(peak))
+
+
+def _scaled_image(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF that was opened by Pillow
+    sixteen = image.mode.startswith("I;16") or image.format == "PPM"
+    white = 2 ** tags.get(258, (16,))[0] - 1 if sixteen else usual_white(levels)
+    if sixteen:
+        levels = levels.astype(np.uint16)
+    grey = Image.fromarray(to_uint8(levels, white, inverted=tags.get(262) == 0))
+    transparent = image.info.get("transparency")
+    if transparent is not None:  # a grey level of a PNG
+        grey.putalpha(Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _alpha_means_nothing(image: Image.Image) -> bool:
+    undeclared = image.format == "BMP" or (
+        image.format == "TIFF"
+        and not {1, 2} & set(getattr(image, "tag_v2", {}).get(_EXTRA_SAMPLES, ()))
+    )
+    return undeclared and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # premultiplied; Pillow knows no direct way from here to RGBA
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
+
+
 _READERS: tuple[tuple[bytes, _Reader], ...] = (
-    (rb"\xff\xd8\xff", _jpeg),
     (rb"\x89PNG\r\n\x1a\n", _png),
     (rb"RIFF.{4}WEBP", _by(WebPImagePlugin.WebPImageFile)),
     (rb"GIF8[79]a", _by(GifImagePlugin.GifImageFile)),
     (rb"BM", _by(BmpImagePlugin.BmpImageFile)),
-    (rb"II[*+]\0|MM\0[*+]", open_tiff),
+    (rb"II[*+]\0|MM\0[*+]", _tiff),
     (rb"P[1-6]\s", _by(PpmImagePlugin.PpmImageFile)),
     (rb".{4}ftyp", _high_efficiency),
 )

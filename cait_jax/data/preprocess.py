@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from cait_jax.data.image_files import nearest_path
+from cait_jax.data.split import BrokenImage
 from cait_jax.errors import UserError, nearest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -102,7 +103,7 @@ class Preprocessing:
         return self._crop(image, "the image")
 
     def _crop(self, image: Any, name: str) -> UInt8[np.ndarray, "h w c"]:
-        from cait_jax.data.decode import BrokenImage, center_crop
+        from cait_jax.data.decode import center_crop
 
         if isinstance(image, str | Path):
             name = str(image)
@@ -113,7 +114,7 @@ class Preprocessing:
             return center_crop(
                 opened,
                 image_size=self.image_size,
-                crop_ratio=self.crop_ratio,
+                crop_pct=self.crop_ratio,
                 channels=self.channels,
                 exif=True,
             )

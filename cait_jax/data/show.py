@@ -1,25 +1,22 @@
-"""What a data set holds: counts, sizes, classes, and a picture of some of its images."""
+"""What a data set holds: counts, sizes, classes, a picture of some images, and whether all can be read."""
 
+import functools
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cait_jax.data.sources import (
-    Encoded,
-    InMemory,
-    Split,
-    is_folder,
-    load_split,
-    read_record,
-    record_name,
-    split_names,
-)
-from cait_jax.errors import UserError, printable
+from cait_jax.data.decode import center_crop, decode_image, read_header
+from cait_jax.data.folder import FolderRecords
+from cait_jax.data.sources import is_folder, load_split, prepared_builder, split_names
+from cait_jax.data.split import BrokenImage, Encoded, InMemory, Split, read_record, record_name
+from cait_jax.errors import UserError, printable, some
 
 _DECODED = 100
 _TILE = 128
@@ -84,8 +81,6 @@ def summarize(name: str, split_name: str, split: Split, data_dir: str | None) ->
         return SplitSummary(
             split_name, len(split), None, 0, len(split), (width,) * 3, (height,) * 3
         )
-    from cait_jax.data.decode import BrokenImage, decode_image
-
     sizes, broken = [], []
     chosen = spread(len(split), _DECODED)
     for index in chosen:
@@ -135,8 +130,6 @@ def write_sheet(
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    from cait_jax.data.decode import BrokenImage
-
     chosen = spread(len(split), images)
     columns = min(columns, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -166,8 +159,6 @@ def write_sheet(
 def _tile(split: Split, index: int) -> tuple[Any, int]:
     from PIL import Image
 
-    from cait_jax.data.decode import center_crop
-
     if isinstance(split, InMemory):
         pixels = split.images[index]
         image = Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])
@@ -179,8 +170,6 @@ def _tile(split: Split, index: int) -> tuple[Any, int]:
 
 
 def _left_out(split: Encoded) -> Mapping[str, int]:
-    from cait_jax.data.folder import FolderRecords
-
     return split.records.left_out if isinstance(split.records, FolderRecords) else {}
 
 
@@ -189,18 +178,117 @@ def _spread_of(values: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _bytes_of(name: str, split_name: str, split: Encoded, data_dir: str | None) -> int | None:
-    from cait_jax.data.folder import FolderRecords
-
     if isinstance(split.records, FolderRecords):
         root = os.fspath(split.records.root)
         return sum(os.stat(f"{root}/{file}").st_size for file in split.records.files)  # noqa: PTH116
     if is_folder(name) or name.startswith("synthetic"):
         return None
-    from cait_jax.data.prepared import prepared_builder
-
     info = prepared_builder(name, data_dir).info.splits
     if split_name not in split_names(name, data_dir=data_dir):  # a part of one
         return None
     template = info[split_name].filename_template.replace(filetype_suffix="array_record")
     shards = template.sharded_filepaths(info[split_name].num_shards)
     return sum(Path(shard).stat().st_size for shard in shards)
+
+
+_HEAD_BYTES = 2**16
+_SAMPLE = 64
+_TOGETHER = 1024
+
+
+def check_images(
+    split: Split,
+    *,
+    decode_all_within: float = 60.0,
+    may_be_broken: float = 0.0,
+    progress: Callable[[int], object] = lambda images: None,
+) -> int:
+    """Reads the header of every image, and decodes all of them where that is quick.
+
+    How long decoding takes is measured on a sample spread over the split, whose images are decoded in any case.
+    Images in memory are not read again.
+
+    Args:
+      split: the images.
+      decode_all_within: seconds that decoding all may take.
+      may_be_broken: the part of the images that may be broken: 0 in evaluation, `pipeline.MAX_BROKEN` in training,
+        which replaces them.
+      progress: called in this thread with the number of images read since its last call.
+
+    Returns:
+      How many images are broken.
+
+    Raises:
+      UserError: more are broken than may be; four of them are named.
+    """
+    if not isinstance(split, Encoded):
+        return 0
+    count = len(split)
+    step = max(1, count // _SAMPLE)
+    sample = list(range(0, count, step))[:_SAMPLE]
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        start = time.monotonic()
+        errors = _errors(split, sample, _decoded, pool)
+        decoding = (time.monotonic() - start) / max(len(sample), 1) * count <= decode_all_within
+        rest = sorted(set(range(count)) - set(sample))
+        progress(len(sample))
+        for part in _parts(rest):
+            errors |= _errors(split, part, _decoded if decoding else _header, pool)
+            progress(len(part))
+    if len(errors) > may_be_broken * count:
+        first = min(errors)
+        several = len(errors) > 1
+        raise UserError(
+            f"{len(errors)} of {count} images cannot be read: "
+            f"{some([_name(split, index) for index in sorted(errors)])} "
+            f"({'the first: ' * several}{errors[first]}); remove or replace {'them' if several else 'it'}"
+        )
+    return len(errors)
+
+
+def _parts(indices: Sequence[int]) -> Iterator[Sequence[int]]:
+    for start in range(0, len(indices), _TOGETHER):
+        yield indices[start : start + _TOGETHER]
+
+
+def _errors(
+    split: Encoded,
+    indices: Sequence[int],
+    read: Callable[[Encoded, int], None],
+    pool: ThreadPoolExecutor,
+) -> dict[int, str]:
+    """What is broken, by index."""
+    found = pool.map(functools.partial(_error, split, read), indices)
+    return {index: error for index, error in zip(indices, found, strict=True) if error}
+
+
+def _error(split: Encoded, read: Callable[[Encoded, int], None], index: int) -> str:
+    try:
+        read(split, index)
+    except BrokenImage as error:
+        return str(error)
+    return ""
+
+
+def _decoded(split: Encoded, index: int) -> None:
+    decode_image(read_record(split, index)["image"], channels=split.channels)
+
+
+def _header(split: Encoded, index: int) -> None:
+    if isinstance(split.records, FolderRecords):
+        try:
+            with (split.records.root / split.records.files[index]).open("rb") as file:
+                read_header(file.read(_HEAD_BYTES))
+            return
+        except (OSError, BrokenImage):
+            pass  # the header is longer, or the whole says what is wrong
+    read_header(read_record(split, index)["image"])
+
+
+def _name(split: Encoded, index: int) -> str:
+    if isinstance(split.records, FolderRecords):
+        return str(split.records.root / split.records.files[index])
+    try:
+        return record_name(index, read_record(split, index))
+    except UserError:
+        return f"image {index}"

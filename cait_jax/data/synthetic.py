@@ -1,4 +1,4 @@
-"""Made-up images for measuring speed: no disk, nothing to learn, the same on every machine."""
+"""Images that need no files: scikit-learn's digits, and generated ones for measuring speed."""
 
 import functools
 import io
@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from cait_jax.data.sources import Encoded, InMemory
+from cait_jax.data.split import Encoded, InMemory
 from cait_jax.errors import UserError, nearest
 
+DIGITS_SPLITS = ("train", "test", "fit", "validation")
+_DIGITS_HELD_OUT = 360
 NAMES = ("synthetic", "synthetic/jpeg")
 SPLITS = ("train", "validation")
 NUM_CLASSES = 1000
@@ -44,6 +46,51 @@ class SyntheticJpegs:
         if not 0 <= index < self.count:
             raise IndexError(index)
         return {"image": _jpeg(index % _PICTURES), "label": index % NUM_CLASSES}
+
+
+def load_digits(split: str, image_size: tuple[int, int]) -> InMemory:
+    """scikit-learn's handwritten digits, of 8 by 8 pixels.
+
+    The splits are `"train"` and `"test"`, and `"fit"` and `"validation"`, into which the training examples are
+    divided for choosing settings.
+
+    Raises:
+      UserError: the split or `image_size` is none of these, or scikit-learn is missing.
+    """
+    if image_size != (8, 8):
+        raise UserError(
+            "the digits are 8 by 8 pixels, so the image size must be 8, not "
+            f"{image_size[0]} by {image_size[1]}"
+        )
+    if split not in DIGITS_SPLITS:
+        raise UserError(f"digits has no split {split!r}; {nearest(split, DIGITS_SPLITS)}")
+    try:
+        import sklearn.datasets
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise UserError(
+            'the digits come with scikit-learn: pip install "cait-jax[digits]"'
+        ) from error
+
+    digits = sklearn.datasets.load_digits()
+
+    def divide(indices: np.ndarray, seed: int) -> list[np.ndarray]:
+        return train_test_split(
+            indices,
+            test_size=_DIGITS_HELD_OUT,
+            stratify=digits.target[indices],
+            random_state=seed,
+        )
+
+    indices = {}
+    indices["train"], indices["test"] = divide(np.arange(len(digits.target)), seed=0)
+    indices["fit"], indices["validation"] = divide(indices["train"], seed=1)
+    chosen = indices[split]
+    return InMemory(
+        images=np.round(digits.images[chosen, ..., None] * (255 / 16)).astype(np.uint8),
+        labels=digits.target[chosen].astype(np.int32),
+        class_names=tuple(str(digit) for digit in digits.target_names),
+    )
 
 
 def load_synthetic(

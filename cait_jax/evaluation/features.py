@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from cait_jax.augment.pipeline import normalise
 from cait_jax.data.preprocess import Preprocessing
-from cait_jax.data.sources import Split
+from cait_jax.data.split import Split
 from cait_jax.errors import UserError
 from cait_jax.evaluation.evaluate import Batch
 from cait_jax.evaluation.scores import batches_of, show_progress

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from cait_jax.data.imagenet import class_words, imagenet_classes
-from cait_jax.data.sources import InMemory, Split
+from cait_jax.data.split import InMemory, Split
 from cait_jax.errors import Literal, UserError, Way, advise, composed, nearest, some
 from cait_jax.evaluation.evaluate import Batch, MetricFn
 from cait_jax.evaluation.metrics import any_of_labels, classification

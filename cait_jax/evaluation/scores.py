@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cait_jax.data.layout import purpose_of
-from cait_jax.data.pipeline import Batches, eval_batches
+from cait_jax.data.folder import purpose_of
+from cait_jax.data.loader import Batches, eval_batches
 from cait_jax.data.preprocess import Preprocessing
-from cait_jax.data.sources import InMemory, Split, split_names
+from cait_jax.data.sources import split_names
+from cait_jax.data.split import InMemory, Split
 from cait_jax.errors import UserError, printable
 from cait_jax.evaluation.evaluate import evaluate, jit_eval_step, make_eval_step, zero_sums
 from cait_jax.evaluation.labels import choose_classes, choose_rule, metric_fn_for
@@ -68,7 +69,7 @@ def find_benchmark(
         `"imagenet_sketch"`, the same with a TFDS configuration or version, or any data set that
         `cait_jax.data.load_split` takes.
       split: default: the benchmark's own; of another data set the test split, else the validation split, by any
-        word of `cait_jax.data.layout.purpose_of`, or all of a folder that is not divided.
+        word of `cait_jax.data.folder.purpose_of`, or all of a folder that is not divided.
       data_dir: of the TFDS data sets.
 
     Raises:
@@ -211,7 +212,7 @@ def batches_of(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=workers,
-        crop_ratio=preprocessing.crop_ratio,
+        crop_pct=preprocessing.crop_ratio,
     )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cait_jax.data.sources import Encoded, Split, is_folder, is_made_here, load_split
+from cait_jax.data.sources import find_builder, is_folder, is_generated, load_split
+from cait_jax.data.split import Encoded, Split
 from cait_jax.errors import UserError
 from cait_jax.kernels import default_implementation
 from cait_jax.models.cait import CaiT
@@ -282,10 +283,8 @@ def abstract_split(
     Raises:
       UserError: the name is unknown, or the folder is not there.
     """
-    if is_made_here(name) or is_folder(name):
+    if is_generated(name) or is_folder(name):
         return load_split(name, split, image_size=image_size, data_dir=data_dir)
-    from cait_jax.data.prepared import find_builder
-
     features = dict(find_builder(name, None).info.features.items())
     classes = getattr(features.get("label"), "num_classes", None)
     if not classes or "image" not in features:

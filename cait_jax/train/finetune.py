@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from cait_jax.data.folder import existing_folder, load_folder
-from cait_jax.data.layout import read_layout
+from cait_jax.data.folder import existing_folder, load_folder, read_layout
 from cait_jax.errors import UserError, nearest, setting, some
 from cait_jax.evaluation.labels import read_labels
 from cait_jax.models.cait import CaiT

@@ -10,8 +10,8 @@ import jax
 from ml_collections import ConfigDict
 
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.data.ahead import Ahead
 from cait_jax.data.folder import left_out_of
+from cait_jax.data.loader import PrefetchIterator
 from cait_jax.errors import Way, advise
 from cait_jax.models.cait import CaiT
 from cait_jax.sharding import batch_sharding, put_batch
@@ -156,7 +156,7 @@ def _run(
             report.write(step, values)
             report.log(step, values)
 
-    def evaluate(step: int, batches: Ahead) -> None:
+    def evaluate(step: int, batches: PrefetchIterator) -> None:
         """Evaluates the saved state of a step, and adds the result to its lines and its checkpoint."""
         nonlocal metrics
         metrics = _evaluate(setup, state, batches)
@@ -169,7 +169,7 @@ def _run(
         report.message(f"step {start} is saved and its evaluation was not finished: evaluating it")
         evaluate(start, setup.eval_batches())
     batches = setup.batches(start)
-    eval_batches: Ahead | None = None
+    eval_batches: PrefetchIterator | None = None
     try:
         with StopSignal() as stop:
             for step in range(start + 1, total + 1):
@@ -213,7 +213,7 @@ def _run(
     return Run(setup.model, state, metrics, finished=True)
 
 
-def _evaluate(setup: Setup, state: TrainState, batches: Ahead) -> dict[str, float]:
+def _evaluate(setup: Setup, state: TrainState, batches: PrefetchIterator) -> dict[str, float]:
     weights = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
     return {
         f"eval/{prefix}{name}": value

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cait_jax.augment import mixup, pipeline
-from cait_jax.data.ahead import Ahead
-from cait_jax.data.balance import Balanced
-from cait_jax.data.pipeline import Batches, eval_batches, train_batches
-from cait_jax.data.sources import Split, load_split
+from cait_jax.data.decode import crop_from_config
+from cait_jax.data.loader import Batches, PrefetchIterator, eval_batches, train_batches
+from cait_jax.data.sources import load_split
+from cait_jax.data.split import Split
 from cait_jax.errors import UserError, setting
 from cait_jax.evaluation.evaluate import (
     evaluate,
@@ -38,7 +38,7 @@ from cait_jax.sharding import (
     param_shardings,
     replicated,
 )
-from cait_jax.train.augmentation import training_crop, warn_of_shared_draws
+from cait_jax.train.augmentation import warn_of_shared_draws
 from cait_jax.train.config import check_values
 from cait_jax.train.learning import length_of, optimizer_of, part_of, phases_of, schedule_of
 from cait_jax.train.losses import label_loss, teacher_loss
@@ -109,11 +109,11 @@ class Setup:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=config.data.workers,
-            crop=training_crop(config, self.train_split),
-            order=Balanced(self._labels, config.seed) if config.data.balanced else None,
+            crop=crop_from_config(config, self.train_split),
+            balance_labels=self._labels if config.data.balanced else None,
             repeats=config.data.aug_repeats,
             mix_rows=config.augment.mix_rows if mixup.from_config(config).enabled else 0,
-            beside=None if self.teacher_logits is None else {"teacher": self.teacher_logits},
+            extras=None if self.teacher_logits is None else {"teacher": self.teacher_logits},
         )
 
     @functools.cached_property
@@ -125,7 +125,7 @@ class Setup:
         params = given_params(self.config, self.model)
         return self.init() if params is None else self.begin(params)
 
-    def eval_batches(self) -> Ahead:
+    def eval_batches(self) -> PrefetchIterator:
         """This process's batches of one evaluation, which begin to load at once."""
         size = padded_batch_size(self.config.eval.batch_size, self.mesh)
         batches = eval_batches(
@@ -135,14 +135,14 @@ class Setup:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=self.config.data.workers,
-            crop_ratio=self.config.eval.crop_pct,
+            crop_pct=self.config.eval.crop_pct,
         )
-        return Ahead(batches, count=-(-len(self.eval_split) // size))
+        return PrefetchIterator(batches, count=-(-len(self.eval_split) // size))
 
     def evaluate(
         self,
         weights: Mapping[str, Any],
-        batches: Ahead,
+        batches: PrefetchIterator,
         progress: Callable[[int], object] | None = None,
     ) -> dict[str, dict[str, float]]:
         """Evaluates sets of parameters on the evaluation split, each batch on all of them.
@@ -228,7 +228,7 @@ def set_up(
                 f"{setting(f'config.data.{key}')} has {len(data[key])} values, and {data.name} has "
                 f"{train_split.channels} channel(s): give one value, or one a channel"
             )
-    training_crop(config, train_split)
+    crop_from_config(config, train_split)
     warn_of_shared_draws(config)
     model: Any = create_model(
         image_size=size,

@@ -13,13 +13,13 @@ from tfds_files import encode, noise, numbered_jpeg
 
 from cait_jax.data import decode
 from cait_jax.data.decode import (
-    BrokenImage,
     center_crop,
     decode_image,
     random_resized_crop,
     sample_box,
     simple_random_crop,
 )
+from cait_jax.data.split import BrokenImage
 from cait_jax.errors import UserError
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "eval_crops.npz"
@@ -52,10 +52,10 @@ def test_center_crop_equals_the_evaluation_transform_of_timm(preset):
     recorded = np.load(FIXTURE)
     images = [key.removesuffix("/jpeg") for key in recorded if key.endswith("/jpeg")]
     assert len(images) == 6
-    size, crop_ratio = (float(part) for part in preset.split("@"))
+    size, crop_pct = (float(part) for part in preset.split("@"))
     for image in images:
         data = recorded[f"{image}/jpeg"].tobytes()
-        crop = center_crop(data, image_size=(int(size), int(size)), crop_ratio=crop_ratio)
+        crop = center_crop(data, image_size=(int(size), int(size)), crop_pct=crop_pct)
         difference = np.abs(crop.astype(int) - recorded[f"{image}/{preset}"])
         decoded = hashlib.sha256(decode_image(data)).digest()
         if decoded == recorded[f"{image}/decoded_sha256"].tobytes():
@@ -370,9 +370,9 @@ def test_the_limit_itself_is_allowed(monkeypatch):
 @pytest.mark.parametrize("size", [(100, 10), (10, 100)])
 def test_a_hair_is_cropped_as_any_image_without_being_enlarged_whole(size, monkeypatch):
     data = encode(noise(0, *size) // 4 + 96)  # far from what would be cut off on the way
-    whole = center_crop(data, image_size=(24, 32), crop_ratio=0.9)
+    whole = center_crop(data, image_size=(24, 32), crop_pct=0.9)
     monkeypatch.setattr(decode, "MAX_PIXELS", 1000)
-    part = center_crop(data, image_size=(24, 32), crop_ratio=0.9)
+    part = center_crop(data, image_size=(24, 32), crop_pct=0.9)
     assert np.abs(part.astype(int) - whole).max() <= 1
 
 

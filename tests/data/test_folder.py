@@ -12,10 +12,11 @@ from PIL import Image
 from tfds_files import encode, noise, write_cifar10
 
 from cait_jax.data import eval_batches, load_split, train_batches
-from cait_jax.data.decode import BrokenImage, random_resized_crop
+from cait_jax.data.decode import random_resized_crop
 from cait_jax.data.folder import folder_splits, load_folder, path_fraction
 from cait_jax.data.image_files import expand_images
 from cait_jax.data.sources import split_names
+from cait_jax.data.split import BrokenImage
 from cait_jax.errors import UserError
 
 PICTURE = encode(noise(0, 6, 8))

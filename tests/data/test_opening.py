@@ -15,8 +15,9 @@ from PIL import Image, features
 from tfds_files import encode, noise, numbered_jpeg
 
 from cait_jax import Preprocessing
-from cait_jax.data import formats
-from cait_jax.data.decode import BrokenImage, center_crop, decode_image, random_resized_crop
+from cait_jax.data import image_files
+from cait_jax.data.decode import center_crop, decode_image, random_resized_crop
+from cait_jax.data.split import BrokenImage
 
 RAMP = np.arange(32) * np.ones((8, 1), int) * 8
 PIXELS = np.stack([RAMP, RAMP[:, ::-1], RAMP], -1)
@@ -256,7 +257,7 @@ def container(brand, *others):
 
 @pytest.mark.parametrize("data", [container(b"heic"), container(b"mif1", b"mif1", b"heix")])
 def test_heif_needs_its_extra(data, monkeypatch):
-    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(image_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         BrokenImage, match=r'HEIF needs pillow-heif: pip install "cait-jax\[heif\]"'
     ):
@@ -274,7 +275,7 @@ def test_heif_by_its_extra(monkeypatch):
     module = types.ModuleType("pillow_heif")
     module.HeifImageFile = HeifImageFile
     monkeypatch.setitem(sys.modules, "pillow_heif", module)
-    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(image_files.importlib.util, "find_spec", lambda name: object())
     red = np.full((3, 4, 3), (255, 0, 0))
     np.testing.assert_array_equal(decode_image(container(b"heic")), red)
 

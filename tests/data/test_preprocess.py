@@ -8,8 +8,9 @@ from PIL import Image
 from tfds_files import encode, noise, numbered_jpeg
 
 from cait_jax.augment.pipeline import normalise
-from cait_jax.data.decode import BrokenImage, center_crop
+from cait_jax.data.decode import center_crop
 from cait_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from cait_jax.data.split import BrokenImage
 from cait_jax.errors import UserError
 
 SMALL = Preprocessing((24, 32), crop_ratio=0.9)
@@ -29,7 +30,7 @@ def test_a_photograph_is_the_same_in_every_form(tmp_path, monkeypatch):
     path = tmp_path / "photo.jpg"
     path.write_bytes(JPEG)
     monkeypatch.setenv("HOME", str(tmp_path))
-    expected = center_crop(JPEG, image_size=(24, 32), crop_ratio=0.9)
+    expected = center_crop(JPEG, image_size=(24, 32), crop_pct=0.9)
     forms = [
         JPEG, bytearray(JPEG), memoryview(JPEG), path, str(path), "~/photo.jpg", Image.open(path),
         Image.open(io.BytesIO(JPEG)), pixels, Image.fromarray(pixels),

@@ -9,8 +9,8 @@ from trees import random_params
 
 from cait_jax import create_model
 from cait_jax.augment.pipeline import normalise
-from cait_jax.data.pipeline import eval_batches
-from cait_jax.data.sources import InMemory
+from cait_jax.data.loader import eval_batches
+from cait_jax.data.split import InMemory
 from cait_jax.evaluation.evaluate import (
     evaluate,
     jit_eval_step,

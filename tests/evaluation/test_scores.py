@@ -10,9 +10,10 @@ from linear import MEAN, STD, Linear, linear_logits
 from tfds_files import numbered_jpeg, write_imagenet2012, write_imagenet_real
 
 from cait_jax import UserError
-from cait_jax.data.decode import BrokenImage, center_crop
+from cait_jax.data.decode import center_crop
 from cait_jax.data.preprocess import Preprocessing
-from cait_jax.data.sources import InMemory, load_split
+from cait_jax.data.sources import load_split
+from cait_jax.data.split import BrokenImage, InMemory
 from cait_jax.evaluation import Scores, score
 
 COUNT, CLASSES = 41, 6
@@ -70,7 +71,7 @@ def jpegs(count):
 
 
 def logits_of_jpegs(images, weights):
-    crops = [center_crop(image, image_size=(8, 8), crop_ratio=0.875) for image in images]
+    crops = [center_crop(image, image_size=(8, 8), crop_pct=0.875) for image in images]
     return linear_logits(weights, np.array(crops))
 
 

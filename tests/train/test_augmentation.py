@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from tfds_files import numbered_jpeg
 
-from cait_jax.data.decode import random_resized_crop, simple_random_crop
-from cait_jax.data.order import CROPPING, permutation, philox
-from cait_jax.data.sources import Encoded, InMemory
+from cait_jax.data.decode import crop_from_config, random_resized_crop, simple_random_crop
+from cait_jax.data.sampler import CROPPING, permutation, philox
+from cait_jax.data.split import Encoded, InMemory
 from cait_jax.errors import UserError
 from cait_jax.train import defaults
-from cait_jax.train.augmentation import training_crop
 from cait_jax.train.setup import set_up
 from configs import digits
 
@@ -44,7 +43,7 @@ def config(**settings):
     ],
 )
 def test_crops_by_config(settings, expected):
-    crop = pickle.loads(pickle.dumps(training_crop(config(**settings), FILES)))
+    crop = pickle.loads(pickle.dumps(crop_from_config(config(**settings), FILES)))
     found, wanted = (
         way(JPEGS[0]["image"], np.random.default_rng(1), image_size=(16, 16))
         for way in (crop, expected)
@@ -69,7 +68,7 @@ def test_images_in_memory_are_not_cropped_as_they_are_decoded():
     split = InMemory(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.int32), ("a",))
     message = "are in memory: set it to False and use --config.augment.pad_crop=4"
     with pytest.raises(UserError, match=message):
-        training_crop(config(**{"augment.simple_crop": True}), split)
+        crop_from_config(config(**{"augment.simple_crop": True}), split)
 
 
 def test_an_unknown_way_to_resize_is_refused_with_the_nearest():

@@ -14,7 +14,7 @@ from trees import assert_same_bits
 
 from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.data.decode import BrokenImage
+from cait_jax.data.split import BrokenImage
 from cait_jax.train import NonFiniteError, loop, train
 from cait_jax.train.metric_writer import MetricWriter, read_metrics
 from cait_jax.train.setup import Setup

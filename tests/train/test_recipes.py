@@ -10,8 +10,8 @@ import pytest
 
 from cait_jax import UserError, create_model
 from cait_jax.cli.recipes import recipes
-from cait_jax.data.order import copies_in_a_group
-from cait_jax.data.sources import Encoded
+from cait_jax.data.sampler import copies_in_a_group
+from cait_jax.data.split import Encoded
 from cait_jax.data.synthetic import SyntheticJpegs
 from cait_jax.models.zoo import VARIANTS
 from cait_jax.train import defaults

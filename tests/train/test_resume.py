@@ -8,7 +8,7 @@ from PIL import Image
 
 from cait_jax import UserError
 from cait_jax.data.folder import load_folder
-from cait_jax.data.sources import InMemory
+from cait_jax.data.split import InMemory
 from cait_jax.train import defaults
 from cait_jax.train.config import as_json
 from cait_jax.train.resume import check_resumed, check_same_data, describe_data

@@ -11,7 +11,8 @@ from tfds_files import encode
 
 from cait_jax import Preprocessing
 from cait_jax.data import decode
-from cait_jax.data.decode import BrokenImage, center_crop, decode_image
+from cait_jax.data.decode import center_crop, decode_image
+from cait_jax.data.split import BrokenImage
 
 ORDERS = pytest.mark.parametrize("order", ["<", ">"])
 

@@ -5,8 +5,14 @@ import os
 import pytest
 from test_folder import files_of, fill, message_of
 
-from cait_jax.data.folder import folder_splits, left_out_of, load_folder
-from cait_jax.data.layout import class_name, purpose_of, read_layout
+from cait_jax.data.folder import (
+    class_name,
+    folder_splits,
+    left_out_of,
+    load_folder,
+    purpose_of,
+    read_layout,
+)
 from cait_jax.train.finetune import look_through
 
 CLASSES = ("cat", "dog")

@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 from tfds_files import encode, framed, noise, write_cifar10
 
-from cait_jax.data import convert as conversion
 from cait_jax.data import load_split
-from cait_jax.data.convert import convert, plan_conversion
-from cait_jax.data.tfrecord import read_tfrecord
+from cait_jax.data import prepare as conversion
+from cait_jax.data.prepare import convert, plan_conversion, read_tfrecord
 from cait_jax.errors import UserError
 
 BY_TENSORFLOW = Path(__file__).parents[1] / "fixtures" / "tensorflow.tfrecord"

@@ -5,8 +5,8 @@ import pytest
 import tensorflow_datasets as tfds
 from tfds_files import encode, noise, write_cifar10
 
-from cait_jax.data import prepared
-from cait_jax.data.prepared import plan_preparation, prepare
+from cait_jax.data import prepare as preparation
+from cait_jax.data.prepare import plan_preparation, prepare
 from cait_jax.data.sources import load_split, split_names
 from cait_jax.errors import UserError
 
@@ -88,8 +88,8 @@ def test_archives_are_put_in_their_place_first(tmp_path, downloads):
 @pytest.mark.usefixtures("tensorflow")
 def test_a_disk_that_is_too_small_is_told_before(tmp_path, downloads, monkeypatch):
     plan = plan_preparation("cifar10", str(tmp_path))
-    small = prepared.Preparation(**vars(plan) | {"data_bytes": 10**9, "free_bytes": 10**8})
-    monkeypatch.setattr(prepared, "plan_preparation", lambda *_: small)
+    small = preparation.Preparation(**vars(plan) | {"data_bytes": 10**9, "free_bytes": 10**8})
+    monkeypatch.setattr(preparation, "plan_preparation", lambda *_: small)
     message = message_of(prepare, "cifar10", str(tmp_path))
     assert "takes 1.0 GB" in message
     assert "0.1 GB free" in message

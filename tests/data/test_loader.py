@@ -1,9 +1,12 @@
+"""Batches as a function of split, seed and step; broken images; prefetching."""
+
 import dataclasses
 import itertools
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -11,10 +14,11 @@ import numpy as np
 import pytest
 from tfds_files import numbered_jpeg, write_imagenet2012
 
-from cait_jax.data import Encoded, InMemory, eval_batches, load_split, pipeline, train_batches
-from cait_jax.data.balance import Balanced
-from cait_jax.data.decode import BrokenImage, center_crop
-from cait_jax.data.order import permutation
+from cait_jax.data import Encoded, InMemory, eval_batches, load_split, loader, train_batches
+from cait_jax.data.decode import center_crop
+from cait_jax.data.loader import Batches, PrefetchIterator
+from cait_jax.data.sampler import permutation
+from cait_jax.data.split import BrokenImage
 from cait_jax.errors import UserError
 
 COUNT = 23
@@ -99,12 +103,15 @@ def test_balanced_classes_come_equally_often_in_any_kind_of_split(encoded):
     of_class = np.where(np.arange(COUNT) < 20, 0, 1).astype(np.int32)
     records = [{**record, "label": int(of_class[i])} for i, record in enumerate(encoded.records)]
     split = Encoded(records, ("many", "few"), 3)
-    order = Balanced(of_class, 0)
-    found = labels(take(split, 2 * COUNT // 2, batch_size=2, order=order))
+    found = labels(take(split, 2 * COUNT // 2, batch_size=2, balance_labels=of_class))
     assert abs(int((found == 1).sum()) - COUNT) <= 1
-    again = [take(split, 3, order=order, process_index=i, process_count=2) for i in range(2)]
-    assert_same(joined(again), take(split, 3, order=order))
-    assert_same(take(split, 3, order=order, workers=1), take(split, 3, order=order))
+    again = [
+        take(split, 3, balance_labels=of_class, process_index=i, process_count=2) for i in range(2)
+    ]
+    assert_same(joined(again), take(split, 3, balance_labels=of_class))
+    assert_same(
+        take(split, 3, balance_labels=of_class, workers=1), take(split, 3, balance_labels=of_class)
+    )
 
 
 def test_both_kinds_of_split_have_the_same_order(encoded, in_memory):
@@ -239,8 +246,8 @@ def test_evaluation_sees_every_example_once_in_order(split, batch_size, processe
 def test_evaluation_crops_the_middle(encoded, in_memory):
     options = {"batch_size": COUNT, "image_size": SIZE}
     assert_same(list(eval_batches(encoded, **options)), list(eval_batches(in_memory, **options)))
-    (narrow,) = eval_batches(encoded, crop_ratio=0.5, **options)
-    expected = center_crop(encoded.records[7]["image"], image_size=SIZE, crop_ratio=0.5)
+    (narrow,) = eval_batches(encoded, crop_pct=0.5, **options)
+    expected = center_crop(encoded.records[7]["image"], image_size=SIZE, crop_pct=0.5)
     np.testing.assert_array_equal(narrow["image"][7], expected)
 
 
@@ -313,7 +320,7 @@ BROKEN = {int(permutation(0, 0, 460)[place]): kind for place, kind in
 
 @pytest.fixture
 def patient(monkeypatch):
-    monkeypatch.setattr(pipeline, "JUDGED_FROM", 10_000)
+    monkeypatch.setattr(loader, "JUDGED_FROM", 10_000)
 
 
 @pytest.mark.usefixtures("patient")
@@ -432,4 +439,60 @@ def test_a_worker_that_was_killed_is_a_sentence():
         yield
 
     with pytest.raises(UserError, match=r"ended with exit code -9, .*: lower workers, or lower "):
-        next(pipeline.Batches(killed()))
+        next(loader.Batches(killed()))
+
+
+class Source:
+    """Numbered batches; each waits for `may_load`, and closing waits for `may_close`."""
+
+    def __init__(self, count, error=None):
+        self.count, self.error = count, error
+        self.made = 0
+        self.may_load, self.may_close, self.closed = (threading.Event() for _ in range(3))
+        self.loading = threading.Event()
+
+    def __next__(self):
+        self.loading.set()
+        assert self.may_load.wait(10)
+        if self.error is not None:
+            raise self.error
+        if self.made == self.count:
+            raise StopIteration
+        self.made += 1
+        return {"image": np.array(self.made)}
+
+    def close(self):
+        assert self.may_close.wait(10)
+        self.closed.set()
+
+
+def test_the_first_batch_loads_unasked_and_the_end_is_not_waited_for():
+    source = Source(3)
+    with PrefetchIterator(Batches(source), count=3) as ahead:
+        assert source.loading.wait(10)
+        source.may_load.set()
+        assert [int(batch["image"]) for batch in ahead] == [1, 2, 3]
+        assert not source.closed.is_set()
+    assert not source.closed.is_set()  # it could not end yet, and here we are
+    source.may_close.set()
+    assert source.closed.wait(10)
+
+
+def test_closing_what_is_still_loading_waits_for_nothing():
+    source = Source(3)
+    ahead = PrefetchIterator(Batches(source), count=3)
+    ahead.close()
+    ahead.close()
+    assert list(ahead) == []
+    source.may_load.set()
+    source.may_close.set()
+    assert source.closed.wait(10)
+
+
+def test_an_error_of_the_first_batch_comes_when_it_is_asked_for():
+    source = Source(3, OSError("gone"))
+    source.may_load.set()
+    source.may_close.set()
+    with PrefetchIterator(Batches(source), count=3) as ahead, pytest.raises(OSError, match="gone"):
+        next(ahead)
+    assert source.closed.wait(10)

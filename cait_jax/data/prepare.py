@@ -1,16 +1,135 @@
-"""A TFDS data set in TFRecord files gets array_record files beside them, without TensorFlow."""
+"""TFDS data sets as array_record: prepared by TFDS, or converted from tfrecord without TensorFlow.
 
+A record of tfrecord is its length (uint64), the masked CRC-32C of those 8 bytes (uint32), the data, and the masked
+CRC-32C of the data, all little-endian (tensorflow/core/lib/io/record_writer.h).
+"""
+
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import struct
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from cait_jax.data.sources import first_line
+from cait_jax.data.image_files import nearest_path
+from cait_jax.data.sources import (
+    find_builder,
+    how_to_prepare,
+    is_prepared,
+    manual_folder,
+    open_array_record,
+)
+from cait_jax.data.split import first_line
 from cait_jax.errors import UserError
 
 _FORMATS = "alternativeFileFormats"
+_HEADER = struct.Struct("<QI")
+_FOOTER = struct.Struct("<I")
+_MASK_DELTA = 0xA282EAD8
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What preparing a data set takes.
+
+    Attributes:
+      folder: where it comes to lie.
+      prepared: whether it already lies there as array_record.
+      download_bytes: what is downloaded; None if TFDS does not say.
+      data_bytes: what the data set takes on disk; None if TFDS does not say.
+      free_bytes: what is free on that disk.
+      manual: where archives must be put by hand before; None if nothing must.
+    """
+
+    folder: Path
+    prepared: bool
+    download_bytes: int | None
+    data_bytes: int | None
+    free_bytes: int
+    manual: Path | None
+
+
+def plan_preparation(name: str, data_dir: str | None) -> Preparation:
+    """Says what `prepare` would do.
+
+    Args:
+      name: as in `find_builder`.
+      data_dir: likewise.
+
+    Raises:
+      UserError: the data set is unknown; or it is there, but not as array_record.
+    """
+    builder = find_builder(name, data_dir)
+    folder = Path(builder.data_path)
+    prepared = is_prepared(builder)
+    if prepared:
+        open_array_record(folder, name)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return Preparation(
+        folder=folder,
+        prepared=prepared,
+        download_bytes=int(builder.info.download_size) or None,
+        data_bytes=int(builder.info.dataset_size) or None,
+        free_bytes=shutil.disk_usage(existing).free,
+        manual=manual_folder(builder) if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else None,
+    )
+
+
+def prepare(name: str, data_dir: str | None) -> Path:
+    """Downloads a data set and writes it as array_record, by TFDS and TensorFlow.
+
+    Args:
+      name: as in `find_builder`.
+      data_dir: likewise.
+
+    Returns:
+      The folder of the data set.
+
+    Raises:
+      UserError: as from `plan_preparation`; TensorFlow is missing, the disk is too small, archives have
+        to be put in their place first, or TFDS failed.
+    """
+    plan = plan_preparation(name, data_dir)
+    if plan.prepared:
+        return plan.folder
+    if plan.data_bytes is not None and plan.free_bytes < plan.data_bytes:
+        raise UserError(
+            f"{name} takes {plan.data_bytes / 1e9:.1f} GB and {plan.folder} has {plan.free_bytes / 1e9:.1f} "
+            "GB free: make room, or name another folder by --data-dir"
+        )
+    builder = find_builder(name, data_dir)
+    if plan.manual is not None and not _holds_files(plan.manual):
+        raise UserError(
+            f"{name} cannot be downloaded by a program: {how_to_prepare(builder, name)}"
+        )
+    try:
+        import tensorflow  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            'preparing a data set needs TensorFlow: pip install "cait-jax[prepare]"'
+        ) from error
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # where TFDS prints sentences of its own
+            builder.download_and_prepare(file_format="array_record")
+    except (
+        Exception
+    ) as error:  # of the network, the archives, the disk; TFDS removes what is half done
+        raise UserError(f"TFDS could not prepare {name}: {first_line(error)}") from error
+    open_array_record(plan.folder, name)
+    return plan.folder
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and next(_files(folder), None) is not None
+
+
+def _files(folder: Path) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        yield from (entry.name for entry in entries if not entry.name.startswith("."))
 
 
 @dataclass(frozen=True)
@@ -140,8 +259,6 @@ def convert(plan: Conversion, progress: Callable[[int], None] | None = None) -> 
 
 
 def _data_set_folder(directory: Path) -> Path:
-    from cait_jax.data.image_files import nearest_path
-
     if not directory.is_dir():
         raise UserError(f"there is no folder {directory}{nearest_path(directory)}")
     found = [
@@ -162,8 +279,6 @@ def _data_set_folder(directory: Path) -> Path:
 
 def _convert_shard(shard: Shard, progress: Callable[[int], None]) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
-
-    from cait_jax.data.tfrecord import read_tfrecord
 
     partial = shard.target.with_name(f".{shard.target.name}.partial")
     try:
@@ -211,3 +326,47 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_tfrecord(path: Path) -> Iterator[bytes]:
+    """Yields the records of an uncompressed TFRecord file in order, each checked by its sums.
+
+    Args:
+      path: the file.
+
+    Raises:
+      UserError: while iterating, if the file is cut short or damaged, or is none.
+    """
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        number = 0
+        while header := file.read(_HEADER.size):
+            yield _record(file, header, size, f"record {number} of {path}")
+            number += 1
+
+
+def masked_crc(data: bytes) -> int:
+    """The CRC-32C of `data`, rotated right by 15 bits and shifted by a constant, as TFRecord stores it."""
+    import google_crc32c
+
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
+
+
+def _record(file: BinaryIO, header: bytes, size: int, which: str) -> bytes:
+    if len(header) < _HEADER.size:
+        raise _cut_short(which)
+    length, of_length = _HEADER.unpack(header)
+    if masked_crc(header[:8]) != of_length:
+        raise UserError(f"{which} is damaged (the sum of its length is wrong): copy the file again")
+    if file.tell() + length + _FOOTER.size > size:
+        raise _cut_short(which)
+    data = file.read(length)
+    (of_data,) = _FOOTER.unpack(file.read(_FOOTER.size))
+    if masked_crc(data) != of_data:
+        raise UserError(f"{which} is damaged (the sum of its data is wrong): copy the file again")
+    return data
+
+
+def _cut_short(which: str) -> UserError:
+    return UserError(f"{which} is cut short: copy the file again")

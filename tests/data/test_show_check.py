@@ -6,11 +6,11 @@ import pytest
 from odd_files import bmp
 from tfds_files import encode, noise, numbered_jpeg
 
-from cait_jax.data import check
-from cait_jax.data.check import check_images
+from cait_jax.data import show
 from cait_jax.data.folder import load_folder
-from cait_jax.data.pipeline import MAX_BROKEN
-from cait_jax.data.sources import Encoded, InMemory
+from cait_jax.data.loader import MAX_BROKEN
+from cait_jax.data.show import check_images
+from cait_jax.data.split import Encoded, InMemory
 from cait_jax.errors import UserError
 
 JPEG = numbered_jpeg(0, 40, 50)
@@ -79,7 +79,7 @@ def test_where_decoding_takes_too_long_headers_are_read(tmp_path):
 
 
 def test_a_header_longer_than_what_is_read_of_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "_HEAD_BYTES", 400)
+    monkeypatch.setattr(show, "_HEAD_BYTES", 400)
     split = folder(tmp_path, 150, {77: encode(noise(0, 9, 9), "JPEG", comment=b"x" * 1000)})
     assert check_images(split, decode_all_within=0.0) == 0
 

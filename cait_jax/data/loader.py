@@ -1,0 +1,452 @@
+"""Batches as a function of split, seed and step.
+
+Row `r` of the batch of a step has position `step * batch_size + grouped_positions(batch_size, mix_rows)[r]`. Its
+example follows from the position by the `Sampler`, its crop from draws keyed with seed and position. So neither
+the number of processes nor that of workers changes a batch, and resuming needs the step alone.
+"""
+
+import functools
+import itertools
+import logging
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from cait_jax.data.sampler import CROPPING, BatchSlice, ClassBalancedSampler, Sampler, philox
+from cait_jax.data.split import BrokenImage, Encoded, InMemory, Split, read_record, record_name
+from cait_jax.errors import UserError, Way, advise
+
+Batch = dict[str, np.ndarray]
+Crop = Callable[..., UInt8[np.ndarray, "h w c"]]
+
+MAX_BROKEN = 0.01
+"""The greatest fraction of the images read in training that may be broken."""
+JUDGED_FROM = 100
+"""How many images are read before that fraction is judged; as many broken ones in a row are too many at once."""
+
+# Grain's message.
+_WORKER_ENDED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")
+_MAX_THREADS = 16
+_log = logging.getLogger(__name__)
+
+
+class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
+    """Owns the threads and processes behind its batches, and ends them when closed, exhausted or failing."""
+
+    def __init__(
+        self,
+        batches: Any,
+        broken_images: "_BrokenImages | None" = None,
+        extras: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Takes over `batches`, an iterator with a `close` method.
+
+        In training its batches have an `index`, the indices of the examples in their split, by which rows of
+        `extras` are added to them.
+        """
+        self._batches = batches
+        self._broken_images = broken_images
+        self._extras = dict(extras or {})
+
+    @property
+    def broken(self) -> int:
+        """How many times a broken image was read and replaced so far."""
+        return 0 if self._broken_images is None else self._broken_images.broken
+
+    def __next__(self) -> Batch:
+        """The next batch; no more come after `close`."""
+        if self._batches is None:
+            raise StopIteration
+        try:
+            batch = next(self._batches)
+            if self._broken_images is not None:
+                self._broken_images.count(batch)
+            index = batch.pop("index", None)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, RuntimeError) and (ended := _WORKER_ENDED.search(str(error))):
+                ways = advise(Way("lower {}", "workers"), Way("lower {}", "batch_size"))
+                raise UserError(
+                    f"a process that decodes images ended with exit code {ended[1]}, for lack of memory if it is "
+                    f"-9: {ways}"
+                ) from error
+            raise
+        # Workers' arrays are in shared memory that lives no longer than Grain's own array class.
+        copied = {
+            name: array if type(array) is np.ndarray else np.array(array)
+            for name, array in batch.items()
+        }
+        return copied | {name: rows[np.asarray(index)] for name, rows in self._extras.items()}
+
+    def close(self) -> None:
+        """Ends the threads and processes; calling it again does nothing."""
+        batches, self._batches = self._batches, None
+        if batches is not None:
+            batches.close()
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes."""
+        self.close()
+
+
+class PrefetchIterator(Iterator[Batch], AbstractContextManager["PrefetchIterator", None]):
+    """The first `count` of some batches, of which one is loaded from the start; closing does not wait.
+
+    Starting and ending the processes that decode images takes seconds, so a thread does both.
+    """
+
+    def __init__(self, batches: Batches, count: int) -> None:
+        """Takes over `batches` and starts to load."""
+        self._batches = batches
+        self._left = count
+        self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "prefetch")
+        self._first: Future[Batch] | None = self._thread.submit(next, batches)
+
+    def __next__(self) -> Batch:
+        """The next batch; no more come after `close`."""
+        if self._thread is None or not self._left:
+            raise StopIteration
+        self._left -= 1
+        first, self._first = self._first, None
+        return next(self._batches) if first is None else first.result()
+
+    def close(self) -> None:
+        """Starts to end the threads and processes behind the batches; calling it again does nothing."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.submit(self._batches.close)
+            thread.shutdown(wait=False)
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes."""
+        self.close()
+
+
+def train_batches(
+    split: Split,
+    *,
+    seed: int,
+    batch_size: int,
+    image_size: tuple[int, int],
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    crop: Crop | None = None,
+    balance_labels: Int[np.ndarray, "n"] | None = None,
+    repeats: int = 1,
+    mix_rows: int = 0,
+    extras: Mapping[str, np.ndarray] | None = None,
+) -> Batches:
+    """This process's rows of the training batches from `start_step` on, without end.
+
+    An image that cannot be read or decoded is replaced by the next in the epoch's order, with its own label, and
+    named once in the log. `Batches.broken` counts them.
+
+    Args:
+      split: images in memory come whole, encoded ones cropped at random.
+      seed: decides order and crops.
+      batch_size: rows of the global batch.
+      image_size: height and width in pixels.
+      workers: processes that decode; with 0, threads of this one do. Images in memory need none.
+      crop: from an encoded image and a generator to a crop, with the keywords `image_size`, `channels` and
+        `exif`; by default `decode.random_resized_crop`. Picklable if there are workers.
+      balance_labels: the labels of the split, if every class shall come equally often.
+      repeats: how often each example comes in a row, see `Sampler`.
+      mix_rows: rows that will be mixed with each other: the copies of an image get into different groups of so
+        many rows. 0: the rows are in order.
+      extras: arrays with a row for each example of the split, such as a teacher's logits, for the batches.
+
+    Returns:
+      Batches with `image`, uint8 (b, height, width, channels), `label`, int32 (b,), and the rows of `extras` by
+      their names, where b is `batch_size / process_count`.
+
+    Raises:
+      UserError: the batch is larger than the split or does not divide by the processes, or the images in memory
+        have another size.
+      BrokenImage: while iterating, if of the images that this process read, `JUDGED_FROM` at least, more than
+        `MAX_BROKEN` were broken.
+    """
+    _check(split, batch_size, image_size, process_count)
+    count = len(split)
+    if batch_size > count:
+        raise UserError(
+            f"a batch of {batch_size} examples is larger than the split, which has {count}; "
+            f"choose a batch size of at most {count}"
+        )
+    rows = BatchSlice(batch_size, process_index, process_count, start_step, mix_rows)
+    sampler = (
+        Sampler(seed, count, repeats)
+        if balance_labels is None
+        else ClassBalancedSampler(seed, count, repeats, labels=balance_labels)
+    )
+    if isinstance(split, InMemory):
+        return Batches(_gathered(split, sampler, rows), extras=extras)
+    from cait_jax.data import decode
+
+    crop = functools.partial(
+        crop or decode.random_resized_crop,
+        image_size=image_size,
+        channels=split.channels,
+        exif=split.exif,
+    )
+    examples = _TrainingExamples(split, sampler, rows, crop)
+    batches = _grain_batches(examples, rows.local_size, workers)
+    return Batches(batches, _BrokenImages(examples), extras)
+
+
+def eval_batches(
+    split: Split,
+    *,
+    batch_size: int,
+    image_size: tuple[int, int],
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    crop_pct: float = 1.0,
+) -> Batches:
+    """This process's rows of the batches that hold every example once, in order.
+
+    Every process gets `ceil(n / batch_size)` batches; rows past the last example are zeros.
+
+    Args:
+      split: images in memory come whole, encoded ones as `decode.center_crop`.
+      batch_size: rows of the global batch.
+      image_size: height and width in pixels.
+      workers: as for `train_batches`.
+      crop_pct: as for `decode.center_crop`.
+
+    Returns:
+      Batches as of `train_batches` with `mask`, bool (b,), False for padding. Of a split with `multi_label` also
+      `labels`, bool (b, classes), True for each correct class.
+
+    Raises:
+      UserError: the batch does not divide by the processes, or the images in memory have another size.
+      BrokenImage: while iterating, if an image cannot be read or decoded; it is named.
+    """
+    _check(split, batch_size, image_size, process_count)
+    rows = BatchSlice(batch_size, process_index, process_count)
+    steps = -(-len(split) // batch_size)
+    if isinstance(split, InMemory):
+        return Batches(_gathered_in_order(split, rows, steps))
+    from cait_jax.data import decode
+
+    crop = functools.partial(
+        decode.center_crop,
+        image_size=image_size,
+        crop_pct=crop_pct,
+        channels=split.channels,
+        exif=split.exif,
+    )
+    shape = (*image_size, split.channels)
+    examples = _EvaluationExamples(split, rows, steps, crop, shape)
+    return Batches(_grain_batches(examples, rows.local_size, workers))
+
+
+def _check(split: Split, batch_size: int, image_size: tuple[int, int], process_count: int) -> None:
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"a batch of {batch_size} examples cannot be divided evenly among {process_count} "
+            f"processes; choose a positive multiple of {process_count}"
+        )
+    if isinstance(split, InMemory) and split.images.shape[1:3] != image_size:
+        held, asked = (f"{size[0]} by {size[1]}" for size in (split.images.shape[1:], image_size))
+        raise UserError(
+            f"the split was loaded with images of {held} pixels, not {asked}; load it with "
+            f"image_size={image_size}"
+        )
+
+
+def _gathered(split: InMemory, sampler: Sampler, rows: BatchSlice) -> Iterator[Batch]:
+    for step in itertools.count():
+        index = sampler.indices(rows.positions(step))
+        yield {"image": split.images[index], "label": split.labels[index], "index": index}
+
+
+def _gathered_in_order(split: InMemory, rows: BatchSlice, steps: int) -> Iterator[Batch]:
+    for step in range(steps):
+        positions = rows.positions(step)
+        mask = positions < len(split)
+        image = np.zeros((rows.local_size, *split.images.shape[1:]), np.uint8)
+        label = np.zeros(rows.local_size, np.int32)
+        image[mask] = split.images[positions[mask]]
+        label[mask] = split.labels[positions[mask]]
+        yield {"image": image, "label": label, "mask": mask}
+
+
+@dataclass(frozen=True)
+class _TrainingExamples:
+    """This process's training examples: number `i` is in row `i % local_size` of batch `i // local_size`."""
+
+    split: Encoded
+    sampler: Sampler
+    rows: BatchSlice
+    crop: Crop
+
+    def __len__(self) -> int:
+        # As good as endless, and small enough for Grain's arithmetic on lengths.
+        return 2**60 // self.rows.local_size * self.rows.local_size
+
+    def __getitem__(self, number: int) -> Batch:
+        """The example, its `index` in the split, and in `skipped` how many broken ones it replaces."""
+        skipped, last = 0, None
+        for skipped, index in enumerate(self.candidates(int(number))):
+            try:
+                example = self.example(int(number), index)
+            except BrokenImage as error:
+                last = error
+                continue
+            return example | {"index": np.array(index), "skipped": np.array(skipped, np.int32)}
+        raise BrokenImage(
+            f"{skipped + 1} images in a row are broken, of which the last says: {last}; "
+            "repair or replace the data set"
+        ) from last
+
+    def candidates(self, number: int) -> Iterator[int]:
+        return itertools.islice(self.sampler.candidates(self.rows.position(number)), JUDGED_FROM)
+
+    def example(self, number: int, index: int) -> Batch:
+        """Example `index` of the split, cropped as number `number` of this process."""
+        draws = philox(self.sampler.seed, self.rows.position(number), CROPPING)
+        rng = np.random.Generator(draws)
+        return _example(self.split, index, lambda data: self.crop(data, rng))
+
+
+class _BrokenImages:
+    """Counts and names the broken images of training, in the process that receives the batches.
+
+    Workers send with each example how many broken ones it replaces. Which those were follows from the order, and
+    the reason is found by reading them again.
+    """
+
+    def __init__(self, examples: _TrainingExamples) -> None:
+        self._examples = examples
+        self._step = 0
+        self._named: set[int] = set()
+        self._last = ""
+        self.read = 0
+        self.broken = 0
+
+    def count(self, batch: Batch) -> None:
+        """Takes `skipped` out of the next batch, logs what is new, and raises if it is too much."""
+        skipped = np.asarray(batch.pop("skipped"))
+        for row in np.flatnonzero(skipped):
+            number = self._step * skipped.size + int(row)
+            for index in itertools.islice(self._examples.candidates(number), int(skipped[row])):
+                if index not in self._named:
+                    self._named.add(index)
+                    self._last = self._reason(number, index)
+                    _log.warning("%s; another stands in for it", self._last)
+        self._step += 1
+        self.broken += int(skipped.sum())
+        self.read += skipped.size + int(skipped.sum())
+        if self.read >= JUDGED_FROM and self.broken > MAX_BROKEN * self.read:
+            raise BrokenImage(
+                f"{self.broken} of {self.read} images read are broken, more than {MAX_BROKEN:.0%}, and "
+                f"are named in the log (the last: {self._last}); repair or replace the data set"
+            )
+
+    def _reason(self, number: int, index: int) -> str:
+        try:
+            self._examples.example(number, index)
+        except BrokenImage as error:
+            return str(error)
+        return f"image {index} could not be read a moment ago and now can"
+
+
+@dataclass(frozen=True)
+class _EvaluationExamples:
+    """This process's examples of an evaluation with their padding, in order."""
+
+    split: Encoded
+    rows: BatchSlice
+    steps: int
+    crop: Crop
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return self.steps * self.rows.local_size
+
+    def __getitem__(self, number: int) -> Batch:
+        position = self.rows.position(int(number))
+        if position < len(self.split):
+            try:
+                return _example(self.split, position, self.crop) | {"mask": np.array(True)}
+            except BrokenImage as error:
+                raise BrokenImage(f"{error}; remove or replace it") from error
+        padding: Batch = {
+            "image": np.zeros(self.shape, np.uint8),
+            "label": np.array(0, np.int32),
+            "mask": np.array(False),
+        }
+        if self.split.multi_label:
+            padding["labels"] = np.zeros(self.split.num_classes, np.bool_)
+        return padding
+
+
+def _example(split: Encoded, index: int, crop: Crop) -> Batch:
+    record = read_record(split, index)
+    try:
+        image = crop(record["image"])
+    except BrokenImage as error:
+        name = record_name(index, record)
+        raise BrokenImage(f"{name} cannot be decoded: {error}") from error
+    example = {"image": image, "label": np.array(record["label"], np.int32)}
+    if split.multi_label:
+        example["labels"] = np.zeros(split.num_classes, np.bool_)
+        example["labels"][np.asarray(record["labels"], np.int64)] = True
+    return example
+
+
+def _grain_batches(
+    examples: _TrainingExamples | _EvaluationExamples, batch_size: int, workers: int
+) -> Any:
+    """An iterator over stacked examples that has a `close` method."""
+    import grain
+    from absl import flags
+
+    dataset = grain.MapDataset.source(examples)
+    if not workers:
+        threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        buffered = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=max(threads, 2 * batch_size)
+        )
+        return iter(dataset.to_iter_dataset(buffered).batch(batch_size))
+
+    if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts its workers
+        flags.FLAGS.mark_as_parsed()
+    # A worker makes whole batches, so that the number of workers does not decide what a batch holds.
+    unbuffered = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    batches = dataset.batch(batch_size).to_iter_dataset(unbuffered)
+    options = grain.MultiprocessingOptions(num_workers=workers)
+    return iter(batches.mp_prefetch(options, worker_init_fn=_start_worker))
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Keeps a worker to one core, and has its parent's end, not signals, end it."""
+    import cv2
+
+    del index, count
+    cv2.setNumThreads(1)
+    # A signal to the process group must leave the parent the data of the steps until it saves.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

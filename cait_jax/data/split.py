@@ -1,0 +1,111 @@
+"""A split of a data set: decoded images in memory, or encoded images by index."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from cait_jax.errors import UserError
+
+
+class BrokenImage(UserError):
+    """An image that cannot be read or decoded."""
+
+
+@runtime_checkable
+class Records(Protocol):
+    """Random access to records `{"image": bytes, "label": int}`, with or without `"file_name"`."""
+
+    def __len__(self) -> int:
+        """The number of records."""
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """Record `index`, counted from 0."""
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A split whose images are decoded and of one size; `class_names` are in the order of the labels."""
+
+    images: UInt8[np.ndarray, "n h w c"]
+    labels: Int32[np.ndarray, "n"]
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        """3 for RGB, 1 for luminance."""
+        return self.images.shape[-1]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A split whose images are read and decoded on access.
+
+    Attributes:
+      records: the examples in the order of the data set; picklable if worker processes read them.
+      class_names: in the order of the labels.
+      channels: 3 for RGB, 1 for luminance.
+      multi_label: whether a record has, beside `label`, any number of correct classes in `labels`.
+      exif: whether the EXIF orientation is applied, as for photographs.
+    """
+
+    records: Records
+    class_names: tuple[str, ...]
+    channels: int
+    multi_label: bool = False
+    exif: bool = False
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.records)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+
+Split = InMemory | Encoded
+
+
+def read_record(split: Encoded, index: int) -> Mapping[str, Any]:
+    """Reads one record.
+
+    Raises:
+      BrokenImage: it cannot be read, or is empty; it is named.
+    """
+    try:
+        record = split.records[index]
+    except MemoryError:
+        raise
+    except UserError as error:  # which names the file
+        raise BrokenImage(str(error)) from error
+    except Exception as error:  # array_record and the feature decoders raise any type
+        raise BrokenImage(f"image {index} cannot be read: {first_line(error)}") from error
+    if not isinstance(record["image"], bytes):  # as in a truncated file
+        raise BrokenImage(f"image {index} cannot be read: its record is empty")
+    return record
+
+
+def record_name(index: int, record: Mapping[str, Any]) -> str:
+    """What messages call a record: its index, and its file where that is known."""
+    name = record.get("file_name", b"")
+    name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+    return f"image {index} ({name})" if name else f"image {index}"
+
+
+def first_line(error: BaseException) -> str:
+    """The message of another library's error, as part of a sentence."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0].rstrip(".:;")
