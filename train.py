@@ -7,7 +7,6 @@ from absl import app, flags
 from cait_jax.errors import UserError, config_flags, nearest, run_program, speaking
 from cait_jax.train import NonFiniteError, train
 from cait_jax.train.config import CommandLine, default_workdir, load_config, take_apart
-from cait_jax.train.distributed import ends_for_all, join_processes
 
 flags.DEFINE_string(
     "config",
@@ -37,6 +36,8 @@ def main(line: CommandLine) -> int:
     workdir = WORKDIR.value or default_workdir(line.file)
     address, count, index = COORDINATOR.value, PROCESSES.value, PROCESS.value
     if DISTRIBUTED.value or (address, count, index) != (None, None, None):
+        from cait_jax.train.distributed import join_processes
+
         join_processes(address=address, count=count, index=index)
     return 0 if train(config, workdir).finished else 130
 
@@ -66,7 +67,7 @@ def parse(argv: list[str]) -> CommandLine:
 
 def program() -> int:
     """The whole program; gives the exit status."""
-    with speaking(config_flags), ends_for_all():
+    with speaking(config_flags):
         return run_program(
             "train.py", lambda: app.run(main, flags_parser=parse), (UserError, NonFiniteError)
         )

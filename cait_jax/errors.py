@@ -30,7 +30,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 class UserError(ValueError):
     """A mistake of the caller's. The message is one sentence that says how to mend it; it is `printable`."""
 
-    def __init__(self, message: object = "") -> None:  # noqa: D107
+    def __init__(self, message: object = "") -> None:
         super().__init__(printable(str(message)))
 
 
@@ -119,7 +119,7 @@ class Literal:
 
     text: str
 
-    def __repr__(self) -> str:  # noqa: D105
+    def __repr__(self) -> str:
         return self.text
 
 
@@ -131,7 +131,7 @@ class Way:
     setting: str
     value: Any = _ANY
 
-    def __str__(self) -> str:  # noqa: D105
+    def __str__(self) -> str:
         return self.text.format(setting(self.setting, self.value))
 
 

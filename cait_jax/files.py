@@ -8,13 +8,16 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cait_jax.errors import one_line
+from cait_jax.errors import UserError, one_line, printable, writable
 
 MANIFEST = "manifest.json"
+# What Orbax expands in a path.
+_GLOB = "*?[]" if os.sep == "\\" else "*?[]\\"
 
 
 class DamagedError(Exception):
@@ -123,24 +126,26 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(directory: Path, prefix: str = "") -> None:
-    """Checks the sizes of all files against the manifest, and the SHA-256 of those whose name has the prefix.
+def run_folder_name(name: str) -> str:
+    """The name with `_` for the characters that a path of checkpoints cannot have."""
+    return re.sub(f"[{re.escape(_GLOB)}]", "_", name if writable(name) == name else printable(name))
+
+
+def run_folder(workdir: str | Path) -> Path:
+    """The folder of a run.
 
     Raises:
-      DamagedError: naming the first file that is missing or differs.
+      UserError: it is the address of a bucket, or a path that Orbax would take for a pattern.
     """
-    files = read_manifest(directory)["files"]
-    for name, expected in files.items():
-        try:
-            size = (directory / name).stat().st_size
-        except OSError as error:
-            raise DamagedError(f"{name} is missing ({error.strerror})") from None
-        if size != expected["size"]:
-            raise DamagedError(f"{name} has {size} bytes instead of {expected['size']}")
-    for name in filter(lambda name: name.startswith(prefix), files):
-        try:
-            found = sha256(directory / name)
-        except OSError as error:
-            raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
-        if found != files[name]["sha256"]:
-            raise DamagedError(f"{name} differs from its SHA-256 in {MANIFEST}")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(workdir)):
+        raise UserError(
+            f"--workdir={workdir} is an address, and a run is kept in a folder: mount the bucket (gs:// with "
+            "gcsfuse) and give the folder where it is mounted, or a folder of a shared file system"
+        )
+    path = str(Path(workdir).absolute())
+    if run_folder_name(path) != path:
+        raise UserError(
+            f"checkpoints cannot be kept in {path}: its name is not UTF-8 or holds one of {_GLOB} which Orbax "
+            "takes for a pattern; give another --workdir"
+        )
+    return Path(workdir)

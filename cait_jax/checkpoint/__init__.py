@@ -1,1 +1,1 @@
-"""Checkpoints on disk: written by Orbax, sealed with sums, read back strictly."""
+"""Checkpoints on disk: written by Orbax, committed with checksums, restored strictly."""

@@ -62,8 +62,8 @@ def command(
     from absl import logging
 
     from cait_jax.errors import UserError
+    from cait_jax.files import run_folder_name
     from cait_jax.train import NonFiniteError, train
-    from cait_jax.train.distributed import run_folder_name
     from cait_jax.train.finetune import folder_config, look_through
 
     logging.set_verbosity(logging.WARNING)  # Orbax says a lot at INFO

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the step at hand."""
+"""Ctrl-C and SIGTERM end a run after the step in progress."""
 
 import signal
 import threading
@@ -10,37 +10,28 @@ from jax.experimental import multihost_utils
 
 
 class StopSignal:
-    """While entered, turns the first SIGINT or SIGTERM into a request; a second one acts as ever.
+    """A context in which the first SIGINT or SIGTERM only requests a stop; a second one acts as usual.
 
-    Of several processes each may be told, and all must stop after the same step. JAX agrees on it, with a SIGTERM
-    handler of its own, beside which Python's would silently do nothing or undo it. So there only SIGTERM counts.
-
-    Outside the main thread Python allows no handlers, and this does nothing.
+    With several processes JAX's preemption service handles SIGTERM, and agrees on one step for all. Python's
+    handlers would undo its own, so none are installed, and SIGINT acts as usual. Nor outside the main thread.
     """
 
     def __init__(self) -> None:
-        """Nothing is requested yet."""
         self._requested = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        """Installs the handlers."""
-        alone = jax.process_count() == 1
-        if alone and threading.current_thread() is threading.main_thread():
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if jax.process_count() == 1 and in_main_thread:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Puts the earlier handlers back."""
         self._restore()
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this step: the same answer in every process.
-
-        Args:
-          step: every process must ask for every step.
-        """
+        """Whether to stop after `step`, the same in every process; to be asked once for every step."""
         if jax.process_count() > 1:
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._requested

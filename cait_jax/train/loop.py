@@ -13,13 +13,14 @@ from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.data.folder import left_out_of
 from cait_jax.data.loader import PrefetchIterator
 from cait_jax.errors import Way, advise
+from cait_jax.files import run_folder
 from cait_jax.models.cait import CaiT
 from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train.config import as_json
-from cait_jax.train.distributed import check_shared, local_folder
+from cait_jax.train.distributed import check_shared
 from cait_jax.train.interrupt import StopSignal
-from cait_jax.train.metric_writer import MetricWriter, rewind
-from cait_jax.train.resume import check_resumed, describe_data
+from cait_jax.train.metric_writer import MetricWriter
+from cait_jax.train.resume import check_resumed, describe_data, rewind
 from cait_jax.train.setup import Setup, abstract_state, set_up
 from cait_jax.train.state import TrainState
 
@@ -65,10 +66,11 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
       UserError: for a setting, a data set or a checkpoint that does not fit, before anything is compiled.
       NonFiniteError: when the loss or the gradient is no longer finite; the last checkpoint is from before.
     """
-    workdir = local_folder(workdir)
+    workdir = run_folder(workdir)
     setup = set_up(config)
     workdir.mkdir(parents=True, exist_ok=True)
-    check_shared(workdir)
+    if jax.process_count() > 1:
+        check_shared(workdir)
     with Checkpoints(
         workdir / "checkpoints", keep=config.checkpoint.keep, best_metric="eval/accuracy"
     ) as checkpoints:
@@ -84,8 +86,9 @@ def train(config: ConfigDict, workdir: str | Path) -> Run:
         # Of the restored state's own evaluation; empty if none was due, or it was not finished.
         recorded = checkpoints.metrics(start) if start else {}
         evaluated = bool(recorded) or start == 0 or _to_evaluation(setup, start) > 0
-        if jax.process_index() == 0:
-            rewind(workdir / "metrics.jsonl", start, evaluated=evaluated)
+        written = workdir / "metrics.jsonl"
+        if jax.process_index() == 0 and written.exists():
+            rewind(written, start, evaluated=evaluated)
         with MetricWriter(
             workdir,
             total_steps=setup.total_steps,

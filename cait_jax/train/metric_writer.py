@@ -14,7 +14,7 @@ from typing import Any, Protocol, SupportsFloat, runtime_checkable
 from tqdm import tqdm
 
 from cait_jax.errors import UserError, printable
-from cait_jax.files import fsync, to_json
+from cait_jax.files import to_json
 
 TIMING_KEYS = ("time", "train/images_per_second")
 """The keys of `metrics.jsonl` that may differ between two runs of the same config."""
@@ -26,44 +26,13 @@ _EVAL = "eval/"
 _REDRAW_SECONDS = 0.1
 
 
-def rewind(path: str | os.PathLike[str], step: int, *, evaluated: bool = True) -> None:
-    """Cuts from a `metrics.jsonl` every line after `step`, and a torn last line.
-
-    The file is replaced at once: a kill leaves the old one or the new. A missing one is fine.
-
-    Args:
-      path: the file.
-      step: the last step whose lines stay.
-      evaluated: whether the evaluation of `step` itself stays.
-    """
-    file = Path(path)
-    if not file.exists():
-        return
-
-    def stays(row: dict[str, Any]) -> bool:
-        if row["step"] == step and not evaluated:
-            return not any(key.startswith(_EVAL) for key in row)
-        return row["step"] <= step
-
-    kept = b"".join(line + b"\n" for line, row in _rows(file) if stays(row))
-    if kept == file.read_bytes():
-        return
-    temporary = file.with_name(f"{file.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(kept)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    fsync(file.parent)
-
-
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl` in their order, without a torn last one; `[]` for no file."""
     file = Path(path)
-    return [row for _, row in _rows(file)] if file.exists() else []
+    return [row for _, row in metric_lines(file)] if file.exists() else []
 
 
-def _rows(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def metric_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each whole line and what it says. A power cut can leave more than one that is not whole."""
     for line in file.read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError):

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,7 +10,9 @@ from ml_collections import ConfigDict
 from cait_jax.data.folder import FolderRecords
 from cait_jax.data.split import Encoded, Split
 from cait_jax.errors import UserError
+from cait_jax.files import atomic_replace
 from cait_jax.train.config import as_json, check_resumable
+from cait_jax.train.metric_writer import metric_lines
 
 _OF_SPLITS = ("name", "train_split", "eval_split")
 
@@ -97,3 +100,21 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if before.get("files_sha256") not in (None, now.get("files_sha256")):
         return "its files have other names or are in other classes now"
     return ""
+
+
+def rewind(path: Path, step: int, *, evaluated: bool = True) -> None:
+    """Cuts every line after `step` from a `metrics.jsonl`, and lines that are not whole.
+
+    Args:
+      evaluated: whether the evaluation of `step` itself stays.
+    """
+
+    def stays(row: dict[str, Any]) -> bool:
+        if row["step"] == step and not evaluated:
+            return not any(key.startswith("eval/") for key in row)
+        return row["step"] <= step
+
+    kept = b"".join(line + b"\n" for line, row in metric_lines(path) if stays(row))
+    if kept != path.read_bytes():
+        with atomic_replace(path) as temporary:
+            temporary.write_bytes(kept)

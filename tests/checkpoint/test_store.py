@@ -22,6 +22,7 @@ from flax import struct
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from trees import assert_same_bits
 
+from cait_jax.checkpoint import store
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.errors import UserError
 
@@ -235,15 +236,15 @@ def test_a_part_of_a_damaged_step_is_that_of_the_one_before(tmp_path):
 
 def test_a_step_deleted_while_it_is_read_gives_way_to_the_next(tmp_path, monkeypatch):
     save_steps(tmp_path, 1)
-    real = Checkpoints._read_part
+    real = store.read_part
 
-    def overtaken(checkpoints, step, *arguments):
-        if step == 1:
+    def overtaken(path, *arguments):
+        if path.name == "1":
             save_steps(tmp_path, 2)
             shutil.rmtree(tmp_path / "1")
-        return real(checkpoints, step, *arguments)
+        return real(path, *arguments)
 
-    monkeypatch.setattr(Checkpoints, "_read_part", overtaken)
+    monkeypatch.setattr(store, "read_part", overtaken)
     step, found, _ = Checkpoints(tmp_path).restore_part("params")
     assert step == 2
     assert_same_bits(found, make_state(2).params)
@@ -256,7 +257,7 @@ def test_keeps_the_latest_and_the_best(tmp_path):
             checkpoints.save(step, make_state(step), {}, {"accuracy": value})
         checkpoints.wait()
         assert (checkpoints.latest_step(), checkpoints.best_step()) == (6, 2)
-        # Step 4 was not deleted for a step 6 that was not sealed.
+        # Step 4 was not deleted for a step 6 that was not committed.
         assert steps_on_disk(tmp_path) == [2, 4, 5, 6]
         _, best, _ = checkpoints.restore(make_state(), checkpoints.best_step())
     assert_same_bits(best, make_state(2))
@@ -321,7 +322,9 @@ def test_a_step_without_a_finite_metric_never_evicts_the_best(tmp_path, metrics)
     assert steps_on_disk(tmp_path) == [2, 5, 6]
 
 
-def test_what_is_overtaken_as_best_goes_only_after_its_successor_is_sealed(tmp_path, monkeypatch):
+def test_what_is_overtaken_as_best_goes_only_after_its_successor_is_committed(
+    tmp_path, monkeypatch
+):
     with Checkpoints(tmp_path, keep=1, best_metric="accuracy") as checkpoints:
         for step, value in {1: 0.5, 2: 0.1, 3: 0.2}.items():
             checkpoints.save(step, {"x": jnp.zeros(2)}, {}, {"accuracy": value})
@@ -459,7 +462,7 @@ def test_nothing_but_damage_is_said_in_a_sentence(tmp_path, fault):
         Checkpoints(tmp_path).restore(make_state())
 
 
-def test_a_lone_unsealed_step_is_a_first_save_that_was_killed(tmp_path, caplog):
+def test_a_lone_step_without_a_manifest_is_a_first_save_that_was_killed(tmp_path, caplog):
     save_steps(tmp_path, 10)
     remove_manifest(tmp_path / "10")
     assert Checkpoints(tmp_path).restore(make_state()) is None
@@ -488,7 +491,7 @@ def no_space(descriptor):
 
 
 @pytest.mark.parametrize("said_by", ["save", "wait", "close"])
-def test_a_failed_seal_is_said_once_and_the_step_before_stays(tmp_path, monkeypatch, said_by):
+def test_a_failed_commit_is_said_once_and_the_step_before_stays(tmp_path, monkeypatch, said_by):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_state(1), {})
     checkpoints.wait()
@@ -555,7 +558,7 @@ def test_a_failed_save_does_not_hide_the_exception_that_ends_the_run(tmp_path, m
     assert "Saving step 1" in caplog.text
 
 
-def test_sealing_does_not_hold_up_the_caller(tmp_path, monkeypatch):
+def test_committing_does_not_hold_up_the_caller(tmp_path, monkeypatch):
     real, done = os.fsync, []
 
     def slow(descriptor):
@@ -637,7 +640,7 @@ with Checkpoints(sys.argv[1], keep=1) as checkpoints:
 """
 
 
-def test_killed_at_any_moment_leaves_the_newest_sealed_step(tmp_path):
+def test_killed_at_any_moment_leaves_the_newest_committed_step(tmp_path):
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     template = {"w": jnp.zeros(300_000), "step": jnp.int32(0)}
@@ -655,16 +658,16 @@ def test_killed_at_any_moment_leaves_the_newest_sealed_step(tmp_path):
         }
         for name, run in runs.items():
             with run:
-                sealed = None
-                while sealed is None or sealed < reached[name] + 2:
+                committed = None
+                while committed is None or committed < reached[name] + 2:
                     line = run.stdout.readline().strip()
                     assert line, "the run ended by itself"
-                    sealed = None if line == "None" else int(line)
+                    committed = None if line == "None" else int(line)
                 time.sleep(draw.uniform(0, 0.2))
                 run.kill()
                 told = [int(word) for word in run.stdout.read().split()]
             step, state, _ = Checkpoints(tmp_path / name).restore(template)
-            assert step >= max([sealed, *told])
+            assert step >= max([committed, *told])
             assert int(state["step"]) == step
             np.testing.assert_array_equal(state["w"], float(step))
             reached[name] = step

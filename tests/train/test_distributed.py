@@ -14,9 +14,7 @@ from run_files import untimed
 from tfds_files import numbered_jpeg, write_imagenet2012
 from trees import assert_same_bits
 
-from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.train.distributed import local_folder, run_folder_name
 from cait_jax.train.metric_writer import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +146,41 @@ def test_a_process_that_fails_takes_the_others_with_it(tmp_path, environment, da
     assert "Traceback" not in said[1]
 
 
+DEFECT = """
+import sys
+import jax
+from cait_jax.errors import run_program
+from cait_jax.train.distributed import join_processes
+
+def main():
+    index = int(sys.argv[2])
+    join_processes(address=sys.argv[1], count=2, index=index, heartbeat_seconds=5)
+    if index == 1:
+        raise RuntimeError("a defect")
+    jax.experimental.multihost_utils.sync_global_devices("for ever")
+
+sys.exit(run_program("prog", main, ()))
+"""
+
+
+def test_a_defect_in_one_process_keeps_its_traceback_and_ends_all(environment):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DEFECT, address, str(index)],
+            cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert processes[0].returncode
+    assert processes[1].returncode == 1
+    assert said[1].splitlines()[-1] == "RuntimeError: a defect"
+    assert "Traceback" in said[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -174,20 +207,3 @@ def test_a_workdir_of_its_own_is_refused_at_the_start(tmp_path, environment, dat
     for said in finish(started, status=1):
         assert "is not the same folder in all processes (process 1 does not see" in said
     assert not list((tmp_path / "one").glob(".shared-*"))
-
-
-@pytest.mark.parametrize("name", ["photos [1]-m", "a*b", "what?", r"b\s", os.fsdecode(b"caf\xe9")])
-def test_a_folder_whose_checkpoints_orbax_would_not_find_again_is_refused(name, tmp_path):
-    with pytest.raises(
-        UserError, match=r"checkpoints cannot be kept in .*; give another --workdir"
-    ):
-        local_folder(tmp_path / name)
-    renamed = run_folder_name(name)
-    assert renamed != name
-    assert local_folder(tmp_path / renamed) == tmp_path / renamed
-
-
-@pytest.mark.parametrize("name", ["my run", "caf\u00e9", 'a"%20#', "-x"])
-def test_other_names_of_folders_stay(name, tmp_path):
-    assert run_folder_name(name) == name
-    assert local_folder(tmp_path / name) == tmp_path / name

@@ -1,6 +1,5 @@
 """What a run tells is whole, exact, and fits the place where it is read."""
 
-import errno
 import fcntl
 import io
 import json
@@ -17,7 +16,7 @@ import pytest
 
 from cait_jax.errors import UserError
 from cait_jax.train import metric_writer
-from cait_jax.train.metric_writer import TIMING_KEYS, MetricWriter, read_metrics, rewind
+from cait_jax.train.metric_writer import TIMING_KEYS, MetricWriter, read_metrics
 
 TRAIN = {
     "train/loss": 0.43123,
@@ -107,41 +106,7 @@ def test_two_runs_differ_in_the_timing_keys_only(tmp_path, clock, make_report):
     assert rows[0] == rows[1] == {"step": 2, **TRAIN}
 
 
-@pytest.mark.parametrize("tail", [b"", b'{"step": 4, "ti', b'{"step"', b"\0\0\0", b'{"step": 9}'])
-def test_rewind_cuts_what_is_later_or_torn(tmp_path, tail, make_report):
-    path = tmp_path / "metrics.jsonl"
-    lines = [b'{"step": %d, "train/loss": 0.1}\n' % step for step in (1, 2, 3, 4)]
-    path.write_bytes(b"".join(lines) + tail)
-    rewind(path, 3)
-    assert path.read_bytes() == b"".join(lines[:3])
-    with make_report(tmp_path, start_step=3) as report:
-        report.write(4, {"eval/loss": 1.0})
-    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_rewind_keeps_a_last_line_that_lacks_its_end_only(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}')
-    rewind(path, 2)
-    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
-
-
-def test_a_rewind_that_is_stopped_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}\n')
-
-    def stop(descriptor):
-        raise OSError(errno.EIO, "stopped")
-
-    monkeypatch.setattr(os, "fsync", stop)
-    with pytest.raises(OSError, match="stopped"):
-        rewind(path, 1)
-    assert len(read_metrics(path)) == 2
-
-
-def test_a_missing_file_is_fine(tmp_path):
-    rewind(tmp_path / "metrics.jsonl", 3)
+def test_a_missing_file_has_no_metrics(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     assert not list(tmp_path.iterdir())
 
