@@ -13,24 +13,19 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import SupportsFloat
+from unittest import mock
 
 import jax
+from ml_collections import ConfigDict
 
-from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.sharding import batch_sharding, put_batch
-from cait_jax.train import loop
+from cait_jax.train import loop, train
 from cait_jax.train.metric_writer import MetricWriter
 from cait_jax.train.setup import Setup, set_up
 from configs import digits
-
-
-class Clock(MetricWriter):
-    """A report that notes when steps finished."""
-
-    def progress(self, step, values):
-        super().progress(step, values)
-        self.times.append(time.perf_counter())
 
 
 def bare(setup: Setup, steps: int) -> float:
@@ -46,17 +41,18 @@ def bare(setup: Setup, steps: int) -> float:
     return time.perf_counter() - start
 
 
-def through_the_loop(setup: Setup, workdir: Path, steps: int) -> float:
-    """Seconds of `steps` steps of a run."""
-    report = Clock(
-        workdir,
-        total_steps=setup.total_steps,
-        images_per_step=setup.config.batch_size,
-    )
-    report.times = []
-    with report, Checkpoints(workdir / "checkpoints") as checkpoints:
-        loop._run(setup, setup.init(), 0, {}, checkpoints, report)
-    return report.times[steps] - report.times[0]
+def through_the_loop(config: ConfigDict, workdir: Path, steps: int) -> float:
+    """Seconds of `steps` steps of `train`."""
+    times: list[float] = []
+
+    class Clock(MetricWriter):
+        def progress(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+            super().progress(step, values)
+            times.append(time.perf_counter())
+
+    with mock.patch.object(loop, "MetricWriter", Clock):
+        train(config, workdir)
+    return times[steps] - times[0]
 
 
 def main() -> None:
@@ -76,7 +72,7 @@ def main() -> None:
     sides: dict[str, list[float]] = {"bare step": [], "loop": []}
     for i in range(args.rounds):
         sides["bare step"].append(bare(setup, args.steps))
-        sides["loop"].append(through_the_loop(setup, out / str(i), args.steps))
+        sides["loop"].append(through_the_loop(config, out / str(i), args.steps))
 
     medians = {name: statistics.median(times) for name, times in sides.items()}
     ratio = medians["loop"] / medians["bare step"]
