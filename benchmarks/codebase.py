@@ -3,8 +3,8 @@
 Command: python benchmarks/codebase.py [ROOT]
   ROOT is the repository, the one that this file is in if not given.
 
-Modules are the files of `cait_jax/` but `__init__.py` and `__main__.py`. Lines are all lines of all files. Those of
-docstrings count with their quotes.
+Modules are the files of `cait_jax/` but `__init__.py` and `__main__.py`. Lines are all lines of all files;
+those of docstrings count with their quotes.
 """
 
 import argparse
