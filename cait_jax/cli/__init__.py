@@ -1,14 +1,14 @@
-"""The program `cait`: one file a command, found when it is asked for."""
+"""The program `cait`: one module a command, imported when it runs."""
 
 import importlib
 from typing import Any
 
 import click
 
-from cait_jax.cli.common import command_words
+from cait_jax.cli.common import running_command_options
 from cait_jax.errors import UserError, explain, leave, printable, quiet_libraries, speaking
 
-# Command to the module that holds it. Modules import what is heavy inside their command.
+# Each is a module of its name, which imports heavy libraries inside its command.
 COMMANDS = (
     "models",
     "recipes",
@@ -23,10 +23,10 @@ COMMANDS = (
 
 
 class Commands(click.Group):
-    """Finds commands by name; turns a caller's mistake into one sentence and exit status 1."""
+    """Imports commands lazily; a `UserError` becomes one sentence and exit status 1."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order in which they are met."""
+        """In the order of first use."""
         del ctx
         return list(COMMANDS)
 
@@ -38,33 +38,33 @@ class Commands(click.Group):
         return importlib.import_module(f"cait_jax.cli.{cmd_name}").command
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the program; names that the terminal cannot show are escaped."""
+        """Runs the program, escaping characters that the terminal lacks."""
         from cait_jax.cli.output import escape_in_streams
 
         escape_in_streams()
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Runs the command asked for."""
+        """Runs the command."""
         try:
-            with speaking(command_words):
+            with speaking(running_command_options):
                 try:
                     return super().invoke(ctx)
-                except click.ClickException as error:  # click's own names what was typed
+                except click.ClickException as error:  # click's own message quotes what was typed
                     vars(error)["message"] = printable(error.message, keep="\n\t")
                     raise
                 except Exception as error:
-                    said = str(error) if isinstance(error, UserError) else explain(error)
-                    if said is None:
+                    message = str(error) if isinstance(error, UserError) else explain(error)
+                    if message is None:
                         raise
         except KeyboardInterrupt:
             ctx.exit(130)
         if self._is_program:
-            leave(1, f"Error: {said}")
-        raise click.ClickException(printable(said))
+            leave(1, f"Error: {message}")
+        raise click.ClickException(printable(message))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs as a process of its own: the error message is the last line of standard error."""
+        """Runs as a process: the error message is the last line of standard error."""
         quiet_libraries()
         self._is_program = True
         try:

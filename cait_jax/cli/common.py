@@ -12,17 +12,57 @@ import click
 from cait_jax.cli.output import note
 from cait_jax.errors import CONFIG, UserError, command_options, composed, config_flags
 
+# In config.json of Hugging Face's transformers and of timm; in torchvision's ImageFolder.
+_CLASS_NAME_KEYS = ("id2label", "label_names", "class_to_idx")
+# Arguments of the Python API whose options have another name.
+_OPTION_OF = {"name_or_path": "model"}
+
+
+class Finite(click.FloatRange):
+    """A `click.FloatRange` that refuses NaN and infinity."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number, or click's error."""
+        number = super().convert(value, param, ctx)
+        if number - number != 0:
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+COUNT = click.IntRange(1, 2**20)  # images at a time
+SIDE = click.IntRange(1, 2**14)  # pixels
+WORKERS = click.IntRange(0, 1024)  # processes
+SEED = click.IntRange(0, 2**32 - 1)  # as config.seed
+EPOCHS = Finite(0, 1e6, min_open=True)  # as config.epochs
+
+
+def running_command_options(name: str, value: Any) -> str | None:
+    """`cait_jax.errors.Interface` of the running command: a setting is written as the option it has for it."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return None
+    if context.allow_extra_args and name.startswith(CONFIG):  # `cait plan` takes train.py's flags
+        return config_flags(name, value)
+    declared = {
+        str(param.name): param
+        for param in context.command.params
+        if isinstance(param, click.Option)
+    }
+    of_setting = {param: option.opts[0] for param, option in declared.items()}
+    of_setting |= {
+        argument: of_setting[param] for argument, param in _OPTION_OF.items() if param in of_setting
+    }
+    is_flag = frozenset(param for param, option in declared.items() if option.is_flag)
+    return command_options(of_setting, is_flag)(name, value)
+
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model ready to use.
+class LoadedModel:
+    """A model with its variables and preprocessing.
 
-    Attributes:
-      model: the network.
-      variables: its variables.
-      preprocessing: how its images are prepared.
-      label_names: the names of its classes in the order of the logits, as a data set knows them; None if
-        they are not known.
+    `label_names` are its classes in the order of the logits, by the data set's names; None if not known.
     """
 
     model: Any
@@ -32,7 +72,7 @@ class Loaded:
 
     @property
     def class_words(self) -> list[str]:
-        """What to call each class before people."""
+        """A readable name of each class."""
         from cait_jax.data.imagenet import class_words
 
         if self.label_names is None:
@@ -41,7 +81,7 @@ class Loaded:
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options that say which model; the command gets `load`, a function that loads it."""
+    """Adds `--model` and its like; the command gets `load`, a function of model attributes, and `model_name`."""
 
     @click.option(
         "--model", "-m", required=True, metavar="NAME|DIR",
@@ -67,7 +107,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ema: bool,
         **others: Any,
     ) -> Any:
-        def load(**attributes: Any) -> Loaded:
+        def load(**attributes: Any) -> LoadedModel:
             return load_model(
                 model,
                 weights=weights,
@@ -83,33 +123,26 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def dtype_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `--dtype`; the command gets `numerics`, the attributes of a model that computes so."""
+    """Adds `--dtype`; the command gets `dtype_policy`, attributes of the model."""
 
     @click.option(
         "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
         help="Of the computation; float32 is exact on every device, bfloat16 fast.",
     )  # fmt: skip
     @functools.wraps(function)
-    def with_numerics(dtype: str, **others: Any) -> Any:
+    def with_dtype_policy(dtype: str, **others: Any) -> Any:
         precision = "highest" if dtype == "float32" else None
-        return function(numerics={"dtype": dtype, "precision": precision}, **others)
+        return function(dtype_policy={"dtype": dtype, "precision": precision}, **others)
 
-    return with_numerics
+    return with_dtype_policy
 
 
 def load_model(
     name_or_path: str, *, weights: Path | None, image_size: int | None, **options: Any
-) -> Loaded:
-    """Loads a model with what prediction needs beside it.
+) -> LoadedModel:
+    """Loads a model as `cait_jax.load_pretrained` does, with preprocessing and class names.
 
-    Args:
-      name_or_path: as `cait_jax.load_pretrained` takes it.
-      weights: likewise; of a directory, its settings count.
-      image_size: another resolution, or None.
-      **options: of `cait_jax.load_pretrained`.
-
-    Raises:
-      UserError: as from `load_pretrained` and `preprocessing`.
+    Those of `weights` count where it is a directory.
     """
     from cait_jax.data.imagenet import imagenet_classes
     from cait_jax.models.zoo import VARIANTS
@@ -118,20 +151,16 @@ def load_model(
     model, variables = load_pretrained(
         name_or_path, weights=weights, image_size=image_size, **options
     )
-    settled = str(weights) if weights is not None and weights.is_dir() else name_or_path
-    prepare = preprocessing(settled, image_size=image_size)
-    names = None if settled in VARIANTS else load_settings(settled).label_names
+    source = str(weights) if weights is not None and weights.is_dir() else name_or_path
+    prepare = preprocessing(source, image_size=image_size)
+    names = None if source in VARIANTS else load_settings(source).label_names
     if names is None and model.num_classes == 1000:
         names = tuple(wnid for wnid, _ in imagenet_classes())
-    return Loaded(model, variables, prepare, names)
-
-
-# Of the config.json of Hugging Face's transformers, of timm's, and of torchvision's folders.
-_KEYS = ("id2label", "label_names", "class_to_idx")
+    return LoadedModel(model, variables, prepare, names)
 
 
 def class_names_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `--class-names`; the command gets `class_names`, a file or None, for `with_class_names`."""
+    """Adds `--class-names`; the command gets `class_names`, a file or None."""
     return click.option(
         "--class-names", type=click.Path(path_type=Path), metavar="FILE",
         help="The model's classes in the order of its outputs: a name a line, or JSON (a list, or numbers to "
@@ -139,8 +168,8 @@ def class_names_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)  # fmt: skip
 
 
-def with_class_names(loaded: Loaded, file: Path | None) -> Loaded:
-    """The model with the names that a file gives its classes; as it is without a file.
+def with_class_names(loaded: LoadedModel, file: Path | None) -> LoadedModel:
+    """The model with the class names in a file, if one is given.
 
     Raises:
       UserError: the file cannot be read, or gives another number of names than there are classes.
@@ -157,11 +186,10 @@ def with_class_names(loaded: Loaded, file: Path | None) -> Loaded:
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
-    """Reads names of classes in the order of a model's outputs.
+    """Class names in the order of a model's outputs.
 
-    Args:
-      file: UTF-8; a name a line, or JSON: a list of names, an object from index to name or from name to index, or
-        an object that holds one of these as `id2label`, `label_names` or `class_to_idx`.
+    The file is UTF-8: a name a line, or JSON (a list of names, an object from index to name or from name to index,
+    or an object that holds one of these as `id2label`, `label_names` or `class_to_idx`).
 
     Raises:
       UserError: it cannot be read, or is none of these.
@@ -175,7 +203,7 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise UserError(f"--class-names {file} is not UTF-8: save it as such") from error
     if text.lstrip().startswith(("[", "{")):
-        names = _of_json(file, text)
+        names = _names_in_json(file, text)
     else:
         names = [line.removesuffix("\r").strip(" \t") for line in text.rstrip().split("\n")]
     for number, name in enumerate(names, start=1):
@@ -186,13 +214,13 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     return tuple(composed(name) for name in names)
 
 
-def _of_json(file: Path, text: str) -> list[Any]:
+def _names_in_json(file: Path, text: str) -> list[Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
         raise UserError(f"--class-names {file} is broken JSON ({error}): mend it") from error
     if isinstance(value, dict):
-        value = next((value[key] for key in _KEYS if key in value), value)
+        value = next((value[key] for key in _CLASS_NAME_KEYS if key in value), value)
     if isinstance(value, dict) and all(type(index) is int for index in value.values()):
         value = {index: name for name, index in value.items()}
     if isinstance(value, dict):
@@ -222,25 +250,17 @@ def image_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return with_paths
 
 
-def answers_of(
-    loaded: Loaded,
+def run_over_images(
+    loaded: LoadedModel,
     function: Callable[[Any, Any], Any],
     paths: Sequence[Path],
     *,
     batch_size: int,
     title: str,
 ) -> Iterator[Any]:
-    """Runs a function over images with a bar, and names those that cannot be read on standard error.
+    """Runs a pure function of variables and normalised images over files, with a progress bar.
 
-    Args:
-      loaded: the model.
-      function: a pure function of variables and normalised images.
-      paths: the files.
-      batch_size: images at a time.
-      title: of the bar.
-
-    Yields:
-      The `Answers` of each batch.
+    Yields the `Answers` of each batch; images that cannot be read are named on standard error.
     """
     from cait_jax.evaluation.photographs import run_over_photographs
     from cait_jax.evaluation.scores import show_progress
@@ -255,52 +275,8 @@ def answers_of(
             update(len(answers.paths) + len(answers.broken))
 
 
-def exit_over_broken(ctx: click.Context, broken: int, total: int) -> None:
-    """Ends the command with status 1 if files could not be read."""
+def exit_if_broken(ctx: click.Context, broken: int, total: int) -> None:
+    """Exits with status 1 if files could not be read."""
     if broken:
         note(f"{broken} of {total} images could not be read")
         ctx.exit(1)
-
-
-class Finite(click.FloatRange):
-    """A number that is neither NaN nor infinite, as `click.FloatRange` lets them pass."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """The number; click's own error for any other."""
-        number = super().convert(value, param, ctx)
-        if number - number != 0:
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
-
-
-COUNT = click.IntRange(1, 2**20)  # images at a time
-SIDE = click.IntRange(1, 2**14)  # pixels
-WORKERS = click.IntRange(0, 1024)  # processes
-SEED = click.IntRange(0, 2**32 - 1)  # as config.seed
-EPOCHS = Finite(0, 1e6, min_open=True)  # as config.epochs
-
-
-# Arguments of the Python API that the commands call otherwise.
-_OPTION_OF = {"name_or_path": "model"}
-
-
-def command_words(name: str, value: Any) -> str | None:
-    """The `Interface` of the command that is running; see `cait_jax.errors`."""
-    context = click.get_current_context(silent=True)
-    if context is None:
-        return None
-    if context.allow_extra_args and name.startswith(CONFIG):  # `cait plan` takes train.py's flags
-        return config_flags(name, value)
-    declared = {
-        str(param.name): param
-        for param in context.command.params
-        if isinstance(param, click.Option)
-    }
-    of_setting = {param: option.opts[0] for param, option in declared.items()}
-    of_setting |= {
-        argument: of_setting[param] for argument, param in _OPTION_OF.items() if param in of_setting
-    }
-    is_flag = frozenset(param for param, option in declared.items() if option.is_flag)
-    return command_options(of_setting, is_flag)(name, value)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from cait_jax.cli.common import model_options
-from cait_jax.cli.output import say
+from cait_jax.cli.output import echo
 
 
 @click.command(
@@ -73,4 +73,4 @@ def command(
         then = f"timm loads it with checkpoint_path={str(target)!r}"
     else:
         then = "its README.md says how timm loads it"
-    say(f"{model_name} is in {target}; {then}")
+    echo(f"{model_name} is in {target}; {then}")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cait_jax.cli.common import COUNT
-from cait_jax.cli.output import as_json, check_writable, note, say, table
+from cait_jax.cli.output import as_json, check_writable, echo, note, table
 from cait_jax.errors import printable, some
 
 _FEW_CLASSES = 20
@@ -45,11 +45,11 @@ def prepare_command(name: str, data_dir: str | None, dry_run: bool, json: bool) 
 
     plan = plan_preparation(name, data_dir)
     if not json:
-        say(_plan_in_words(name, plan), err=True)
+        echo(_plan_in_words(name, plan), err=True)
     if not dry_run:
         prepare(name, data_dir)
         if not json and not plan.prepared:
-            say(f"{name} is in {plan.folder}")
+            echo(f"{name} is in {plan.folder}")
     if json:
         click.echo(
             as_json({key: str(value) if isinstance(value, Path) else value
@@ -85,12 +85,12 @@ def convert_command(directory: Path, json: bool) -> None:
     if json:
         click.echo(as_json(result))
     elif written:
-        say(
+        echo(
             f"{plan.records:,} records of {plan.folder} can be read as array_record "
             f"({written} of {len(plan.shards)} files written)"
         )
     else:
-        say(f"{plan.folder} is array_record already: nothing to do")
+        echo(f"{plan.folder} is array_record already: nothing to do")
 
 
 @command.command("show", epilog="Example: cait data show cifar10 --split test --sheet sheet.png")
@@ -143,14 +143,14 @@ def show_command(
         result = {"data": data, "classes": words, "splits": [asdict(s) for s in summaries]}
         click.echo(as_json(result | ({} if sheet is None else {"sheet": str(sheet)})))
         return
-    say(table([_row(summary) for summary in summaries]))
+    echo(table([_row(summary) for summary in summaries]))
     shown = ", ".join(printable(word.split(",")[0]) for word in words[:_FEW_CLASSES]) + (
         ", ..." if len(words) > _FEW_CLASSES else ""
     )
-    say(f"\n{len(words):,} classes: {shown}")
+    echo(f"\n{len(words):,} classes: {shown}")
     if sheet is not None:
         spoilt = f"; {len(broken)} images on it are broken" if broken else ""
-        say(f"\n{sheet} shows images of {names[0]}{spoilt}")
+        echo(f"\n{sheet} shows images of {names[0]}{spoilt}")
 
 
 def _row(summary: Any) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import click
 from cait_jax.cli.common import (
     COUNT,
     WORKERS,
-    Loaded,
+    LoadedModel,
     class_names_option,
     dtype_option,
     model_options,
     with_class_names,
 )
-from cait_jax.cli.output import as_json, check_writable, note, say, table
+from cait_jax.cli.output import as_json, check_writable, echo, note, table
 from cait_jax.errors import UserError, printable
 
 _FEW_CLASSES = 20
@@ -75,7 +75,7 @@ _NEIGHBOURS = 20
 )  # fmt: skip
 def command(
     load: Any,
-    numerics: dict[str, Any],
+    dtype_policy: dict[str, Any],
     model_name: str,
     data: str,
     split: str | None,
@@ -110,7 +110,7 @@ def command(
         raise click.UsageError(
             "--confusion needs one label an image, and ImageNet-ReaL has several"
         )
-    loaded = _load(load, numerics, headless=knn or probe)
+    loaded = _load(load, dtype_policy, headless=knn or probe)
     head = loaded.model.num_classes > 0
     if not head:
         _refuse_without_head(
@@ -164,18 +164,18 @@ def command(
     if json:
         click.echo(as_json(result))
     else:
-        say(_report(result))
+        echo(_report(result))
 
 
-def _load(load: Any, numerics: dict[str, Any], *, headless: bool) -> Loaded:
+def _load(load: Any, dtype_policy: dict[str, Any], *, headless: bool) -> LoadedModel:
     """The model; without a head where its weights do not fit one and features alone are wanted as well."""
     try:
-        return load(**numerics)
+        return load(**dtype_policy)
     except UserError as error:
         if not headless:
             raise
         try:
-            loaded = load(**numerics, num_classes=0)
+            loaded = load(**dtype_policy, num_classes=0)
         except UserError:
             raise error from None
         note(f"{error}; only --knn and --probe are measured")
@@ -206,7 +206,9 @@ def _refuse_shared_images(train: Any, test: Any, train_name: str, name: str) -> 
         )
 
 
-def _scores(loaded: Loaded, examples: Any, *, by_position: bool, **options: Any) -> dict[str, Any]:
+def _scores(
+    loaded: LoadedModel, examples: Any, *, by_position: bool, **options: Any
+) -> dict[str, Any]:
     from cait_jax.evaluation.scores import score
 
     scores = score(
@@ -225,7 +227,7 @@ def _scores(loaded: Loaded, examples: Any, *, by_position: bool, **options: Any)
 
 
 def _features_accuracy(
-    loaded: Loaded, train: Any, test: Any, *, knn: bool, probe: bool, **reading: Any
+    loaded: LoadedModel, train: Any, test: Any, *, knn: bool, probe: bool, **reading: Any
 ) -> dict[str, Any]:
     """What the features alone tell about the classes. Images without a label do not count."""
     from cait_jax.evaluation.features import features_of_split, knn_accuracy, probe_accuracy
@@ -251,7 +253,7 @@ def _features_accuracy(
 
 
 def _write_logits(
-    path: Path, loaded: Loaded, examples: Any, names: tuple[str, ...] | None, **reading: Any
+    path: Path, loaded: LoadedModel, examples: Any, names: tuple[str, ...] | None, **reading: Any
 ) -> None:
     import numpy as np
 

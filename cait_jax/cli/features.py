@@ -6,13 +6,13 @@ from typing import Any
 import click
 
 from cait_jax.cli.common import (
-    answers_of,
     dtype_option,
-    exit_over_broken,
+    exit_if_broken,
     image_options,
     model_options,
+    run_over_images,
 )
-from cait_jax.cli.output import check_writable, say
+from cait_jax.cli.output import check_writable, echo
 
 
 @click.command(
@@ -38,7 +38,7 @@ def command(
     ctx: click.Context,
     paths: list[Path],
     load: Any,
-    numerics: dict[str, Any],
+    dtype_policy: dict[str, Any],
     model_name: str,
     layer: str,
     tokens: bool,
@@ -58,10 +58,12 @@ def command(
     if output.suffix != ".npz":
         raise UserError(f"{output} does not end in .npz, which is what is written: add it")
     check_writable(output)
-    loaded = load(**numerics, num_classes=0)  # weights may have a head or none
+    loaded = load(**dtype_policy, num_classes=0)  # weights may have a head or none
     function = layer_features(loaded.model, layer, tokens=tokens)
     found, features, broken = [], [], 0
-    for answers in answers_of(loaded, function, paths, batch_size=batch_size, title=model_name):
+    for answers in run_over_images(
+        loaded, function, paths, batch_size=batch_size, title=model_name
+    ):
         broken += len(answers.broken)
         if answers.outputs is not None:
             found += [str(path) for path in answers.paths]
@@ -75,8 +77,8 @@ def command(
             np.savez(file, features=whole, paths=np.array(found))
 
     replace_files(output.absolute().parent, {output.name: write})
-    say(f"{output}: features {whole.dtype} {whole.shape} of {len(found)} images")
-    exit_over_broken(ctx, broken, len(paths))
+    echo(f"{output}: features {whole.dtype} {whole.shape} of {len(found)} images")
+    exit_if_broken(ctx, broken, len(paths))
 
 
 def layer_features(model: Any, layer: str, *, tokens: bool) -> Any:

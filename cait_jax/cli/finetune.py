@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cait_jax.cli.common import COUNT, EPOCHS, SEED, SIDE
-from cait_jax.cli.output import note, say
+from cait_jax.cli.output import echo, note
 
 
 @click.command(
@@ -81,7 +81,7 @@ def command(
     )
     run_name = run_folder_name(f"{photographs.directory.name}-{Path(model).name}")
     workdir = workdir or Path("runs") / run_name
-    say(_plan(photographs, config, model))
+    echo(_plan(photographs, config, model))
     _check_files(photographs)
     try:
         run = train(config, workdir)
@@ -94,7 +94,7 @@ def command(
         raise click.ClickException(str(error)) from error
     if not run.finished:
         ctx.exit(130)
-    say(
+    echo(
         f"accuracy {run.metrics['eval/accuracy']:.1%} on the {photographs.eval_images:,} images of "
         f"{photographs.eval_split}; try it: cait predict IMAGE --model {shlex.quote(str(workdir))}"
     )

@@ -1,7 +1,7 @@
-"""How commands print: tables for people, JSON and CSV for programs.
+"""Output of commands: text and tables, JSON, CSV.
 
-Names of files and classes reach a terminal `printable`. JSON is ASCII and holds them exactly (a byte that is not
-UTF-8 as Python's surrogate, which `os.fsencode` turns back); CSV in a file holds them too, such bytes escaped.
+On a terminal names of files and classes are `printable`. JSON is ASCII and lossless (bytes that are not UTF-8 are
+surrogates, as `os.fsencode` takes them); CSV in a file has such bytes escaped.
 """
 
 import contextlib
@@ -20,32 +20,26 @@ from cait_jax.files import to_json
 
 
 def escape_in_streams() -> None:
-    """Lets standard output and error escape what their encoding does not have, as in a C locale."""
+    """Lets standard output and error escape characters that their encoding lacks, as in a C locale."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def say(text: str, *, err: bool = False) -> None:
-    """Prints lines for people."""
+def echo(text: str, *, err: bool = False) -> None:
+    """Prints text, `printable`."""
     # Click would take a stream for UTF-8 that says it is ASCII.
     click.echo(printable(text, keep="\n"), file=sys.stderr if err else sys.stdout)
 
 
 def note(sentence: str) -> None:
-    """Prints a sentence on standard error that is no error."""
-    say(f"cait: {printable(sentence)}", err=True)
+    """Prints a warning on standard error."""
+    echo(f"cait: {printable(sentence)}", err=True)
 
 
 @contextlib.contextmanager
 def text_output(path: Path | None) -> Iterator[Callable[[str], None]]:
-    """Where a command writes its lines.
-
-    Args:
-      path: a file, written as UTF-8; None or `-` for standard output.
-
-    Yields:
-      A function that writes text through to there.
+    """Yields a function that writes text, unbuffered, to a UTF-8 file; to standard output for None and `-`.
 
     Raises:
       UserError: the file cannot be written.
@@ -74,27 +68,19 @@ def text_output(path: Path | None) -> Iterator[Callable[[str], None]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, markdown: bool = False) -> str:
-    """Rows as an aligned table.
-
-    Args:
-      rows: with the same keys, which become the heads.
-      markdown: in Markdown's notation.
-
-    Returns:
-      The table; empty cells for None.
-    """
+    """Rows of the same keys as an aligned table, with empty cells for None."""
     heads = list(rows[0]) if rows else []
     cells = [
         ["" if row[head] is None else printable(str(row[head])) for head in heads] for row in rows
     ]
     style = "github" if markdown else "simple"
-    # Numbers come written as they should stand: tabulate is not to rewrite them.
+    # Numbers are formatted already.
     right = ["right" if _is_number(column) else "left" for column in zip(*cells, strict=True)]
     return tabulate(cells, heads, tablefmt=style, disable_numparse=True, colalign=right or None)
 
 
 def as_json(value: Mapping[str, Any] | Sequence[Any]) -> str:
-    """An object or a list as JSON, each member on a line of its own whatever it holds, as in `json_line`."""
+    """An object or a list as JSON with each member on one line, as `json_line` writes it."""
     if isinstance(value, Mapping):
         members = [f"{json_line(key)}: {json_line(member)}" for key, member in value.items()]
     else:
@@ -104,7 +90,7 @@ def as_json(value: Mapping[str, Any] | Sequence[Any]) -> str:
 
 
 def json_line(value: Any) -> str:
-    """A value as one line of ASCII JSON (RFC 8259): floats that are not finite become null, DEL is escaped."""
+    """One line of ASCII JSON (RFC 8259); NaN and infinity become null, DEL is escaped."""
     return to_json(value).replace("\x7f", "\\u007f")
 
 
@@ -130,7 +116,7 @@ def _is_number(cells: Iterable[Any]) -> bool:
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Refuses files to write, None aside, in directories that do not exist.
+    """Refuses output files in directories that do not exist.
 
     Raises:
       UserError: naming the directory.

@@ -8,12 +8,12 @@ import click
 
 from cait_jax.cli.common import (
     COUNT,
-    answers_of,
     class_names_option,
     dtype_option,
-    exit_over_broken,
+    exit_if_broken,
     image_options,
     model_options,
+    run_over_images,
     with_class_names,
 )
 from cait_jax.cli.output import csv_lines, json_line, text_output
@@ -43,7 +43,7 @@ def command(
     ctx: click.Context,
     paths: list[Path],
     load: Any,
-    numerics: dict[str, Any],
+    dtype_policy: dict[str, Any],
     model_name: str,
     class_names: Path | None,
     top: int,
@@ -56,7 +56,7 @@ def command(
     An IMAGE is a file, a folder (searched with its subfolders) or a glob in quotes. An image that cannot be
     read is named on standard error and the rest goes on; the exit status is then 1.
     """
-    loaded = load(**numerics)
+    loaded = load(**dtype_policy)
     function = _most_probable(loaded.model, top)
     loaded = with_class_names(loaded, class_names)
     words = loaded.class_words
@@ -64,7 +64,9 @@ def command(
     with text_output(output) as write:
         if style == "csv":
             write(csv_lines([_HEADS]))
-        for answers in answers_of(loaded, function, paths, batch_size=batch_size, title=model_name):
+        for answers in run_over_images(
+            loaded, function, paths, batch_size=batch_size, title=model_name
+        ):
             lines = [
                 json_line({"image": str(path), "error": reason}) + "\n"
                 for path, reason in answers.broken
@@ -76,7 +78,7 @@ def command(
             ]
             write("".join(lines))
             broken += len(answers.broken)
-    exit_over_broken(ctx, broken, len(paths))
+    exit_if_broken(ctx, broken, len(paths))
 
 
 def _most_probable(model: Any, top: int) -> Any:

@@ -5,6 +5,7 @@ import re
 import types
 
 import click
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -159,6 +160,22 @@ def test_the_fix_is_an_option_of_the_command(rest, sentence, places):
     assert sentence in found
     typed = {word.partition("=")[0] for word in rest.split()} | {"--help"}
     check(found, options | typed, places)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize(
+    "command", [*READS, "convert {pictures}/out", "finetune {pictures} --workdir {pictures}/run"]
+)
+def test_without_a_network_the_fix_is_an_option(command, offline, places, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    found, options = said(f"{command} -m cait_xxs24_224", places)
+    assert "give --weights PATH with a file of cait_xxs24_224" in found
+    check(found, options, places)
 
 
 def test_a_run_that_was_begun_otherwise_names_the_options(places, tmp_path):
