@@ -56,6 +56,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"cait_jax"}
     ours = {str(path.relative_to(ROOT)) for path in (ROOT / "cait_jax").rglob("*.py")}
     assert ours <= set(names)
+    assert "cait_jax/py.typed" in names
     assert any(name.endswith("LICENSE") for name in names)
 
 
@@ -63,7 +64,11 @@ def test_the_sdist_holds_what_a_new_user_needs(built):
     with tarfile.open(built[1]) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
     assert {"train.py", "configs/digits.py", "README.md", "pyproject.toml", "LICENSE"} <= names
+    assert {"CITATION.cff", "CONTRIBUTING.md", "mkdocs.yml", "docs/index.md", ".ci/run"} <= names
     assert "tests/fixtures/cait_small.npz" in names
+    assert not {
+        name for name in names if "__pycache__" in name or name.startswith(("runs/", "site/"))
+    }
 
 
 def test_import_of_the_installed_version_matches_the_metadata():

@@ -3,12 +3,11 @@
 import dataclasses
 import hashlib
 import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from hub_server import COMMIT, serve_hub
 
 from cait_jax import UserError, create_model
 from cait_jax.weights.hub import RELEASED, Result, download, find_released, published_result
@@ -83,45 +82,7 @@ def test_a_name_without_weights(name, sentence):
 
 
 ROW = find_released("cait_xxs24_224")
-COMMIT = "c" * 40
 WEIGHTS = {"head.weight": np.arange(3000, dtype=np.float32).reshape(30, 100)}
-
-
-class Hub(BaseHTTPRequestHandler):
-    """One repository with one file. `server.fault` is what goes wrong: a status, or `"cut"`, or `"cut once"`."""
-
-    def do_HEAD(self):
-        self.answer(with_body=False)
-
-    def do_GET(self):
-        self.answer(with_body=True)
-
-    def answer(self, with_body):
-        server = self.server
-        server.requests.append((self.command, self.path))
-        wanted = f"/{ROW.hub_id}/resolve/"
-        fault = server.fault
-        if isinstance(fault, int) or not self.path.startswith(wanted):
-            self.send_response(fault if isinstance(fault, int) else 404)
-            if fault == 404:
-                self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        body = server.body
-        self.send_response(200)
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body[: len(body) // 2] if fault in ("cut", "cut once") else body)
-            if fault == "cut once":
-                server.fault = None
-        self.close_connection = True
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
@@ -129,19 +90,13 @@ def hub(tmp_path, monkeypatch):
     from huggingface_hub import constants, file_download
 
     write_safetensors(tmp_path / "model.safetensors", WEIGHTS)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.body = (tmp_path / "model.safetensors").read_bytes()
-    server.fault, server.requests = None, []
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    point_at(monkeypatch, server.server_port)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    body = (tmp_path / "model.safetensors").read_bytes()
+    with serve_hub({ROW.hub_id: body}) as server:
+        point_at(monkeypatch, server.server_port)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
+        yield server
 
 
 def point_at(monkeypatch, port):
@@ -178,7 +133,7 @@ def test_a_pinned_revision_in_the_cache_is_not_asked_for_again(hub):
 
 
 def test_the_sum_of_the_table_is_held(hub):
-    digest = hashlib.sha256(hub.body).hexdigest()
+    digest = hashlib.sha256(hub.files[ROW.hub_id]).hexdigest()
     assert download(dataclasses.replace(ROW, sha256=digest)).is_file()
     with pytest.raises(
         UserError, match=rf"has SHA-256 {digest} instead of 0000.*: remove .* again"
