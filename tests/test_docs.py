@@ -81,12 +81,14 @@ def test_a_python_block_compiles(block):
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "bash"], ids=str)
-def test_a_shell_block_is_read_by_what_it_calls(block):
+def test_a_shell_block_is_read_by_what_it_calls(block, tmp_path, monkeypatch):
     """bash reads it whole; `cait`, `train.py`, benchmarks and scripts know every option and file."""
     checked = subprocess.run(
         ["bash", "-n"], input=block.code, capture_output=True, text=True, check=False
     )
     assert (checked.returncode, checked.stderr) == (0, "")
+    lay_out(tmp_path)
+    monkeypatch.chdir(tmp_path)
     for words in commands(block.code):
         read(words)
 
@@ -156,7 +158,6 @@ def read_train(arguments):
 
 
 def read_overrides(file, arguments):
-    # A folder is absolute in a config: its own is read wherever the tests run.
     check_values(load_config(str(ROOT / file), take_apart(arguments).overrides))
 
 
@@ -238,9 +239,9 @@ def released_weights(name):
     """The bytes of a released model's file, with random weights."""
     import jax
     import jax.numpy as jnp
+    from cait_jax.weights.released import RELEASED
 
     import cait_jax
-    from cait_jax.weights.released import RELEASED
 
     def make():
         model = cait_jax.create_model(name)
