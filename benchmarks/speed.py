@@ -306,7 +306,7 @@ def matrix_size() -> int:
 
 
 def drawn_weights(model: CaiT) -> dict[str, np.ndarray]:
-    """Weights under their published names, in which every part of the network shows."""
+    """A state dict of timm's, in which every part of the network shows."""
     empty = jax.tree.map(
         lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), abstract_variables(model)
     )

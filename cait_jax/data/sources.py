@@ -112,7 +112,11 @@ def find_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
         # Without TensorFlow the community's data sets cannot be listed.
         names = [*_GENERATED, *tfds.list_builders(with_community_datasets=False)]
         near = nearest(name, names, count=6)
-        hint = near if near.startswith("nearest") else "tfds.list_builders() names the known ones"
+        hint = (
+            near
+            if near.startswith("nearest")
+            else "the known ones are at tensorflow.org/datasets/catalog"
+        )
         raise UserError(f"there is no folder and no data set called {name!r}; {hint}") from error
     except Exception as error:  # a wrong version or config, an unreadable folder
         raise UserError(

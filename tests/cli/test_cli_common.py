@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -170,8 +171,8 @@ def test_without_a_network_the_fix_is_an_option(command, offline, places, tmp_pa
     def unreachable(*_, **__):
         raise OSError("Network is unreachable")
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
     found, options = said(f"{command} -m cait_xxs24_224", places)
     assert "give --weights PATH with a file of cait_xxs24_224" in found

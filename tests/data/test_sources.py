@@ -108,7 +108,7 @@ def test_empty_part(data_dir):
     [
         ("cifra10", "nearest: cifar10"),
         ("digit", "nearest: digits"),
-        ("qqqqqq", "tfds.list_builders()"),
+        ("qqqqqq", "the known ones are at tensorflow.org/datasets/catalog"),
         ("cifar10:1.0.0", "check its name, configuration and version"),
         ("no such name", "check its name, configuration and version"),
     ],

@@ -1,4 +1,4 @@
-"""The mapping of published names is strict. Its numbers are held in tests/models/test_parity.py."""
+"""The mapping of timm's names is strict. Its numbers are held in tests/models/test_parity.py."""
 
 import jax
 import jax.numpy as jnp
