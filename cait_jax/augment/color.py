@@ -35,7 +35,9 @@ def three_augment(key: PRNGKeyArray, image: Image) -> Image:
         lambda image: randaugment.solarize(image, _SOLARIZE_THRESHOLD),
         lambda image: gaussian_blur(image, radius),
     )
-    return jax.lax.switch(jax.random.randint(choice_key, (), 0, len(branches)), branches, image)
+    choice = jax.random.randint(choice_key, (), 0, len(branches))
+    result: Array = jax.lax.switch(choice, branches, image)
+    return result
 
 
 def gaussian_blur(image: Image, radius: Scalar) -> Image:
@@ -55,7 +57,7 @@ def gaussian_blur(image: Image, radius: Scalar) -> Image:
     def box(rows: Array) -> Array:
         padded = jnp.pad(rows, ((2, 2), (0, 0), (0, 0)), mode="edge")
         count = rows.shape[0]
-        total = weights[0] * rows + jnp.uint32(1 << 23)
+        total: Array = weights[0] * rows + jnp.uint32(1 << 23)
         for offset in (1, 2):
             pair = padded[2 - offset :][:count] + padded[2 + offset :][:count]
             total = total + weights[offset] * pair

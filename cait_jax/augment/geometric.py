@@ -21,15 +21,13 @@ def random_pad_crop(key: PRNGKeyArray, image: Image, padding: int) -> Image:
 def random_affine(
     key: PRNGKeyArray,
     image: Image,
-    *,
-    rotate: float = 0.0,
-    zoom: float = 0.0,
-    shear: float = 0.0,
-    translate: float = 0.0,
+    rotate: float,
+    zoom: float,
+    shear: float,
+    translate: float,
 ) -> Image:
-    """Rotates, zooms, shears and translates, each uniformly up to its limit, see `Augmentation`."""
-    draws = jax.random.uniform(key, (5,), minval=-1.0, maxval=1.0)
-    angle, size, slope, down, right = draws
+    """Rotates, zooms, shears and translates, each uniformly up to its limit, see `pipeline.Augmentation`."""
+    angle, size, slope, down, right = jax.random.uniform(key, (5,), minval=-1.0, maxval=1.0)
     shift = translate * jnp.stack([down, right])
     return affine(
         image,
@@ -68,6 +66,7 @@ def affine(
     source = (inverse @ offset + centre[:, None]).reshape(2, height, width)
 
     def sample(channel: Array) -> Array:
-        return ndimage.map_coordinates(channel, list(source), order=1, mode="constant")
+        found: Array = ndimage.map_coordinates(channel, list(source), order=1, mode="constant")
+        return found
 
     return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)

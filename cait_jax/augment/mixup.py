@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
@@ -70,7 +71,8 @@ def from_config(config: ConfigDict) -> Mixup:
 def soft_labels(labels: Int[Array, "batch"], num_classes: int, smoothing: float = 0.0) -> Targets:
     """One-hot labels, of which the share `smoothing` is spread evenly over all classes."""
     hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
-    return hot * (1.0 - smoothing) + smoothing / num_classes
+    smoothed: Array = optax.losses.smooth_labels(hot, smoothing)
+    return smoothed
 
 
 def mix(

@@ -24,7 +24,9 @@ Ids = Int[Array, "batch"]
 _TPU_CHUNK = (
     8  # images of 224 pixels, each with some ten float32 arrays, stay in a TPU's on-chip memory
 )
-_ERASING_ATTEMPTS = 10
+_ERASED_AREA = (0.02, 1 / 3)
+_ERASED_ASPECT = (0.3, 1 / 0.3)
+_ERASING_ATTEMPTS = (10,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Augmentation:
     """What is sampled for every image; the defaults turn everything off.
 
     Attributes:
-      flip: horizontally, with probability 1/2.
+      hflip: horizontal flip, with probability 1/2.
       pad_crop: pixels of zero padding on every side before a random crop of the original size.
       rotate: largest rotation in degrees, either way.
       zoom: largest relative change of size; 0.1 samples a factor from 0.9 to 1.1.
@@ -43,7 +45,7 @@ class Augmentation:
       color_jitter: largest relative change of brightness, contrast and saturation.
     """
 
-    flip: bool = False
+    hflip: bool = False
     pad_crop: int = 0
     rotate: float = 0.0
     zoom: float = 0.0
@@ -61,7 +63,7 @@ class Augmentation:
     @property
     def is_geometric(self) -> bool:
         """Whether positions of pixels change, RandAugment aside."""
-        return bool(self.flip or self.pad_crop or self.is_affine)
+        return bool(self.hflip or self.pad_crop or self.is_affine)
 
     @property
     def is_photometric(self) -> bool:
@@ -70,20 +72,10 @@ class Augmentation:
 
 
 def from_config(config: ConfigDict) -> Augmentation:
-    """The settings in a config's `augment` section."""
-    section = config.augment
-    policy = section.rand_augment
-    return Augmentation(
-        flip=section.hflip,
-        pad_crop=section.pad_crop,
-        rotate=section.rotate,
-        zoom=section.zoom,
-        shear=section.shear,
-        translate=section.translate,
-        rand_augment=parse_policy(policy) if policy else None,
-        three_augment=section.three_augment,
-        color_jitter=section.color_jitter,
-    )
+    """Reads the keys `augment.*`, of which `augment.rand_augment` is a policy in timm's notation."""
+    values = {field.name: config.augment[field.name] for field in dataclasses.fields(Augmentation)}
+    policy = values.pop("rand_augment")
+    return Augmentation(**values, rand_augment=parse_policy(policy) if policy else None)
 
 
 def augment(
@@ -120,16 +112,10 @@ def _geometric(key: PRNGKeyArray, image: Array, settings: Augmentation) -> Array
     if settings.is_affine:
         from cait_jax.augment.geometric import random_affine
 
-        image = random_affine(
-            affine_key,
-            image,
-            rotate=settings.rotate,
-            zoom=settings.zoom,
-            shear=settings.shear,
-            translate=settings.translate,
-        )
-    if settings.flip:
-        image = random_flip(flip_key, image)
+        limits = (settings.rotate, settings.zoom, settings.shear, settings.translate)
+        image = random_affine(affine_key, image, *limits)
+    if settings.hflip:
+        image = random_hflip(flip_key, image)
     return image
 
 
@@ -150,7 +136,7 @@ def _photometric(key: PRNGKeyArray, image: Array, settings: Augmentation) -> Arr
     return levels.astype(image.dtype)
 
 
-def random_flip(
+def random_hflip(
     key: PRNGKeyArray, image: Float[Array, "height width channels"]
 ) -> Float[Array, "height width channels"]:
     """Flips one image horizontally with probability 1/2."""
@@ -165,57 +151,46 @@ def normalise(images: Images, mean: Sequence[float], std: Sequence[float]) -> Fl
 
 
 def random_erase(
-    key: PRNGKeyArray,
-    images: FloatImages,
-    example_ids: Ids,
-    probability: float = 0.25,
-    *,
-    area: tuple[float, float] = (0.02, 1 / 3),
-    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+    key: PRNGKeyArray, images: FloatImages, example_ids: Ids, prob: float = 0.25
 ) -> FloatImages:
-    """Random erasing (Zhong et al., arXiv 1708.04896) of normalised images: a box becomes pixelwise N(0, 1) noise.
+    """Random erasing (Zhong et al., arXiv 1708.04896) of normalised images.
 
-    Args:
-      key: of the step and purpose.
-      images: normalised.
-      example_ids: position of each image in the global batch.
-      probability: that an image is erased.
-      area: range of the box's share of the image, uniform.
-      aspect: range of the box's height over its width, log-uniform.
+    With probability `prob` a box of an image becomes pixelwise N(0, 1) noise. See `augment` for the rest.
     """
 
-    def erase(key: PRNGKeyArray, image: Array) -> Array:
-        probability_key, box_key, noise_key = jax.random.split(key, 3)
+    def erase_some(key: PRNGKeyArray, image: Array) -> Array:
+        prob_key, box_key, noise_key = jax.random.split(key, 3)
 
-        def erased(image: Array) -> Array:
-            size = (image.shape[0], image.shape[1])
-            inside = sample_erasing_box(box_key, size, area=area, aspect=aspect)
+        def erase(image: Array) -> Array:
+            inside = sample_erasing_box(box_key, (image.shape[0], image.shape[1]))
             noise = jax.random.normal(noise_key, image.shape, image.dtype)
             return jnp.where(inside[..., None], noise, image)
 
-        happens = jax.random.bernoulli(probability_key, probability)
-        return jax.lax.cond(happens, erased, lambda image: image, image)
+        erased: Array = jax.lax.cond(
+            jax.random.bernoulli(prob_key, prob), erase, lambda image: image, image
+        )
+        return erased
 
-    return per_example_vmap(erase, key, images, example_ids) if probability else images
+    return per_example_vmap(erase_some, key, images, example_ids) if prob else images
 
 
 def sample_erasing_box(
     key: PRNGKeyArray,
     size: tuple[int, int],
     *,
-    area: tuple[float, float],
-    aspect: tuple[float, float],
+    area: tuple[float, float] = _ERASED_AREA,
+    aspect: tuple[float, float] = _ERASED_ASPECT,
 ) -> Bool[Array, "height width"]:
-    """Samples the box of `random_erase` in an image of `size` (height, width).
+    """Samples the box of `random_erase` in an image of `size` (height, width): True inside.
 
-    The first of ten attempts that is smaller than the image both ways; if there is none, False everywhere.
+    The first of ten draws that is smaller than the image both ways; if none is, False everywhere. The box's share
+    of the image is uniform in `area`, its height over its width log-uniform in `aspect`.
     """
     height, width = size
     area_key, aspect_key, place_key = jax.random.split(key, 3)
-    attempts = (_ERASING_ATTEMPTS,)
-    areas = jax.random.uniform(area_key, attempts, minval=area[0], maxval=area[1])
+    areas = jax.random.uniform(area_key, _ERASING_ATTEMPTS, minval=area[0], maxval=area[1])
     low, high = math.log(aspect[0]), math.log(aspect[1])
-    aspects = jnp.exp(jax.random.uniform(aspect_key, attempts, minval=low, maxval=high))
+    aspects = jnp.exp(jax.random.uniform(aspect_key, _ERASING_ATTEMPTS, minval=low, maxval=high))
     heights = jnp.round(jnp.sqrt(areas * height * width * aspects)).astype(jnp.int32)
     widths = jnp.round(jnp.sqrt(areas * height * width / aspects)).astype(jnp.int32)
     fits = (heights < height) & (widths < width)
@@ -224,7 +199,9 @@ def sample_erasing_box(
     room = jnp.array([height, width]) - box
     top, left = jax.random.randint(place_key, (2,), 0, jnp.maximum(room, 0) + 1)
     down, across = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
-    inside = (down >= top) & (down < top + box[0]) & (across >= left) & (across < left + box[1])
+    inside: Array = (
+        (down >= top) & (down < top + box[0]) & (across >= left) & (across < left + box[1])
+    )
     return inside & fits[first]
 
 
@@ -245,17 +222,20 @@ def per_example_vmap(
         return function(jax.random.fold_in(key, example_id), image)
 
     def sequential(batch_size: int | None) -> Callable[..., Array]:
-        def apply(ids: Array, batch: Array, key: PRNGKeyArray) -> Array:
-            return jax.lax.map(functools.partial(one, key), (ids, batch), batch_size=batch_size)
-
-        return apply
-
-    def parallel(ids: Array, batch: Array, key: PRNGKeyArray) -> Array:
-        return jax.vmap(functools.partial(one, key))((ids, batch))
-
-    def by_platform(*arguments: Array) -> Array:
-        return jax.lax.platform_dependent(
-            *arguments, cpu=sequential(None), tpu=sequential(_TPU_CHUNK), default=parallel
+        return lambda ids, images, key: jax.lax.map(
+            functools.partial(one, key), (ids, images), batch_size=batch_size
         )
 
-    return shard_over_batch(by_platform, 2)(example_ids, images, key)
+    def by_platform(ids: Array, images: Array, key: PRNGKeyArray) -> Array:
+        mapped: Array = jax.lax.platform_dependent(
+            ids,
+            images,
+            key,
+            cpu=sequential(None),
+            tpu=sequential(_TPU_CHUNK),
+            default=lambda ids, images, key: jax.vmap(functools.partial(one, key))((ids, images)),
+        )
+        return mapped
+
+    result: Array = shard_over_batch(by_platform, 2)(example_ids, images, key)
+    return result

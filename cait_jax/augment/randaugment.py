@@ -19,22 +19,10 @@ Scalar = Float[Array, ""] | float
 Level = Int[Array, ""] | int
 
 OPERATIONS = (
-    "auto_contrast",
-    "equalize",
-    "invert",
-    "posterize",
-    "solarize",
-    "solarize_add",
-    "color",
-    "contrast",
-    "brightness",
-    "sharpness",
-    "rotate",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-)
+    "auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add",
+    "color", "contrast", "brightness", "sharpness",
+    "rotate", "shear_x", "shear_y", "translate_x", "translate_y",
+)  # fmt: skip
 """Each is drawn with equal probability."""
 
 FILL = (124, 116, 104)
@@ -42,13 +30,7 @@ FILL = (124, 116, 104)
 
 _GEOMETRIC = OPERATIONS[10:]
 _MAX_MAGNITUDE = 10.0
-_KEYS = {
-    "m": "magnitude",
-    "n": "num_ops",
-    "p": "prob",
-    "mstd": "magnitude_std",
-    "inc": "increasing",
-}
+_POLICY_PARTS = ("m", "n", "p", "mstd", "inc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,38 +67,34 @@ def parse_policy(text: str) -> RandAugment:
     found: dict[str, float] = {}
     for part in parts:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
-        if match is None or match[1] not in _KEYS:
+        if match is None or match[1] not in _POLICY_PARTS:
             raise UserError(
                 f"the policy {text!r} has the unknown part {part!r}; the parts are "
-                f"{', '.join(_KEYS)}, each followed by a number, as in 'rand-m9-mstd0.5-inc1'"
+                f"{', '.join(_POLICY_PARTS)}, each followed by a number, as in 'rand-m9-mstd0.5-inc1'"
             )
-        if _KEYS[match[1]] in found:
+        if match[1] in found:
             raise UserError(f"the policy {text!r} has two parts {match[1]}; leave one out")
-        found[_KEYS[match[1]]] = float(match[2])
-    if found.pop("increasing", 0.0) != 1.0:
+        found[match[1]] = float(match[2])
+    if found.get("inc") != 1.0:
         raise UserError(
             f"the policy {text!r} must say inc1: only operations whose strength grows with the "
             "magnitude are there"
         )
-    num_ops = found.get("num_ops", 2.0)
-    policy = RandAugment(
-        magnitude=found.get("magnitude", _MAX_MAGNITUDE),
-        magnitude_std=found.get("magnitude_std", 0.0),
-        num_ops=int(num_ops),
-        prob=found.get("prob", 0.5),
-    )
-    for key, value, low, high in (
-        ("m", policy.magnitude, 0, 10),
-        ("mstd", policy.magnitude_std, 0, 100),
-        ("p", policy.prob, 0, 1),
-    ):
+    for key, low, high in (("m", 0, 10), ("mstd", 0, 100), ("p", 0, 1)):
+        value = found.get(key, low)
         if not low <= value <= high:
             raise UserError(
                 f"the policy {text!r} has {key}{value:g}; {key} must be from {low} to {high}"
             )
-    if num_ops != policy.num_ops or not policy.num_ops:
+    num_ops = found.get("n", 2.0)
+    if not num_ops or num_ops % 1:
         raise UserError(f"the policy {text!r} has n{num_ops:g}; n must be a whole number from 1 on")
-    return policy
+    return RandAugment(
+        magnitude=found.get("m", _MAX_MAGNITUDE),
+        magnitude_std=found.get("mstd", 0.0),
+        num_ops=int(num_ops),
+        prob=found.get("p", 0.5),
+    )
 
 
 def rand_augment(key: PRNGKeyArray, image: Image, policy: RandAugment) -> Image:
@@ -184,7 +162,8 @@ def apply_operation(image: Image, operation: Level, magnitude: Scalar) -> Image:
     )
     # The geometric operations share one warp: under `vmap` every branch is computed.
     branch = jnp.minimum(operation, 10) + (operation == len(OPERATIONS))
-    return jax.lax.switch(branch, branches, image)
+    result: Array = jax.lax.switch(branch, branches, image)
+    return result
 
 
 def _inverse_matrices(signed: Array, height: int, width: int) -> Float[Array, "5 2 3"]:

@@ -258,7 +258,8 @@ def _classify(
 def _normalise_rows(features: np.ndarray) -> np.ndarray:
     features = np.asarray(features, np.float32)
     norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.maximum(norms, np.finfo(np.float32).tiny)
+    unit: np.ndarray = features / np.maximum(norms, np.finfo(np.float32).tiny)
+    return unit
 
 
 def _pad(rows: np.ndarray, count: int, value: int = 0) -> np.ndarray:

@@ -10,11 +10,11 @@ import pytest
 from scipy import ndimage
 
 from cait_jax.augment.geometric import affine, random_pad_crop
-from cait_jax.augment.pipeline import Augmentation, augment, normalise, random_flip
+from cait_jax.augment.pipeline import Augmentation, augment, normalise, random_hflip
 from cait_jax.augment.randaugment import RandAugment
 from cait_jax.sharding import batch_sharding, make_mesh, replicated
 
-ALL = Augmentation(flip=True, pad_crop=2, rotate=15.0, zoom=0.1, shear=0.1, translate=0.1)
+ALL = Augmentation(hflip=True, pad_crop=2, rotate=15.0, zoom=0.1, shear=0.1, translate=0.1)
 
 
 def images(batch=4, size=(9, 7), channels=3):
@@ -67,7 +67,7 @@ def test_affine_turns_counter_clockwise_and_moves_down_and_right():
 
 def test_flip_mirrors_half_of_the_images():
     image = images(1)[0]
-    flipped = jax.vmap(lambda key: random_flip(key, image))(
+    flipped = jax.vmap(lambda key: random_hflip(key, image))(
         jax.random.split(jax.random.key(1), 400)
     )
     mirrored = np.array([np.array_equal(one, image[:, ::-1]) for one in flipped])
@@ -123,8 +123,8 @@ def test_limits_are_kept():
         assert np.abs(offset).max() > 1.0
 
 
-RECIPE = Augmentation(flip=True, rand_augment=RandAugment())
-DEIT3 = Augmentation(flip=True, three_augment=True, color_jitter=0.3)
+RECIPE = Augmentation(hflip=True, rand_augment=RandAugment())
+DEIT3 = Augmentation(hflip=True, three_augment=True, color_jitter=0.3)
 
 
 @pytest.mark.parametrize("settings", [RECIPE, DEIT3])
@@ -150,5 +150,5 @@ def test_recipes_flip_as_their_flip_alone():
     """New draws leave those that were there before as they are."""
     batch, ids, key = jnp.round(images(32)), jnp.arange(32), jax.random.key(5)
     never = dataclasses.replace(RECIPE, rand_augment=RandAugment(prob=0.0))
-    flipped = augment(key, batch, ids, Augmentation(flip=True))
+    flipped = augment(key, batch, ids, Augmentation(hflip=True))
     np.testing.assert_array_equal(augment(key, batch, ids, never), flipped)

@@ -62,7 +62,7 @@ WHOLE = Recipe(
     label_loss=cross_entropy,
     mean=MEAN,
     std=STD,
-    augmentation=Augmentation(flip=True, rand_augment=parse_policy("rand-m9-mstd0.5-inc1")),
+    augmentation=Augmentation(hflip=True, rand_augment=parse_policy("rand-m9-mstd0.5-inc1")),
     erase=0.5,
     label_smoothing=0.1,
     mixing=Mixup(mixup_alpha=0.8, cutmix_alpha=1.0),
@@ -73,7 +73,7 @@ WHOLE = Recipe(
     "mix_rows", [0, 6]
 )  # 6: of 16 rows two groups, and one of the four that remain
 def test_the_whole_recipe_is_the_same_on_any_devices_and_in_micro_batches(mix_rows):
-    mixing = dataclasses.replace(WHOLE.mixing, rows=mix_rows)
+    mixing = dataclasses.replace(WHOLE.mixing, group_size=mix_rows)
     recipe = dataclasses.replace(WHOLE, mixing=mixing)
     one, *_ = one_step(small(), recipe)
     other, *_ = one_step(small(), recipe, devices=4, accumulate=2)

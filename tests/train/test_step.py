@@ -29,7 +29,7 @@ RECIPE = Recipe(
     label_loss=cross_entropy,
     seed=3,
     augmentation=Augmentation(
-        flip=True, rotate=10.0, translate=0.1, zoom=0.1, shear=0.1, pad_crop=1
+        hflip=True, rotate=10.0, translate=0.1, zoom=0.1, shear=0.1, pad_crop=1
     ),
     label_smoothing=0.1,
     ema_decay=0.9,
