@@ -239,9 +239,9 @@ def released_weights(name):
     """The bytes of a released model's file, with random weights."""
     import jax
     import jax.numpy as jnp
-    from cait_jax.weights.released import RELEASED
 
     import cait_jax
+    from cait_jax.weights.hub import RELEASED
 
     def make():
         model = cait_jax.create_model(name)
