@@ -243,8 +243,8 @@ def image_options(function: Callable[..., Any]) -> Callable[..., Any]:
         from cait_jax.data.image_files import find_images, left_out_in_words
 
         found = find_images(images)
-        if aside := left_out_in_words(found.left_out, " ".join(images)):
-            note(aside)
+        if left_out := left_out_in_words(found.left_out, " ".join(images)):
+            note(left_out)
         return function(paths=found.paths, **others)
 
     return with_paths

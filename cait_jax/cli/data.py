@@ -1,4 +1,4 @@
-"""`cait data`: data sets prepared, converted and looked at."""
+"""`cait data`: prepare, convert and show data sets."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -45,7 +45,7 @@ def prepare_command(name: str, data_dir: str | None, dry_run: bool, json: bool) 
 
     plan = plan_preparation(name, data_dir)
     if not json:
-        echo(_plan_in_words(name, plan), err=True)
+        echo(_describe_plan(name, plan), err=True)
     if not dry_run:
         prepare(name, data_dir)
         if not json and not plan.prepared:
@@ -131,8 +131,8 @@ def show_command(
     for name in tqdm(names, desc=printable(data), unit="split", disable=None, leave=False):
         opened = open_split(data, name, data_dir)
         summaries.append(summarize(data, name, opened, data_dir))
-        if aside := left_out_of(opened):
-            note(aside)
+        if left_out := left_out_of(opened):
+            note(left_out)
         if summaries[-1].broken_images:
             note(f"broken in {name}: {some(summaries[-1].broken_images)}")
         if name == names[0]:
@@ -149,8 +149,8 @@ def show_command(
     )
     echo(f"\n{len(words):,} classes: {shown}")
     if sheet is not None:
-        spoilt = f"; {len(broken)} images on it are broken" if broken else ""
-        echo(f"\n{sheet} shows images of {names[0]}{spoilt}")
+        broken_note = f"; {len(broken)} images on it are broken" if broken else ""
+        echo(f"\n{sheet} shows images of {names[0]}{broken_note}")
 
 
 def _row(summary: Any) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _row(summary: Any) -> dict[str, Any]:
     }
 
 
-def _plan_in_words(name: str, plan: Any) -> str:
+def _describe_plan(name: str, plan: Any) -> str:
     if plan.prepared:
         return f"{name} is in {plan.folder} as array_record: nothing to do"
     sizes = [

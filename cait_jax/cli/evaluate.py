@@ -123,12 +123,12 @@ def command(
 
     def open_split(name: str) -> Any:
         opened = load_split(found.data, name, image_size=prepare.image_size, data_dir=data_dir)
-        if aside := left_out_of(opened):
-            note(aside)
+        if left_out := left_out_of(opened):
+            note(left_out)
         return with_channels(opened, prepare.channels)
 
     examples = open_split(found.split)
-    # A split that does not exist is told before the work begins.
+    # Refuse a missing split before the evaluation.
     train = None
     if knn or probe:
         try:
@@ -168,7 +168,7 @@ def command(
 
 
 def _load(load: Any, dtype_policy: dict[str, Any], *, headless: bool) -> LoadedModel:
-    """The model; without a head where its weights do not fit one and features alone are wanted as well."""
+    """The model; without a head where its weights do not match one and --knn or --probe is given."""
     try:
         return load(**dtype_policy)
     except UserError as error:
@@ -193,7 +193,7 @@ def _refuse_without_head(measured: bool, **options: Any) -> None:
 
 
 def _refuse_shared_images(train: Any, test: Any, train_name: str, name: str) -> None:
-    """Of what was learnt from, --knn and --probe would give the right answer back."""
+    """Refuses --knn and --probe on training images, which they would classify by heart."""
     files = [getattr(getattr(split, "records", None), "files", None) for split in (train, test)]
     roots = [getattr(getattr(split, "records", None), "root", None) for split in (train, test)]
     shared = train_name == name
@@ -229,11 +229,11 @@ def _scores(
 def _features_accuracy(
     loaded: LoadedModel, train: Any, test: Any, *, knn: bool, probe: bool, **reading: Any
 ) -> dict[str, Any]:
-    """What the features alone tell about the classes. Images without a label do not count."""
+    """k-NN and linear-probe accuracy on the labelled images."""
     from cait_jax.evaluation.features import features_of_split, knn_accuracy, probe_accuracy
     from cait_jax.evaluation.labels import labels_among, read_labels
 
-    # Classes that cannot be matched are told before the work begins.
+    # Refuse classes that cannot be matched before the evaluation.
     if train.class_names != test.class_names:
         labels_among(train.class_names, test.class_names, read_labels(test))
     parts = []
@@ -285,7 +285,7 @@ def _draw_confusion(path: Path, result: dict[str, Any]) -> None:
 
 
 def _report(result: dict[str, Any]) -> str:
-    """The scores for people."""
+    """The scores as text."""
 
     def percent(value: float | None) -> str | None:
         return None if value is None else f"{value:.3%}"
@@ -326,7 +326,7 @@ def _report(result: dict[str, Any]) -> str:
 
 
 def _competing(result: dict[str, Any]) -> list[str]:
-    """Which classes the scores are among, and how labels were matched if not by name."""
+    """Which classes compete, and how labels were matched if not by name."""
     if "classes" not in result:
         return [
             "the model has no head: its features are measured, with what --knn and --probe learn"

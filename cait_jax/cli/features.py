@@ -1,4 +1,4 @@
-"""`cait features`: what a network computes on the way, as numbers to work with."""
+"""`cait features`: a layer's outputs in an npz file."""
 
 from pathlib import Path
 from typing import Any
@@ -82,15 +82,12 @@ def command(
 
 
 def layer_features(model: Any, layer: str, *, tokens: bool) -> Any:
-    """The function of variables and images that gives the features of a layer.
+    """The function from variables and images to a layer's features.
 
     Args:
       model: the network.
       layer: `"head"`, or a key of `forward_intermediates` and a number, such as `"blocks.3"`.
-      tokens: all tokens or positions (batch, tokens, d), instead of their mean (batch, d).
-
-    Returns:
-      The function.
+      tokens: (batch, tokens, d) instead of their mean, (batch, d).
 
     Raises:
       UserError: the model has no such layer; naming those it has.

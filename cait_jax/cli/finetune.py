@@ -66,7 +66,7 @@ def command(
     from cait_jax.train import NonFiniteError, train
     from cait_jax.train.finetune import folder_config, look_through
 
-    logging.set_verbosity(logging.WARNING)  # Orbax says a lot at INFO
+    logging.set_verbosity(logging.WARNING)  # Orbax logs much at INFO
     photographs = look_through(directory)
     config = folder_config(
         photographs,
@@ -86,7 +86,7 @@ def command(
     try:
         run = train(config, workdir)
     except UserError:
-        # Of a run that never began; a directory that holds anything stays.
+        # An empty directory goes.
         with contextlib.suppress(OSError):
             workdir.rmdir()
         raise
@@ -101,7 +101,7 @@ def command(
 
 
 def _check_files(photographs: Any) -> None:
-    """Refuses a folder with broken images: any to measure on, more than training replaces to learn from."""
+    """Refuses any broken evaluation image, and more broken training images than training replaces."""
     from cait_jax.data.folder import load_folder
     from cait_jax.data.loader import MAX_BROKEN
     from cait_jax.data.show import check_images
@@ -116,7 +116,7 @@ def _check_files(photographs: Any) -> None:
 
 
 def _plan(photographs: Any, config: Any, model: str) -> str:
-    """What is about to happen, for people."""
+    """The run in two lines."""
     phases = config.phases
     if phases.head_epochs:
         learns = (

@@ -28,7 +28,7 @@ def escape_in_streams() -> None:
 
 def echo(text: str, *, err: bool = False) -> None:
     """Prints text, `printable`."""
-    # Click would take a stream for UTF-8 that says it is ASCII.
+    # click.echo alone writes UTF-8 to a stream whose encoding is ASCII.
     click.echo(printable(text, keep="\n"), file=sys.stderr if err else sys.stdout)
 
 

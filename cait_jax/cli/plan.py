@@ -1,4 +1,4 @@
-"""`cait plan`: memory, work and least time of a config's training step on chips that are not there."""
+"""`cait plan`: memory, operations and least time of a config's training step on given chips."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,7 @@ def command(
     from cait_jax.plan.plan import make_plan
     from cait_jax.plan.roofline import parse_topology
 
-    jax.config.update("jax_platforms", "cpu")  # what is planned for is not what plans
+    jax.config.update("jax_platforms", "cpu")  # the step is compiled or traced on the host
     wanted = [parse_topology(text) for text in topologies]
     recipes = [(Path(file).stem, read_config(file, ctx.args)) for file in configs]
     rows = []
@@ -96,11 +96,7 @@ def command(
 
 
 def read_config(file: str, arguments: list[str]) -> "ConfigDict":
-    """A config file with its keys changed as train.py's flags change them.
-
-    Args:
-      file: the path, with or without an argument after a colon.
-      arguments: such as `["--config.batch_size=256"]`.
+    """A config file with overrides such as `["--config.batch_size=256"]`, as train.py takes them.
 
     Raises:
       UserError: there is no such file or key.
@@ -116,7 +112,7 @@ def read_config(file: str, arguments: list[str]) -> "ConfigDict":
 
 
 def facts_of(name: str, plan: "Plan") -> list[tuple[str, str]]:
-    """One plan in words."""
+    """One plan as (what, value) rows."""
     from cait_jax.plan.hlo import totals
 
     topology, chip, bounds = plan.topology, plan.topology.chip, plan.roofline
@@ -157,7 +153,7 @@ def facts_of(name: str, plan: "Plan") -> list[tuple[str, str]]:
 
 
 def row_of(name: str, plan: "Plan") -> dict[str, Any]:
-    """One plan as a line of a table."""
+    """One plan as a row of the table of several."""
     bounds = plan.roofline
     row = {
         "config": name,
@@ -179,7 +175,7 @@ def row_of(name: str, plan: "Plan") -> dict[str, Any]:
 
 
 def traffic_of(name: str, plan: "Plan", *, markdown: bool) -> str:
-    """A table of what a step's traffic stems from, under a line with the whole."""
+    """A table of a step's memory traffic by origin, under its total."""
     if plan.traffic is None or plan.origins is None:
         return f"{name} on {plan.topology}: no program to read"
     rows = [
@@ -193,7 +189,7 @@ def traffic_of(name: str, plan: "Plan", *, markdown: bool) -> str:
 
 
 def scaling_of(name: str, plan: "Plan", *, markdown: bool) -> str:
-    """A table of exchange by number of chips and link speed, under a line that says what it is beside."""
+    """A table of collectives' time by number of chips and link bandwidth, under a chip's own time."""
     from cait_jax.plan.roofline import CHIP_COUNTS, RATES, exchange_seconds, free_until
 
     if plan.exchanged is None or plan.roofline is None:
@@ -217,7 +213,7 @@ def scaling_of(name: str, plan: "Plan", *, markdown: bool) -> str:
 
 
 def as_record(name: str, plan: "Plan") -> dict[str, Any]:
-    """One plan for programs: bytes, operations and seconds."""
+    """One plan for JSON: bytes, operations and seconds."""
     from cait_jax.plan.hlo import totals
 
     bounds, largest = plan.roofline, plan.largest

@@ -1,4 +1,4 @@
-"""`cait predict`: what a model sees in photographs."""
+"""`cait predict`: the most probable classes of photographs."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -82,7 +82,7 @@ def command(
 
 
 def _most_probable(model: Any, top: int) -> Any:
-    """The function of variables and images that gives the `top` classes and their probabilities."""
+    """The function from variables and images to the `top` probabilities and classes."""
     import jax
 
     from cait_jax.errors import UserError

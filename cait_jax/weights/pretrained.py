@@ -223,7 +223,7 @@ def _preprocessing(name_or_path: str | os.PathLike[str]) -> Preprocessing:
             Way("give {}, a directory saved with its preprocessing", "weights", Literal("DIR")),
             otherwise="choose a model saved with its preprocessing",
         )
-    raise UserError(f"nothing says how images for {name} are prepared: {fix}")
+    raise UserError(f"no preprocessing is known for {name}: {fix}")
 
 
 def _is_name(name_or_path: str | os.PathLike[str]) -> bool:

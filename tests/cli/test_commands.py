@@ -275,7 +275,7 @@ def test_named_models_have_preprocessing_and_small_ones_say_why_not():
     assert preprocessing("deit_tiny_patch16_224").crop_ratio == 0.9
     assert preprocessing("vit_base_patch16_224").mean == (0.5, 0.5, 0.5)
     assert preprocessing("cait_s48", image_size=384).image_size == (384, 384)
-    with pytest.raises(ValueError, match="nothing says how images for cait_nano4_patch4_8"):
+    with pytest.raises(ValueError, match="no preprocessing is known for cait_nano4_patch4_8"):
         preprocessing("cait_nano4_patch4_8")
 
 
