@@ -5,6 +5,7 @@ import gc
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -41,11 +42,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="JAX runs on no GPU: set JAX_PLATFORMS=cuda"))
 
 
-@pytest.fixture(scope="module", autouse=True)
 def _free_compiled_programs():
-    """Drops a module's programs and traces, some hundred MB; what later ones share is read from the disk."""
-    yield
+    """Drops programs and traces, some hundred MB; what later tests share is read from the disk again."""
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed in its arenas
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules_start_empty():
+    yield
+    _free_compiled_programs()
+
+
+@pytest.fixture(autouse=True)
+def _large_tests_leave_nothing():
+    yield
+    pages = Path("/proc/self/statm")  # the second number: those in memory
+    if pages.exists() and int(pages.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > 2**30:
+        _free_compiled_programs()
