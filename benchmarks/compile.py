@@ -3,7 +3,7 @@
 Command: python benchmarks/compile.py [--config=configs/cait_m48.py] [--depths 12 24 36 48] [--rounds=1]
          [--blocks stacked] [--out=runs/benchmark_compile]
 
-The step is the config's own, as `cait_jax.train.setup.set_up` makes it, with made-up images and another depth. It
+The step is the config's own, as `cait_jax.train.setup.build` makes it, with made-up images and another depth. It
 is compiled for this machine's devices, not run. Each measurement has a process of its own, without JAX's cache.
 "Plain" is the first depth given again, without augmentation, mixing and erasing: the difference to it is theirs,
 whatever the depth. Ratios are to depth 24, or to the first depth if that is not among them.
@@ -31,7 +31,7 @@ def measure(path: str, depth: int, stacked: bool, plain: bool) -> dict[str, Any]
     import jax
 
     from cait_jax.train.config import load_config
-    from cait_jax.train.setup import abstract_batch, abstract_state, set_up
+    from cait_jax.train.setup import build
 
     imported = time.perf_counter()
     config = load_config(path)
@@ -41,10 +41,9 @@ def measure(path: str, depth: int, stacked: bool, plain: bool) -> dict[str, Any]
         augment = config.augment
         augment.hflip, augment.rand_augment = False, ""
         augment.reprob = augment.mixup = augment.cutmix = 0.0
-    setup = set_up(config)
-    arguments = abstract_state(setup), abstract_batch(setup)
+    trainer = build(config)
     times = [time.perf_counter()]
-    traced = setup.trace(*arguments)
+    traced = trainer.trace()
     times.append(time.perf_counter())
     lowered = traced.lower()
     times.append(time.perf_counter())

@@ -294,20 +294,22 @@ def cifar10(data_dir: str, rounds: int) -> dict[str, Any]:
     import jax
 
     from cait_jax.sharding import batch_sharding, put_batch
-    from cait_jax.train.setup import set_up
+    from cait_jax.train.setup import build
     from configs import cifar10
 
     config = cifar10.get_config("small")
     config.data.data_dir = data_dir
-    setup = set_up(config)
-    state = setup.init()
+    trainer = build(config)
+    state = trainer.init_state()
     times: dict[str, list[float]] = {"batch": [], "step": []}
-    with setup.batches() as batches:
+    with trainer.train_batches() as batches:
         for turn in range(rounds + 1):
             start = time.perf_counter()
             batch = next(batches)
             middle = time.perf_counter()
-            state, metrics = setup.train_step(state, put_batch(batch, batch_sharding(setup.mesh)))
+            state, metrics = trainer.train_step(
+                state, put_batch(batch, batch_sharding(trainer.mesh))
+            )
             jax.block_until_ready((state, metrics))
             if turn:  # the first compiles
                 times["batch"].append(middle - start)

@@ -24,19 +24,19 @@ from ml_collections import ConfigDict
 from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train import loop, train
 from cait_jax.train.metric_writer import MetricWriter
-from cait_jax.train.setup import Setup, set_up
+from cait_jax.train.setup import Trainer, build
 from configs import digits
 
 
-def bare(setup: Setup, steps: int) -> float:
+def bare(trainer: Trainer, steps: int) -> float:
     """Seconds of `steps` calls of the compiled step."""
-    state = setup.init()
-    batch = put_batch(next(setup.batches()), batch_sharding(setup.mesh))
-    state, metrics = setup.train_step(state, batch)
+    state = trainer.init_state()
+    batch = put_batch(next(trainer.train_batches()), batch_sharding(trainer.mesh))
+    state, metrics = trainer.train_step(state, batch)
     jax.block_until_ready(metrics)
     start = time.perf_counter()
     for _ in range(steps):
-        state, metrics = setup.train_step(state, batch)
+        state, metrics = trainer.train_step(state, batch)
     jax.block_until_ready((state, metrics))
     return time.perf_counter() - start
 
@@ -67,11 +67,11 @@ def main() -> None:
     config.steps = args.steps + 2
     config.eval.every_epochs = 1e9
     config.checkpoint.every_steps = 10**9
-    setup = set_up(config)
-    bare(setup, args.steps)
+    trainer = build(config)
+    bare(trainer, args.steps)
     sides: dict[str, list[float]] = {"bare step": [], "loop": []}
     for i in range(args.rounds):
-        sides["bare step"].append(bare(setup, args.steps))
+        sides["bare step"].append(bare(trainer, args.steps))
         sides["loop"].append(through_the_loop(config, out / str(i), args.steps))
 
     medians = {name: statistics.median(times) for name, times in sides.items()}

@@ -13,18 +13,24 @@ from cait_jax.data.sources import find_builder, is_folder, is_generated, load_sp
 from cait_jax.data.split import Encoded, Split
 from cait_jax.errors import UserError
 from cait_jax.kernels import default_implementation
-from cait_jax.models.cait import CaiT
 from cait_jax.models.cost import macs, macs_of, residual_bytes
 from cait_jax.models.zoo import create_model
 from cait_jax.plan.compile import Largest, cache_folder, compile_cached, largest_batch, tpu_devices
 from cait_jax.plan.hlo import Collective, collectives, read_program
 from cait_jax.plan.roofline import Roofline, Topology, roofline
 from cait_jax.plan.traffic import traffic_by_origin
-from cait_jax.sharding import AXES, check_batch_size
-from cait_jax.train.distill import make_teacher
-from cait_jax.train.setup import Setup, abstract_batch, abstract_state, set_up
+from cait_jax.sharding import AXES, check_batch_size, param_shardings
+from cait_jax.train.config import check_values
+from cait_jax.train.objectives import supervised
+from cait_jax.train.objectives.distillation import make_teacher_for
+from cait_jax.train.setup import (
+    Trainer,
+    assemble,
+    check_splits,
+    mesh_from_config,
+    with_shardings,
+)
 from cait_jax.weights.pretrained import preprocessing
-from cait_jax.weights.timm_names import abstract_variables
 
 _EXAMPLES = 1_281_167  # of ImageNet-1k; the length of the schedule hangs on it, no shape does
 
@@ -141,34 +147,40 @@ def _shares(config: ConfigDict, topology: Topology) -> int:
     return topology.chips // tensor
 
 
-def _setup(config: ConfigDict, devices: list[jax.Device], family: str) -> Setup:
+def _trainer(config: ConfigDict, devices: list[jax.Device], family: str) -> Trainer:
+    """The parts of a run whose data and teacher are shapes."""
     if config.model.attention is None:  # not what this machine would choose
         config = config.copy_and_resolve_references()
         config.model.attention = default_implementation(family)
-    return set_up(config, devices, split_of=abstract_split, teacher_of=_shape_of_teacher)
+    check_values(config)
+    mesh = mesh_from_config(config, devices)
+    data, size = config.data, config.image_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    train_split, eval_split = (
+        abstract_split(data.name, split, image_size=size, data_dir=data.data_dir)
+        for split in (data.train_split, data.eval_split)
+    )
+    check_splits(config, train_split, eval_split)
+    objective = supervised.from_config(config, train_split, teacher=_abstract_teacher)
+    trainer = assemble(config, mesh, objective, train_split, eval_split)
+    abstract = with_shardings(objective, param_shardings(objective, mesh))
+    return dataclasses.replace(trainer, objective=abstract)
 
 
-def _shape_of_teacher(config: ConfigDict, model: CaiT) -> Any:
-    if config.distill.kind == "none" or config.distill.logits is not None:
+def _abstract_teacher(config: ConfigDict, model: Any) -> Any:
+    if config.distill.logits is not None:
         return None
     name = config.distill.teacher
     teacher = create_model(name)
-    prepare = preprocessing(name)
-    return make_teacher(
-        teacher,
-        abstract_variables(teacher),
-        mean=prepare.mean,
-        std=prepare.std,
-        student_mean=config.data.mean,
-        student_std=config.data.std,
-        num_classes=model.num_classes,
+    return make_teacher_for(
+        config, model, teacher, variables_template(teacher), preprocessing(name)
     )
 
 
 def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> Plan:
-    setup = _setup(config, tpu_devices(topology), topology.chip.family)
-    state, batch = abstract_state(setup), abstract_batch(setup)
-    traced = setup.trace(state, batch)
+    trainer = _trainer(config, tpu_devices(topology), topology.chip.family)
+    state, batch = trainer.abstract_state(), trainer.abstract_batch()
+    traced = trainer.trace()
     held = local_bytes(state)
     found = compile_cached(traced.lower(), topology, folder, held + local_bytes(batch), say)
     program = None if found.refused else read_program(found.text)
@@ -181,7 +193,7 @@ def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> 
         memory=found.memory,
         fits=not found.refused and found.memory <= topology.chip.memory,
         operations=2 * macs_of(traced.jaxpr.jaxpr) / topology.chips,
-        useful=_useful(setup, topology),
+        useful=_useful(trainer, topology),
         traffic=None if origins is None else sum(origins.values()),
         exchanged=None if program is None else tuple(collectives(program)),
         seconds=found.seconds,
@@ -189,8 +201,8 @@ def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> 
     )
 
 
-def _useful(setup: Setup, topology: Topology) -> float:
-    return 3 * 2 * macs(setup.model) * setup.config.batch_size / topology.chips
+def _useful(trainer: Trainer, topology: Topology) -> float:
+    return 3 * 2 * macs(trainer.model) * trainer.config.batch_size / topology.chips
 
 
 def local_bytes(tree: Any) -> int:
@@ -213,17 +225,19 @@ def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) ->
     local = config.copy_and_resolve_references()
     local.batch_size = max(1, config.batch_size // (topology.chips // tensor))
     local.mesh.data, local.mesh.fsdp, local.mesh.tensor = 1, 1, 1
-    setup = _setup(local, jax.devices()[:1], topology.chip.family)
-    state, batch = abstract_state(setup), abstract_batch(setup)
+    trainer = _trainer(local, jax.devices()[:1], topology.chip.family)
+    state, batch = trainer.abstract_state(), trainer.abstract_batch()
     params = local_bytes(state.params) // tensor
     held, gradient = local_bytes(state) // (fsdp * tensor), params // fsdp
 
     micro = max(1, local.batch_size // config.optimizer.grad_accum)
-    plain = setup.model.clone(remat="none")
+    plain = trainer.model.clone(remat="none")
     needed = max(0, residual_bytes(plain, micro) // tensor - params)
     kept = needed
-    if setup.model.remat != "none":
-        kept = max(0, residual_bytes(setup.model, micro) // tensor - params) + needed // plain.depth
+    if trainer.model.remat != "none":
+        kept = (
+            max(0, residual_bytes(trainer.model, micro) // tensor - params) + needed // plain.depth
+        )
     memory = held + gradient + kept + local_bytes(batch)
 
     data = topology.chips // (fsdp * tensor)
@@ -240,8 +254,8 @@ def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) ->
         state=held,
         memory=memory,
         fits=memory <= topology.chip.memory,
-        operations=2 * macs_of(setup.trace(state, batch).jaxpr.jaxpr) / tensor,
-        useful=_useful(setup, dataclasses.replace(topology, shape=(1, 1))) / tensor,
+        operations=2 * macs_of(trainer.trace().jaxpr.jaxpr) / tensor,
+        useful=_useful(trainer, dataclasses.replace(topology, shape=(1, 1))) / tensor,
         traffic=2 * config.optimizer.grad_accum * needed + 2 * (held + gradient),
         exchanged=tuple(each for each in exchanged if each.group > 1),
     )

@@ -10,10 +10,8 @@ from cait_jax.data.decode import RESIZES
 from cait_jax.kernels.talking_heads import IMPLEMENTATIONS
 from cait_jax.models.residual import CLASS_TOKENS, DROP_PATH_GROWTHS, REMATS, SCHEMES
 from cait_jax.models.zoo import FLOAT_DTYPES, VARIANTS
-from cait_jax.train.losses import LABEL_LOSSES, TEACHER_LOSSES
-from cait_jax.train.optimizer import OPTIMIZERS
+from cait_jax.train.optimizer import OPTIMIZERS, SCHEDULES
 from cait_jax.train.rules import INT32, Flag, Number, Numbers, Rule, Size, Text, Words
-from cait_jax.train.schedule import KINDS
 
 _EPOCHS = 1e6
 
@@ -91,22 +89,22 @@ RULES: Mapping[str, Rule] = {
     "augment.mixup_prob": _SHARE,
     "augment.mixup_switch_prob": _SHARE,
     "augment.mix_rows": Number(0, INT32, whole=True),
-    "loss.name": Words(LABEL_LOSSES),
+    "loss.name": Words(("softmax", "binary")),
     "loss.smoothing": _BELOW_1,
     "loss.target_threshold": dataclasses.replace(_BELOW_1, optional=True),
-    "distill.kind": Words(TEACHER_LOSSES),
+    "distill.kind": Words(("none", "hard", "soft")),
     "distill.teacher": Text(),
     "distill.weights": Text(optional=True),
     "distill.logits": Text(optional=True),
     "distill.alpha": _SHARE,
     "distill.temperature": _POSITIVE,
-    "optimizer.name": Words(tuple(OPTIMIZERS)),
+    "optimizer.name": Words(OPTIMIZERS),
     "optimizer.learning_rate": _NOT_NEGATIVE,
     "optimizer.reference_batch": _FROM_0,
     "optimizer.warmup_epochs": Number(0, _EPOCHS),
     "optimizer.warmup_learning_rate": _NOT_NEGATIVE,
     "optimizer.final_learning_rate": _NOT_NEGATIVE,
-    "optimizer.schedule": Words(KINDS),
+    "optimizer.schedule": Words(SCHEDULES),
     "optimizer.decay_epochs": Number(0, _EPOCHS, above=True, optional=True),
     "optimizer.decay_rate": dataclasses.replace(_PART, optional=True),
     "optimizer.per_epoch": Flag(),

@@ -1,12 +1,16 @@
-"""The training loop: step, evaluation, checkpoint and report, from a run's start or where it came to."""
+"""The training loop: step, checkpoint, evaluation and metrics, from the start of a run or where it was stopped."""
 
 import dataclasses
 import math
+import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cait_jax.checkpoint.store import Checkpoints
@@ -14,18 +18,17 @@ from cait_jax.data.folder import left_out_of
 from cait_jax.data.loader import PrefetchIterator
 from cait_jax.errors import Way, advise
 from cait_jax.files import run_folder
-from cait_jax.models.cait import CaiT
 from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train.config import as_json
 from cait_jax.train.distributed import check_shared
-from cait_jax.train.interrupt import StopSignal
 from cait_jax.train.metric_writer import MetricWriter
+from cait_jax.train.objectives import supervised
 from cait_jax.train.resume import check_resumed, describe_data, rewind
-from cait_jax.train.setup import Setup, abstract_state, set_up
-from cait_jax.train.state import TrainState
+from cait_jax.train.setup import MakeObjective, Trainer, build
+from cait_jax.train.step import TrainState
 
-# Some seconds of long steps: what it takes to start processes that decode images, and to decode a batch.
-_LOAD_AHEAD_STEPS = 30
+# Steps before an evaluation at which its batches start to load: starting the processes that decode takes seconds.
+_PREFETCH_STEPS = 30
 
 
 class NonFiniteError(RuntimeError):
@@ -37,192 +40,200 @@ class Run:
     """A finished or stopped run.
 
     Attributes:
-      model: the model; `model.apply({"params": state.params}, images)`.
-      state: the state after the last step.
-      metrics: the last evaluation, such as `eval/accuracy` (0 to 1); empty if there was none.
+      model: the network; `model.apply({"params": state.params}, images)`.
+      state: after the last step.
+      metrics: of the last evaluation, such as `eval/accuracy` (0 to 1); empty if there was none.
       finished: whether all steps were taken.
     """
 
-    model: CaiT
+    model: Any
     state: TrainState
     metrics: dict[str, float]
     finished: bool
 
 
-def train(config: ConfigDict, workdir: str | Path) -> Run:
-    """Trains a model, from the start or from where an earlier call in `workdir` came to.
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    make_objective: MakeObjective = supervised.from_config,
+) -> Run:
+    """Trains a model, from the start or from the last checkpoint in `workdir`.
 
     A run is a function of its config: however often it was stopped and resumed, it ends with the same bits on
-    the same machine. `workdir` receives `metrics.jsonl` and `checkpoints/`.
+    the same machine. A run that is finished is restored, and nothing is trained.
 
     Args:
-      config: as `cait_jax/train/defaults.py` describes it.
-      workdir: the run's directory, made if missing.
-
-    Returns:
-      The run. A run found finished in `workdir` is read back, and nothing is trained.
+      config: see `cait_jax.train.defaults`.
+      workdir: made if missing; receives `metrics.jsonl` and `checkpoints/`.
+      make_objective: what is learnt; labels by default.
 
     Raises:
       UserError: for a setting, a data set or a checkpoint that does not fit, before anything is compiled.
-      NonFiniteError: when the loss or the gradient is no longer finite; the last checkpoint is from before.
+      NonFiniteError: when loss or gradient is no longer finite; the last checkpoint is from before.
     """
     workdir = run_folder(workdir)
-    setup = set_up(config)
+    trainer = build(config, make_objective=make_objective)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_count() > 1:
         check_shared(workdir)
     with Checkpoints(
         workdir / "checkpoints", keep=config.checkpoint.keep, best_metric="eval/accuracy"
     ) as checkpoints:
-        data = describe_data(setup.train_split, setup.eval_split)
+        data = describe_data(trainer.train_split, trainer.eval_split)
         if checkpoints.latest_step() is not None:
             check_resumed(checkpoints.meta(), config, data, str(workdir))
         meta: dict[str, Any] = {}
-        restored = checkpoints.restore(abstract_state(setup))
+        restored = checkpoints.restore(trainer.abstract_state())
         if restored is None:
-            start, state = 0, setup.start()
+            start, state = 0, trainer.init_state()
         else:
             start, state, meta = restored
         # Of the restored state's own evaluation; empty if none was due, or it was not finished.
         recorded = checkpoints.metrics(start) if start else {}
-        evaluated = bool(recorded) or start == 0 or _to_evaluation(setup, start) > 0
+        evaluated = bool(recorded) or start == 0 or _steps_to_evaluation(trainer, start) > 0
+        metrics = recorded or meta.get("metrics", {})
         written = workdir / "metrics.jsonl"
         if jax.process_index() == 0 and written.exists():
             rewind(written, start, evaluated=evaluated)
         with MetricWriter(
             workdir,
-            total_steps=setup.total_steps,
+            total_steps=trainer.total_steps,
             start_step=start,
             images_per_step=config.batch_size,
             tensorboard=config.report.tensorboard,
             primary=jax.process_index() == 0,
-        ) as report:
-            metrics = recorded or meta.get("metrics", {})
-            if start >= setup.total_steps and evaluated:
-                report.message(
+        ) as writer:
+            if start >= trainer.total_steps and evaluated:
+                writer.message(
                     f"the run in {workdir} is finished ({start} steps, {_summary(metrics)}): to start "
                     "anew, give another --workdir or remove this one"
                 )
-                return Run(setup.model, state, metrics, finished=True)
-            if start < setup.total_steps:
-                report.message(_greeting(setup, state, workdir, start))
-            left_out = map(left_out_of, (setup.train_split, setup.eval_split))
-            for message in dict.fromkeys(filter(None, left_out)):  # once of a folder for both
-                report.message(message)
-            return _run(setup, state, start, metrics, data, checkpoints, report, evaluated)
-
-
-def _to_evaluation(setup: Setup, step: int) -> int:
-    """Steps from a step to the next whose state is evaluated; 0 if its own is."""
-    every = max(1, round(setup.config.eval.every_epochs * setup.steps_per_epoch))
-    return min(-step % every, setup.total_steps - step)
+                return Run(trainer.model, state, metrics, finished=True)
+            if start < trainer.total_steps:
+                writer.message(_greeting(trainer, state, workdir, start))
+            left_out = map(left_out_of, (trainer.train_split, trainer.eval_split))
+            for message in dict.fromkeys(
+                filter(None, left_out)
+            ):  # once for both splits of a folder
+                writer.message(message)
+            return _run(trainer, state, start, metrics, data, checkpoints, writer, evaluated)
 
 
 def _run(
-    setup: Setup,
+    trainer: Trainer,
     state: TrainState,
     start: int,
     metrics: dict[str, float],
     data: Mapping[str, Any],
     checkpoints: Checkpoints,
-    report: MetricWriter,
+    writer: MetricWriter,
     evaluated: bool,
 ) -> Run:
-    config, total = setup.config, setup.total_steps
-    save_every = config.checkpoint.every_steps
-    sharding = batch_sharding(setup.mesh)
+    config, total = trainer.config, trainer.total_steps
+    sharding = batch_sharding(trainer.mesh)
     last_saved = start
     pending: tuple[int, Any] | None = None
 
-    def finish() -> None:
-        """Reads the pending step's metrics, if there is one; in the loop, when the next step is dispatched."""
+    def write_pending() -> None:
+        """Reads the metrics of the step before, while the devices compute the next."""
         nonlocal pending
         if pending is None:
             return
         (step, values), pending = pending, None
         values = {f"train/{name}": float(v) for name, v in jax.device_get(values).items()}
-        if not all(math.isfinite(values[f"train/{n}"]) for n in ("loss", "grad_norm")):
-            saved = f"the checkpoint of step {last_saved}" if last_saved else "no checkpoint yet"
-            raise NonFiniteError(
-                f"step {step}: loss {values['train/loss']}, gradient norm "
-                f"{values['train/grad_norm']}; there is {saved} to go on from: "
-                + advise(
-                    Way("lower {}", "config.optimizer.learning_rate"),
-                    Way("set {}", "config.optimizer.grad_clip_norm", 1),
-                    otherwise=advise(
-                        Way("let less learn, by {}", "what", "head"), "start from other weights"
-                    ),
-                )
-            )
-        report.progress(step, values)
+        _check_finite(step, values, last_saved)
+        writer.progress(step, values)
         if step % config.report.every_steps == 0 or step == total:
-            report.write(step, values)
-            report.log(step, values)
+            writer.write(step, values)
+            writer.log(step, values)
 
     def evaluate(step: int, batches: PrefetchIterator) -> None:
-        """Evaluates the saved state of a step, and adds the result to its lines and its checkpoint."""
+        """Evaluates the saved state of a step, and adds the metrics to its lines and its checkpoint."""
         nonlocal metrics
-        metrics = _evaluate(setup, state, batches)
-        report.write(step, metrics)
-        report.log(step, metrics)
-        report.sync()
+        metrics = _evaluate(trainer, state, batches)
+        writer.write(step, metrics)
+        writer.log(step, metrics)
+        writer.sync()
         checkpoints.record(step, metrics)
 
     if not evaluated:
-        report.message(f"step {start} is saved and its evaluation was not finished: evaluating it")
-        evaluate(start, setup.eval_batches())
-    batches = setup.batches(start)
+        writer.message(f"step {start} is saved and its evaluation was not finished: evaluating it")
+        evaluate(start, trainer.eval_batches())
+    batches = trainer.train_batches(start)
     eval_batches: PrefetchIterator | None = None
     try:
         with StopSignal() as stop:
             for step in range(start + 1, total + 1):
-                state, step_metrics = setup.train_step(state, put_batch(next(batches), sharding))
-                finish()
+                batch = put_batch(next(batches), sharding)
+                state, step_metrics = trainer.train_step(state, batch)
+                write_pending()
                 pending = (step, step_metrics)
-                to_evaluation = _to_evaluation(setup, step)
-                if eval_batches is None and to_evaluation <= _LOAD_AHEAD_STEPS:
-                    eval_batches = setup.eval_batches()
-                evaluating = to_evaluation == 0
+                remaining = _steps_to_evaluation(trainer, step)
+                if eval_batches is None and remaining <= _PREFETCH_STEPS:
+                    eval_batches = trainer.eval_batches()
                 stopping = stop.reached(step)
-                if not (evaluating or stopping or step % save_every == 0):
+                if not (remaining == 0 or stopping or step % config.checkpoint.every_steps == 0):
                     continue
 
-                finish()
-                report.sync()
+                write_pending()
+                writer.sync()
                 checkpoints.save(
                     step,
                     state,
                     {
                         "config": as_json(config),
                         "metrics": metrics,
-                        "class_names": list(setup.train_split.class_names),
-                        "channels": setup.model.in_channels,
+                        "class_names": list(trainer.train_split.class_names),
+                        "channels": trainer.model.in_channels,
                         "data": data,
                     },
                 )
                 last_saved = step
                 if stopping and step < total:
-                    report.message(
+                    writer.message(
                         f"stopped after step {step} of {total}: the same command goes on from there"
                     )
-                    return Run(setup.model, state, metrics, finished=False)
-                if evaluating and eval_batches is not None:
+                    return Run(trainer.model, state, metrics, finished=False)
+                if remaining == 0 and eval_batches is not None:
                     evaluate(step, eval_batches)
                     eval_batches = None
     finally:
         batches.close()
         if eval_batches is not None:
             eval_batches.close()
-    return Run(setup.model, state, metrics, finished=True)
+    return Run(trainer.model, state, metrics, finished=True)
 
 
-def _evaluate(setup: Setup, state: TrainState, batches: PrefetchIterator) -> dict[str, float]:
-    weights = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
+def _steps_to_evaluation(trainer: Trainer, step: int) -> int:
+    """Steps from a step to the next whose state is evaluated; 0 if its own is."""
+    every = max(1, round(trainer.config.eval.every_epochs * trainer.steps_per_epoch))
+    return min(-step % every, trainer.total_steps - step)
+
+
+def _evaluate(trainer: Trainer, state: TrainState, batches: PrefetchIterator) -> dict[str, float]:
+    params = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
     return {
         f"eval/{prefix}{name}": value
-        for prefix, values in setup.evaluate(weights, batches).items()
+        for prefix, values in trainer.evaluate(params, batches).items()
         for name, value in values.items()
     }
+
+
+def _check_finite(step: int, values: Mapping[str, float], last_saved: int) -> None:
+    if all(math.isfinite(values[f"train/{name}"]) for name in ("loss", "grad_norm")):
+        return
+    saved = f"the checkpoint of step {last_saved}" if last_saved else "no checkpoint yet"
+    raise NonFiniteError(
+        f"step {step}: loss {values['train/loss']}, gradient norm "
+        f"{values['train/grad_norm']}; there is {saved} to go on from: "
+        + advise(
+            Way("lower {}", "config.optimizer.learning_rate"),
+            Way("set {}", "config.optimizer.grad_clip_norm", 1),
+            otherwise=advise(
+                Way("let less learn, by {}", "what", "head"), "start from other weights"
+            ),
+        )
+    )
 
 
 def _summary(metrics: dict[str, float]) -> str:
@@ -230,11 +241,52 @@ def _summary(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in numbers)
 
 
-def _greeting(setup: Setup, state: TrainState, workdir: Path, start: int) -> str:
-    data, config = setup.config.data, setup.config
+def _greeting(trainer: Trainer, state: TrainState, workdir: Path, start: int) -> str:
+    config = trainer.config
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return (
-        f"{config.model.name} ({parameters:,} parameters) on {len(setup.train_split):,} images of "
-        f"{data.name}, {setup.mesh.size} {jax.devices()[0].platform} device(s), steps {start + 1} to "
-        f"{setup.total_steps:,} of {config.batch_size} images; {workdir}"
+        f"{config.model.name} ({parameters:,} parameters) on {len(trainer.train_split):,} images of "
+        f"{config.data.name}, {trainer.mesh.size} {jax.devices()[0].platform} device(s), steps {start + 1} to "
+        f"{trainer.total_steps:,} of {config.batch_size} images; {workdir}"
     )
+
+
+class StopSignal:
+    """While entered, the first SIGINT or SIGTERM requests a stop after the current step; a second acts as usual.
+
+    Several processes must stop after the same step. JAX's preemption service agrees on it, with a SIGTERM handler
+    that Python's would disable: there only SIGTERM counts. Outside the main thread Python allows no handlers, and
+    signals act as usual.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is requested yet."""
+        self._requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        """Installs the handlers."""
+        alone = jax.process_count() == 1
+        if alone and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restores the earlier handlers."""
+        self._restore()
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step, the same in every process; to be called at every step."""
+        if jax.process_count() > 1:
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return self._requested
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

@@ -1,27 +1,76 @@
-"""The weight-decay mask and the optimisers by name."""
+"""Learning-rate schedule, weight-decay mask and optimiser of a run."""
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, nearest
 
+OPTIMIZERS = ("adamw", "lamb", "lion", "sgd")
+SCHEDULES = ("cosine", "step")
+
+
+class Optimizer(NamedTuple):
+    """An optimiser and what belongs to it.
+
+    Attributes:
+      transformation: the Optax chain, which follows `schedule`.
+      schedule: step to learning rate.
+      total_steps: of the run.
+      freeze: of `cait_jax.train.step.StepConfig`.
+    """
+
+    transformation: optax.GradientTransformation
+    schedule: optax.Schedule
+    total_steps: int
+    freeze: Callable[[Any, Any], Any] | None = None
+
+
+def from_config(config: ConfigDict, examples: int) -> Optimizer:
+    """The optimiser of a config, for a training split of so many examples.
+
+    Raises:
+      UserError: for phases or a trained part that make no sense.
+    """
+    settings = config.optimizer
+    make = functools.partial(
+        make_optimizer,
+        name=settings.name,
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.grad_clip_norm,
+    )
+    if config.phases.head_epochs:
+        from cait_jax.train import layer_groups
+
+        return Optimizer(*layer_groups.phased_from_config(config, examples, make))
+    total_steps = config.steps or max(1, round(config.epochs * (examples / config.batch_size)))
+    schedule = schedule_from_config(config, examples, total_steps)
+    if settings.train == "all" and settings.layer_decay == 1.0:
+        return Optimizer(make(schedule), schedule, total_steps)
+    from cait_jax.train import layer_groups
+
+    transformation, freeze = layer_groups.grouped_from_config(config, make(schedule))
+    return Optimizer(transformation, schedule, total_steps, freeze)
+
 
 def decay_mask(params: Any) -> Any:
-    """Marks what weight decay applies to: kernels, by name.
+    """True for kernels, which decay; False for biases, norms, LayerScale, tokens and position embeddings.
 
-    Not `cls_token`, `pos_embed`, any bias, any norm parameter or any LayerScale gamma. The rank of an array
-    would not tell: in stacked blocks every parameter has one axis more.
-
-    Args:
-      params: a parameter tree.
-
-    Returns:
-      The same tree with True where weights decay.
+    By name, since the rank of an array would not tell: parameters of stacked blocks have one axis more.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
@@ -38,28 +87,20 @@ def make_optimizer(
     weight_decay: float = 0.05,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """An optimiser with decay by name and optional clipping.
-
-    A step is the same for stacked and for single blocks.
+    """An optimiser with `decay_mask` and optional clipping, the same for stacked and single blocks.
 
     Args:
       schedule: step to learning rate.
-      name: one of `OPTIMIZERS`: `"adamw"` (Loshchilov and Hutter, arXiv 1711.05101), the paper's; `"lamb"`
-        (You et al., arXiv 1904.00962) as timm's `Lamb` has it: only what decays is scaled by its trust ratio,
-        everything else takes Adam's step, and without weight decay so does every array; `"lion"` (Chen et
-        al., arXiv 2302.06675); `"sgd"` with momentum.
-      b1: decay of the first moment; of Lion what its step takes of the old moment. Not for SGD.
+      name: `"adamw"` (arXiv 1711.05101), the paper's; `"lamb"` (arXiv 1904.00962) as timm has it; `"lion"` (arXiv
+        2302.06675); `"sgd"`.
+      b1: decay of the first moment; of Lion the share of the old moment in its step. Not for SGD.
       b2: decay of the second moment; Lion's decay of its only one, usually 0.99. Not for SGD.
       eps: added to the root of the second moment, of AdamW and LAMB; None: 1e-8, of LAMB 1e-6 (timm's default).
       momentum: of SGD; 0 for none.
-      nesterov: of SGD: look ahead along the momentum.
-      weight_decay: of kernels. Decoupled and multiplied by the learning rate; of SGD a part of the gradient
-        (L2), as the paper's transfers have it.
-      clip_norm: largest global norm of the gradient; 0: no clipping; None: no clipping, of LAMB 1 (timm's
-        default).
-
-    Returns:
-      The transformation; it needs the parameters in `update`.
+      nesterov: of SGD.
+      weight_decay: of kernels. Decoupled and multiplied by the learning rate; of SGD added to the gradient (L2),
+        as in the paper's transfers.
+      clip_norm: largest global norm of the gradient; 0: no clipping; None: no clipping, of LAMB 1 (timm's).
 
     Raises:
       UserError: for an unknown name.
@@ -70,90 +111,154 @@ def make_optimizer(
         eps = 1e-6 if name == "lamb" else 1e-8
     if clip_norm is None:
         clip_norm = 1.0 if name == "lamb" else 0.0
-    adaptive = {"b1": b1, "b2": b2, "weight_decay": weight_decay}
-    options: dict[str, Any] = {
-        "adamw": {**adaptive, "eps": eps},
-        "lamb": {**adaptive, "eps": eps},
-        "lion": adaptive,
-        "sgd": {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay},
-    }[name]
-    optimizer = OPTIMIZERS[name](schedule, mask=decay_mask, **options)
+    decay: dict[str, Any] = {"weight_decay": weight_decay, "mask": decay_mask}
+    if name == "adamw":
+        optimizer = optax.adamw(schedule, b1, b2, eps, **decay)
+    elif name == "lion":
+        optimizer = optax.lion(schedule, b1, b2, **decay)
+    elif name == "lamb":
+        from cait_jax.train.lamb import lamb
+
+        optimizer = lamb(schedule, b1=b1, b2=b2, eps=eps, **decay)
+    else:
+        optimizer = optax.chain(
+            optax.add_decayed_weights(**decay),
+            optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov),
+        )
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer
 
 
-def _sgd(
-    schedule: optax.Schedule, *, momentum: float, nesterov: bool, weight_decay: float, mask: Any
-) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov),
+def schedule_from_config(config: ConfigDict, examples: int, total_steps: int) -> optax.Schedule:
+    """The learning rate of each step."""
+    settings, batch_size = config.optimizer, config.batch_size
+    reference = settings.reference_batch
+    drops = {"decay_epochs": settings.decay_epochs, "decay_rate": settings.decay_rate}
+    decay = Decay(
+        kind=settings.schedule,
+        peak=settings.learning_rate * (batch_size / reference if reference else 1.0),
+        epochs=total_steps * batch_size / examples if config.steps else config.epochs,
+        warmup_epochs=settings.warmup_epochs,
+        warmup_from=settings.warmup_learning_rate,
+        final=settings.final_learning_rate,
+        **{key: value for key, value in drops.items() if value is not None},
     )
+    if settings.per_epoch:
+        return epoch_schedule(decay, examples=examples, batch_size=batch_size)
+    return step_schedule(decay, examples=examples, batch_size=batch_size, total_steps=total_steps)
 
 
-def _lamb(
-    schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Any
-) -> optax.GradientTransformation:
-    """`optax.lamb` with the trust ratio only where weights decay, and one ratio for each stacked block.
+@dataclasses.dataclass(frozen=True)
+class Decay:
+    """Linear warm-up followed by a decay, with times in epochs.
 
-    A ratio for every array would hold back LayerScale: the norm of its gammas starts near 0.
+    Attributes:
+      peak: rate at the end of the warm-up.
+      epochs: length of the run.
+      kind: `"cosine"`, from `peak` to `final`; or `"step"`, times `decay_rate` every `decay_epochs` epochs,
+        counted from the start of the run.
+      warmup_epochs: length of the warm-up, which is part of `epochs`.
+      warmup_from: rate at the start.
+      final: rate at the end of the cosine; may exceed `peak`.
+      decay_epochs: of `"step"`.
+      decay_rate: of `"step"`.
+
+    Raises:
+      UserError: from the constructor, for an unknown kind.
     """
-    return optax.chain(
-        _scale_by_adam(b1=b1, b2=b2, eps=eps),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.masked(_by_block(optax.scale_by_trust_ratio()), mask)
-        if weight_decay
-        else optax.identity(),
-        optax.scale_by_learning_rate(schedule),
+
+    peak: float
+    epochs: float
+    kind: str = "cosine"
+    warmup_epochs: float = 5.0
+    warmup_from: float = 1e-6
+    final: float = 1e-5
+    decay_epochs: float = 30.0
+    decay_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Checks the kind."""
+        if self.kind not in SCHEDULES:
+            raise UserError(
+                f"there is no optimizer.schedule {self.kind!r}; {nearest(self.kind, SCHEDULES)}"
+            )
+
+    def after(self, epochs: int | float) -> float:
+        """The rate after some epochs, as timm's `CosineLRScheduler` and `StepLRScheduler` have it.
+
+        The cosine spans the whole run, warm-up included.
+        """
+        if epochs < self.warmup_epochs:
+            return self.warmup_from + epochs * (self.peak - self.warmup_from) / self.warmup_epochs
+        if self.kind == "step":
+            return self.peak * self.decay_rate ** (epochs // self.decay_epochs)
+        progress = min(epochs / self.epochs, 1.0)
+        return self.final + (self.peak - self.final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def epoch_schedule(decay: Decay, *, examples: int, batch_size: int) -> optax.Schedule:
+    """The schedule of DeiT's published code (facebookresearch/deit, `main.py`): one rate an epoch.
+
+    Its scheduler is called after each epoch with the number of that epoch. So epochs 0 and 1 both have the
+    first rate of the warm-up, and epoch e > 1 has `decay.after(e - 1)`. Step s belongs to epoch
+    `s * batch_size // examples`.
+    """
+    epochs = range(max(1, math.ceil(decay.epochs)))
+    starts = [_first_step(epoch, examples, batch_size) for epoch in epochs]
+    return _piecewise(starts, [decay.after(max(epoch - 1, 0)) for epoch in epochs])
+
+
+def step_schedule(
+    decay: Decay, *, examples: int, batch_size: int, total_steps: int
+) -> optax.Schedule:
+    """One rate a step. The cosine starts at the end of the warm-up; `"step"` is timm's, updated every step."""
+    warmup_steps = round(decay.warmup_epochs * examples / batch_size)
+    if decay.kind == "cosine":
+        return warmup_cosine_schedule(
+            peak=decay.peak,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            warmup_from=decay.warmup_from,
+            final=decay.final,
+        )
+    every = Fraction(decay.decay_epochs)
+    drops = range(1 + int(Fraction(total_steps * batch_size, examples) // every))
+    steps = _piecewise(
+        [_first_step(drop * every, examples, batch_size) for drop in drops],
+        [decay.peak * decay.decay_rate**drop for drop in drops],
     )
+    if warmup_steps == 0:
+        return steps
+    warmup = optax.linear_schedule(decay.warmup_from, decay.peak, warmup_steps)
+    return lambda step: jnp.where(step < warmup_steps, warmup(step), steps(step))
 
 
-def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` with an exact bias correction.
+def warmup_cosine_schedule(
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_steps: int,
+    warmup_from: float = 1e-6,
+    final: float = 1e-5,
+) -> optax.Schedule:
+    """Linear warm-up, then a cosine to `final` at `total_steps`.
 
-    In float32 its `1 - b2**count` is off by 1e-5 in the first steps, and all of them err in the same direction.
+    Unlike `optax.warmup_cosine_decay_schedule` it allows no warm-up, and one longer than the run.
     """
-
-    def corrected(moments: Any, decay: float, count: Any) -> Any:
-        correction = -jnp.expm1(count * math.log(decay)) if decay else jnp.ones(())
-        return jax.tree.map(lambda moment: moment / correction.astype(moment.dtype), moments)
-
-    def init(params: Any) -> optax.ScaleByAdamState:
-        return optax.ScaleByAdamState(
-            jnp.zeros((), jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params)
-        )
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        count = optax.safe_increment(state.count)
-        scaled = jax.tree.map(
-            lambda m, v: m / (jnp.sqrt(v) + eps), corrected(mu, b1, count), corrected(nu, b2, count)
-        )
-        return scaled, optax.ScaleByAdamState(count, mu, nu)
-
-    return optax.GradientTransformation(init, update)
+    cosine = optax.cosine_decay_schedule(
+        peak, max(total_steps - warmup_steps, 1), alpha=final / peak if peak else 0.0
+    )
+    if warmup_steps == 0:
+        return cosine
+    warmup = optax.linear_schedule(warmup_from, peak, warmup_steps)
+    return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
-def _by_block(stateless: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Applies a transformation without state to each slice of stacked blocks on its own."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        def apply(of_updates: Any, of_params: Any) -> Any:
-            return stateless.update(of_updates, state, of_params)[0]
-
-        parts = {
-            part: (jax.vmap(apply) if part == "blocks" else apply)(updates[part], params[part])
-            for part in updates
-        }
-        return parts, state
-
-    return optax.GradientTransformation(stateless.init, update)
+def _first_step(epoch: int | Fraction, examples: int, batch_size: int) -> int:
+    """The first step s with s * batch_size >= epoch * examples."""
+    return math.ceil(Fraction(epoch) * examples / batch_size)
 
 
-OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
-    "adamw": optax.adamw,
-    "lamb": _lamb,
-    "lion": optax.lion,
-    "sgd": _sgd,
-}
+def _piecewise(starts: Sequence[int], rates: Sequence[float]) -> optax.Schedule:
+    """`rates[i]` from step `starts[i]` on. Integers only, as float32 does not hold every step."""
+    later, table = np.asarray(starts[1:], np.int32), np.asarray(rates, np.float64)
+    return lambda step: jnp.asarray(table)[jnp.searchsorted(later, step, side="right")]

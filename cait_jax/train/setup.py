@@ -1,33 +1,22 @@
-"""A run's parts, made from its config: data, model, optimiser, compiled functions."""
+"""A run's parts, built from its config: mesh, data, objective, optimiser, jitted functions."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cait_jax.augment import mixup, pipeline
+from cait_jax.augment import mixup
 from cait_jax.data.decode import crop_from_config
 from cait_jax.data.loader import Batches, PrefetchIterator, eval_batches, train_batches
 from cait_jax.data.sources import load_split
 from cait_jax.data.split import Split
 from cait_jax.errors import UserError, setting
-from cait_jax.evaluation.evaluate import (
-    evaluate,
-    jit_eval_step,
-    loss_and_accuracy,
-    make_eval_step,
-    means,
-    zero_sums,
-)
-from cait_jax.evaluation.labels import read_labels
-from cait_jax.models.cait import CaiT
-from cait_jax.models.zoo import VARIANTS, create_model
 from cait_jax.sharding import (
     batch_sharding,
     batch_shards,
@@ -38,179 +27,253 @@ from cait_jax.sharding import (
     param_shardings,
     replicated,
 )
+from cait_jax.train import optimizer
 from cait_jax.train.augmentation import warn_of_shared_draws
 from cait_jax.train.config import check_values
-from cait_jax.train.learning import length_of, optimizer_of, part_of, phases_of, schedule_of
-from cait_jax.train.losses import label_loss, teacher_loss
-from cait_jax.train.parts import trainable
-from cait_jax.train.phases import Phase, phase_mask
+from cait_jax.train.objectives import supervised
+from cait_jax.train.optimizer import Optimizer
 from cait_jax.train.rules import INT32
-from cait_jax.train.start import (
-    check_teacher_classes,
-    given_logits,
-    given_params,
-    given_teacher,
+from cait_jax.train.step import (
+    Batch,
+    Evaluate,
+    Objective,
+    StepConfig,
+    TrainState,
+    create_state,
+    make_train_step,
 )
-from cait_jax.train.state import TrainState, create_state
-from cait_jax.train.step import Recipe, TrainStep, make_train_step
+
+# From a config and the training split to what is learnt.
+MakeObjective = Callable[[ConfigDict, Split], Objective]
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """Everything a run is made of, checked but not compiled. `set_up` makes it from a config.
+class Trainer:
+    """The parts of a run, checked and not yet compiled. `build` makes it from a config.
 
     Attributes:
-      config: the config.
-      model: the model.
-      train_split: the training examples.
-      eval_split: the examples for evaluation.
-      total_steps: steps of the whole run.
-      steps_per_epoch: training examples over batch size, not rounded.
-      schedule: step to learning rate.
-      train_step: the step, jitted, its state donated.
-      trace: of the step, from shapes with shardings, such as `abstract_state` and `abstract_batch`: its jaxpr,
-        and what lowers and compiles it.
-      eval_step: see `make_eval_step`, jitted.
-      init: a function without arguments that makes the state of a run from its seed, on the mesh.
-      begin: a function of parameters that makes the state of a run that starts from them, on the mesh.
+      config: of the run.
       mesh: the devices.
-      teacher_logits: what a teacher said of each training image, where that is recorded.
+      train_split: training examples.
+      eval_split: evaluation examples.
+      objective: what is learnt; its arrays are on the mesh.
+      optimizer: with schedule and number of steps.
+      state_sharding: of each leaf of the state.
+      step: (state, batch, objective) to (state, metrics), jitted; the state is donated.
+      evaluate: the objective's evaluator.
+      recorded_logits: of a teacher, for each training example; None: none are recorded.
     """
 
     config: ConfigDict
-    model: CaiT
+    mesh: Mesh
     train_split: Split
     eval_split: Split
-    total_steps: int
-    steps_per_epoch: float
-    schedule: optax.Schedule
-    train_step: TrainStep
-    trace: Callable[[Any, Any], jax.stages.Traced]
-    eval_step: Callable[..., Any]
-    init: Callable[[], TrainState]
-    begin: Callable[[Any], TrainState]
-    mesh: Mesh
-    teacher_logits: Any = None
+    objective: Objective
+    optimizer: Optimizer
+    state_sharding: TrainState
+    step: Any
+    evaluate: Evaluate
+    recorded_logits: np.ndarray | None = None
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return self.model.image_size
+    def model(self) -> Any:
+        """The objective's network."""
+        return self.objective.model
 
-    def batches(self, start_step: int = 0) -> Batches:
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.optimizer.total_steps
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Training examples over batch size, not rounded."""
+        return len(self.train_split) / self.config.batch_size
+
+    def init_state(self) -> TrainState:
+        """The state before the first step: from the weights that the config names, or from the seed."""
+        params = None
+        if any(self.config.init.values()):
+            from cait_jax.train.initial_weights import initial_params
+
+            params = initial_params(self.config, self.model)
+        init = functools.partial(_init, self.config, self.objective, self.optimizer)
+        return jax.jit(init, out_shardings=self.state_sharding)(params)
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        """The next state and metrics; see `make_train_step`."""
+        return self.step(state, batch, self.objective)
+
+    def train_batches(self, start_step: int = 0) -> Batches:
         """This process's training batches from `start_step` on, without end."""
         config = self.config
+        labels = None
+        if config.data.balanced:
+            from cait_jax.evaluation.labels import read_labels
+
+            labels = read_labels(self.train_split)
+        logits = self.recorded_logits
         return train_batches(
             self.train_split,
             seed=config.seed,
             batch_size=config.batch_size,
-            image_size=self.image_size,
+            image_size=self.model.image_size,
             start_step=start_step,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=config.data.workers,
             crop=crop_from_config(config, self.train_split),
-            balance_labels=self._labels if config.data.balanced else None,
+            balance_labels=labels,
             repeats=config.data.aug_repeats,
             mix_rows=config.augment.mix_rows if mixup.from_config(config).enabled else 0,
-            extras=None if self.teacher_logits is None else {"teacher": self.teacher_logits},
+            extras=None if logits is None else {"teacher": logits},
         )
 
-    @functools.cached_property
-    def _labels(self) -> Any:
-        return read_labels(self.train_split)
-
-    def start(self) -> TrainState:
-        """The state before the first step: from the weights that the config names, or from the seed."""
-        params = given_params(self.config, self.model)
-        return self.init() if params is None else self.begin(params)
-
     def eval_batches(self) -> PrefetchIterator:
-        """This process's batches of one evaluation, which begin to load at once."""
-        size = padded_batch_size(self.config.eval.batch_size, self.mesh)
+        """This process's batches of one evaluation, prefetched from now on."""
+        config = self.config
+        size = padded_batch_size(config.eval.batch_size, self.mesh)
         batches = eval_batches(
             self.eval_split,
             batch_size=size,
-            image_size=self.image_size,
+            image_size=self.model.image_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            workers=self.config.data.workers,
-            crop_pct=self.config.eval.crop_pct,
+            workers=config.data.workers,
+            crop_pct=config.eval.crop_pct,
         )
         return PrefetchIterator(batches, count=-(-len(self.eval_split) // size))
 
-    def evaluate(
-        self,
-        weights: Mapping[str, Any],
-        batches: PrefetchIterator,
-        progress: Callable[[int], object] | None = None,
-    ) -> dict[str, dict[str, float]]:
-        """Evaluates sets of parameters on the evaluation split, each batch on all of them.
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        shapes = jax.eval_shape(lambda: _init(self.config, self.objective, self.optimizer))
+        return with_shardings(shapes, self.state_sharding)
 
-        Args:
-          weights: parameters by any name.
-          batches: of `eval_batches`; closed at the end.
-          progress: called after each batch, when its work is on the devices, with the number of its images.
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a batch."""
+        count, model = self.config.batch_size, self.model
+        shapes = {
+            "image": jax.ShapeDtypeStruct((count, *model.image_size, model.in_channels), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((count,), jnp.int32),
+        }
+        if self.config.distill.logits is not None:
+            shapes["teacher"] = jax.ShapeDtypeStruct((count, model.num_classes), jnp.float32)
+        return with_shardings(shapes, dict.fromkeys(shapes, batch_sharding(self.mesh)))
 
-        Returns:
-          Of each set `loss` in nats and `accuracy` from 0 to 1.
-        """
-
-        def eval_step(weights: Any, batch: Any, sums: Any) -> Any:
-            return {
-                name: self.eval_step({"params": params}, batch, sums[name])
-                for name, params in weights.items()
-            }
-
-        zeros = zero_sums(loss_and_accuracy, self.model.num_classes)
-        with batches:
-            sums = evaluate(
-                eval_step,
-                weights,
-                batches,
-                batch_sharding(self.mesh),
-                dict.fromkeys(weights, zeros),
-                progress,
-            )
-        return {name: means(sums[name]) for name in weights}
+    def trace(self) -> Any:
+        """The step, traced from abstract values: its jaxpr, and what lowers and compiles it."""
+        return self.step.trace(self.abstract_state(), self.abstract_batch(), self.objective)
 
 
-def set_up(
+def build(
     config: ConfigDict,
     devices: list[jax.Device] | None = None,
-    *,
-    split_of: Callable[..., Split] | None = None,
-    teacher_of: Callable[[ConfigDict, CaiT], Any] | None = None,
-) -> Setup:
-    """Makes everything a run needs from its config, and refuses what cannot work.
+    make_objective: MakeObjective = supervised.from_config,
+) -> Trainer:
+    """Builds everything a run needs. Nothing is compiled yet.
 
     Args:
-      config: as `cait_jax/train/defaults.py` describes it.
-      devices: devices to train on; all of them if not given.
-      split_of: what opens a split; `load_split` if not given.
-      teacher_of: from config and student to the teacher; `given_teacher` if not given. Its variables may be shapes
-        alone, if no step will be run.
-
-    Returns:
-      The parts of the run. Nothing is compiled yet.
+      config: see `cait_jax.train.defaults`.
+      devices: to train on; None: all.
+      make_objective: what is learnt; labels by default.
 
     Raises:
       UserError: for a setting, a data set or a size that does not fit.
     """
     check_values(config)
-    _check_trainable(config.model.name)
-    mesh = make_mesh(
-        devices, data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
-    )
-    check_batch_size(config.batch_size, batch_shards(mesh), config.optimizer.grad_accum)
-    size = config.image_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    mesh = mesh_from_config(config, devices)
+    train_split, eval_split = load_splits(config)
+    objective = make_objective(config, train_split)
+    logits = None
+    if config.distill.logits is not None:
+        from cait_jax.train.objectives.distillation import recorded_logits
 
-    data = config.data
+        logits = recorded_logits(config, len(train_split), train_split.class_names)
+    trainer = assemble(config, mesh, objective, train_split, eval_split)
+    return dataclasses.replace(
+        trainer,
+        recorded_logits=logits,
+        objective=jax.device_put(objective, param_shardings(objective, mesh)),
+    )
+
+
+def assemble(
+    config: ConfigDict, mesh: Mesh, objective: Objective, train_split: Split, eval_split: Split
+) -> Trainer:
+    """The parts of a run around an objective, whose arrays may be shapes where no step is run.
+
+    Raises:
+      UserError: for a setting that does not fit.
+    """
+    built = optimizer.from_config(config, len(train_split))
+    if built.total_steps > INT32:
+        raise UserError(
+            f"{setting('config.epochs', config.epochs)} makes {built.total_steps:,} steps: give less, for at most "
+            f"{INT32:,}"
+        )
+    settings = config.optimizer
+    step_config = StepConfig(
+        seed=config.seed,
+        grad_accum=settings.grad_accum,
+        ema_decay=settings.ema_decay,
+        sam_rho=settings.sam_rho,
+        freeze=built.freeze,
+    )
+    shapes = jax.eval_shape(lambda: _init(config, objective, built))
+    if built.freeze is not None:  # refuses a part that the network does not have
+        jax.eval_shape(built.freeze, shapes.params, 0)
+    state_sharding = param_shardings(shapes, mesh)
+    objective_sharding = param_shardings(objective, mesh)
+    step = jax.jit(
+        constrain_batch(make_train_step(built.transformation, built.schedule, step_config), mesh),
+        in_shardings=(state_sharding, batch_sharding(mesh), objective_sharding),
+        out_shardings=(state_sharding, replicated(mesh)),
+        donate_argnums=0,
+    )
+    return Trainer(
+        config=config,
+        mesh=mesh,
+        train_split=train_split,
+        eval_split=eval_split,
+        objective=objective,
+        optimizer=built,
+        state_sharding=state_sharding,
+        step=step,
+        evaluate=objective.evaluator(mesh),
+    )
+
+
+def mesh_from_config(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of a config, which its batch must divide over."""
+    sizes = config.mesh
+    mesh = make_mesh(devices, data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
+    check_batch_size(config.batch_size, batch_shards(mesh), config.optimizer.grad_accum)
+    return mesh
+
+
+def load_splits(config: ConfigDict) -> tuple[Split, Split]:
+    """The splits for training and for evaluation.
+
+    Raises:
+      UserError: they cannot be read, or do not fit, see `check_splits`.
+    """
+    data, size = config.data, config.image_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
     train_split, eval_split = (
-        (split_of or load_split)(data.name, split, image_size=size, data_dir=data.data_dir)
+        load_split(data.name, split, image_size=size, data_dir=data.data_dir)
         for split in (data.train_split, data.eval_split)
     )
+    check_splits(config, train_split, eval_split)
+    return train_split, eval_split
+
+
+def check_splits(config: ConfigDict, train_split: Split, eval_split: Split) -> None:
+    """Refuses splits that do not fit each other or the config.
+
+    Raises:
+      UserError: see above.
+    """
+    data = config.data
     if train_split.class_names != eval_split.class_names:
         raise UserError(
             f"splits {data.train_split!r} and {data.eval_split!r} of {data.name} have other classes, so "
@@ -230,139 +293,22 @@ def set_up(
             )
     crop_from_config(config, train_split)
     warn_of_shared_draws(config)
-    model: Any = create_model(
-        image_size=size,
-        num_classes=train_split.num_classes,
-        in_channels=train_split.channels,
-        **config.model,
-    )
-
-    steps_per_epoch = len(train_split) / config.batch_size
-    phases = phases_of(config, steps_per_epoch)
-    total_steps = length_of(config, phases, steps_per_epoch)
-    if total_steps > INT32:
-        raise UserError(
-            f"{setting('config.epochs', config.epochs)} makes {total_steps:,} steps: give less, for at most "
-            f"{INT32:,}"
-        )
-    schedule = schedule_of(config, phases, total_steps, len(train_split))
-    optimizer = optimizer_of(config, schedule, phases)
-    recipe = _recipe(config, model, phases)
-    teacher = (teacher_of or given_teacher)(config, model)
-    check_teacher_classes(config, train_split.class_names)
-
-    def begin(params: Any) -> TrainState:
-        return create_state(params, optimizer, ema=recipe.ema_decay > 0)
-
-    def init() -> TrainState:
-        images = jnp.zeros((1, *size, model.in_channels))
-        return begin(model.init(jax.random.key(config.seed), images)["params"])
-
-    whole, rows = replicated(mesh), batch_sharding(mesh)
-    shapes = jax.eval_shape(init)
-    if recipe.trainable is not None:  # a part that the network does not have is told now
-        recipe.trainable(shapes.params, 0)
-    state_lies, teacher_lies = param_shardings(shapes, mesh), param_shardings(teacher, mesh)
-    step = jax.jit(
-        constrain_batch(make_train_step(model, optimizer, schedule, recipe), mesh),
-        in_shardings=(state_lies, rows, teacher_lies),
-        out_shardings=(state_lies, whole),
-        donate_argnums=0,
-    )
-    teacher = _put(teacher, teacher_lies)
-    return Setup(
-        config=config,
-        model=model,
-        train_split=train_split,
-        eval_split=eval_split,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-        schedule=schedule,
-        train_step=lambda state, batch: step(state, batch, teacher),
-        trace=lambda state, batch: step.trace(state, batch, teacher),
-        eval_step=jit_eval_step(
-            make_eval_step(model, recipe.mean, recipe.std, loss_and_accuracy), mesh
-        ),
-        init=jax.jit(init, out_shardings=state_lies),
-        begin=jax.jit(begin, out_shardings=state_lies),
-        mesh=mesh,
-        teacher_logits=given_logits(config, len(train_split), train_split.class_names),
-    )
 
 
-def _put(tree: Any, shardings: Any) -> Any:
-    """The tree on its devices; of shapes, where they would lie."""
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
-        return with_shardings(tree, shardings)
-    return jax.device_put(tree, shardings)
-
-
-def _check_trainable(name: str) -> None:
-    if name in VARIANTS and not issubclass(VARIANTS[name].network, CaiT):
-        raise UserError(
-            f"{setting('config.model.name', name)} is here to teach and to predict, not to be trained: its batch "
-            "norms keep running averages; choose a transformer, such as cait_xxs24 or deit_small"
-        )
-
-
-def _recipe(config: ConfigDict, model: Any, phases: Sequence[Phase]) -> Recipe:
-    distill = config.distill
-    part = part_of(config.optimizer.train)
-    learns: Callable[[Any, Any], Any] | None = None
-    if phases:
-        learns = functools.partial(phase_mask, phases)
-    elif part != "all":
-
-        def learns(params: Any, step: Any) -> Any:
-            del step
-            return trainable(params, part)
-
-    return Recipe(
-        label_loss=label_loss(config.loss.name, threshold=config.loss.target_threshold),
-        teacher_loss=teacher_loss(
-            distill.kind, weight=distill.alpha, temperature=distill.temperature
-        ),
-        seed=config.seed,
-        mean=tuple(config.data.mean),
-        std=tuple(config.data.std),
-        augmentation=pipeline.from_config(config),
-        erase=config.augment.reprob,
-        label_smoothing=config.loss.smoothing,
-        mixing=mixup.from_config(config),
-        trainable=learns,
-        sharpness_radius=config.optimizer.sam_rho,
-        accumulate=config.optimizer.grad_accum,
-        ema_decay=config.optimizer.ema_decay,
-    )
-
-
-def abstract_state(setup: Setup) -> Any:
-    """Shapes, dtypes and shardings of the state."""
-    shapes = jax.eval_shape(setup.init)
-    return with_shardings(shapes, param_shardings(shapes, setup.mesh))
-
-
-def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a batch."""
-    count, model, lies = setup.config.batch_size, setup.model, batch_sharding(setup.mesh)
-    shapes = {
-        "image": jax.ShapeDtypeStruct((count, *model.image_size, model.in_channels), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((count,), jnp.int32),
-    }
-    if setup.config.distill.logits is not None:
-        shapes["teacher"] = jax.ShapeDtypeStruct((count, model.num_classes), jnp.float32)
-    return with_shardings(shapes, dict.fromkeys(shapes, lies))
+def _init(
+    config: ConfigDict, objective: Objective, optimizer: Optimizer, params: Any = None
+) -> TrainState:
+    model = objective.model
+    images = jnp.zeros((1, *model.image_size, model.in_channels))
+    params, carried = objective.init(jax.random.key(config.seed), images, params)
+    ema = config.optimizer.ema_decay > 0
+    return create_state(params, optimizer.transformation, ema=ema, carried=carried)
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
-    """Shapes that say how they lie.
-
-    Args:
-      tree: arrays or shapes.
-      shardings: the same tree of shardings.
-    """
+    """Shapes and dtypes of a tree of arrays, with a tree of shardings."""
     return jax.tree.map(
-        lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
         shardings,
     )

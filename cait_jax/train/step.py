@@ -1,188 +1,216 @@
-"""One training step: a pure function of (state, batch), and of a teacher where there is one."""
+"""One training step of any objective: a pure function of (state, batch)."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array
 
-from cait_jax.augment.mixup import Mixup, mix, soft_labels
-from cait_jax.augment.pipeline import Augmentation, augment, normalise, random_erase
-from cait_jax.train.average import moving_average
-from cait_jax.train.distill import both_heads
-from cait_jax.train.losses import correct
-from cait_jax.train.parts import apply_updates, stop_frozen
-from cait_jax.train.sam import sharpness_aware
-from cait_jax.train.state import TrainState
-
+Params = Any
 Batch = dict[str, Array]
+Keys = dict[str, Array]
+Aux = dict[str, Any]
 Metrics = dict[str, Array]
-TrainStep = Callable[..., tuple[TrainState, Metrics]]
-LabelLoss = Callable[[Any, Any], Any]
-TeacherLoss = Callable[[Any, Any, Any], Any]
+Evaluate = Callable[..., dict[str, dict[str, float]]]
+
+
+@struct.dataclass
+class TrainState:
+    """What a checkpoint holds. Leaves are arrays, or their shapes and dtypes.
+
+    Attributes:
+      step: steps taken, an int32 scalar.
+      params: parameters.
+      opt_state: state of the Optax chain.
+      ema: exponential moving average of the parameters, or an empty dict.
+      carried: what the objective carries from step to step and no gradient changes, or an empty dict.
+    """
+
+    step: Any
+    params: Params
+    opt_state: Any
+    ema: Any
+    carried: Any = struct.field(default_factory=dict)
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What is learnt. A pytree: its arrays, such as a teacher's variables, are arguments of the compiled step.
+
+    Attributes:
+      rngs: names of the random keys that `prepare` and `loss` need.
+    """
+
+    rngs: ClassVar[tuple[str, ...]]
+
+    @property
+    def model(self) -> Any:
+        """The network."""
+        ...
+
+    def init(self, key: Array, images: Array, params: Params | None = None) -> tuple[Params, Any]:
+        """Parameters, the given ones where there are some, and what is carried (an empty dict if nothing is)."""
+        ...
+
+    def prepare(self, batch: Batch, keys: Keys) -> Batch:
+        """Augments and mixes the global batch; micro batches are cut from the result."""
+        ...
+
+    def loss(
+        self, params: Params, carried: Any, batch: Batch, keys: Keys, step: Array
+    ) -> tuple[Array, Aux]:
+        """The mean loss of a micro batch and `{"metrics": scalars, ...}`, to be averaged over micro batches."""
+        ...
+
+    def update(self, carried: Any, params: Params, aux: Aux, step: Array) -> Any:
+        """What is carried on, after the optimiser's step to `params`."""
+        ...
+
+    def evaluator(self, mesh: Mesh) -> Evaluate:
+        """A function of named parameters, batches of the evaluation split and an optional progress callback.
+
+        It gives metrics by the name of the parameters, each batch being used for all of them.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a step needs beside the state and the batch.
+class StepConfig:
+    """How a step follows the objective's gradient.
 
     Attributes:
-      label_loss: from logits and soft targets, both (batch, classes), to the loss of each example.
-      teacher_loss: from the label's loss, logits and the teacher's logits to the loss of each example; None
-        without a teacher.
-      seed: of the run; each step's keys are folded from it and the step.
-      mean: of each channel, on a scale from 0 to 1.
-      std: likewise.
-      augmentation: what is drawn for each image.
-      erase: probability that a box of an image is erased.
-      label_smoothing: the share of a label spread evenly over all classes.
-      mixing: how images are mixed with each other, and their labels with them.
-      trainable: from parameters and step to marks of what learns, see `cait_jax.train.parts`; None: all does.
-      sharpness_radius: rho of sharpness-aware minimisation; 0 for none.
-      accumulate: micro batches a step, their gradients averaged.
-      ema_decay: of the average of the parameters; 0 for none.
+      seed: keys are folded from it and the step.
+      grad_accum: micro batches of a step.
+      ema_decay: of the average of the parameters; 0: none is kept.
+      sam_rho: radius of sharpness-aware minimisation; 0: none.
+      freeze: stops the gradient of frozen parameters, given parameters and step; None: everything is trained.
     """
 
-    label_loss: LabelLoss
-    teacher_loss: TeacherLoss | None = None
     seed: int = 0
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.5,)
-    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
-    erase: float = 0.0
-    label_smoothing: float = 0.0
-    mixing: Mixup = dataclasses.field(default_factory=Mixup)
-    trainable: Callable[[Any, Any], Any] | None = None
-    sharpness_radius: float = 0.0
-    accumulate: int = 1
+    grad_accum: int = 1
     ema_decay: float = 0.0
+    sam_rho: float = 0.0
+    freeze: Callable[[Params, Array], Params] | None = None
+
+
+def create_state(
+    params: Params, optimizer: optax.GradientTransformation, *, ema: bool, carried: Any = None
+) -> TrainState:
+    """The state before the first step. The average starts from the initial parameters."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=params if ema else {},
+        carried={} if carried is None else carried,
+    )
 
 
 def make_train_step(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    recipe: Recipe,
-) -> TrainStep:
-    """Builds the step.
-
-    Args:
-      model: applied as `model.apply(variables, images, train=True, example_ids=..., rngs=...)`.
-      optimizer: an Optax chain that follows `schedule`.
-      schedule: step to learning rate.
-      recipe: everything else.
+    optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: StepConfig
+) -> Callable[[TrainState, Batch, Objective], tuple[TrainState, Metrics]]:
+    """Builds the step; not jitted.
 
     Returns:
-      A function of a state, a batch (`image` uint8 (batch, height, width, channels), `label` int32
-      (batch,); a teacher's recorded logits as `teacher` (batch, classes)) and a teacher (of `make_teacher`,
-      or None), which gives the next state and the scalars `loss`
-      (mean, nats), `accuracy` (0 to 1, against the larger part of a mixed label), `learning_rate` (as
-      applied in this step) and `grad_norm` (before clipping). Not yet jitted.
+      A function of state, batch and objective that gives the next state and the scalars `loss`, `learning_rate`
+      (as applied in this step), `grad_norm` (before clipping) and the objective's metrics.
     """
 
-    def prepared(batch: Batch, keys: dict[str, Array]) -> Batch:
-        """What the model sees of a global batch: its images are mixed with each other."""
-        ids = jnp.arange(batch["label"].shape[0])
-        images = batch["image"].astype(jnp.float32)
-        images = augment(keys["augment"], images, ids, recipe.augmentation)
-        images = normalise(images, recipe.mean, recipe.std)
-        images = random_erase(keys["erase"], images, ids, recipe.erase)
-        targets = soft_labels(batch["label"], model.num_classes, recipe.label_smoothing)
-        mixed, targets = mix(keys["mix"], images, targets, recipe.mixing)
-        seen = {"image": mixed, "target": targets, "id": ids}
-        if "teacher" in batch:  # who saw the images one by one: what it would say of two is both
-            says = jax.nn.softmax(batch["teacher"].astype(jnp.float32))
-            _, says = mix(keys["mix"], images, says, recipe.mixing)
-            seen["teacher"] = jnp.log(jnp.maximum(says, jnp.finfo(says.dtype).tiny))
-        return seen
-
-    def heads(params: Any, batch: Batch, keys: dict[str, Array]) -> tuple[Any, Any]:
-        """Logits for the label, and logits for the teacher: the same unless the network has two heads."""
-        options: dict[str, Any] = {
-            "train": True,
-            "example_ids": batch["id"],
-            "rngs": {"dropout": keys["dropout"], "drop_path": keys["drop_path"]},
-        }
-        if recipe.teacher_loss is not None and model.distilled:
-            return both_heads(model, {"params": params}, batch["image"], **options)
-        logits: Any = model.apply({"params": params}, batch["image"], **options)
-        return logits, logits
-
     def train_step(
-        state: TrainState, batch: Batch, teacher: Any = None
+        state: TrainState, batch: Batch, objective: Objective
     ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-        names = ("augment", "dropout", "drop_path", "erase", "mix")
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        names = objective.rngs
         keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-        learns = recipe.trainable and recipe.trainable(state.params, state.step)
 
-        def loss_and_accuracy(params: Any, micro: Batch) -> Any:
-            if learns is not None:
-                params = stop_frozen(params, learns)
-            for_label, for_teacher = heads(params, micro, keys)
-            losses = recipe.label_loss(for_label, micro["target"])
-            if recipe.teacher_loss is not None:
-                says = micro["teacher"] if "teacher" in micro else teacher(micro["image"])
-                losses = recipe.teacher_loss(losses, for_teacher, says)
-            label = jnp.argmax(micro["target"], axis=-1)
-            return losses.mean(), correct(for_label, label).mean()
+        def loss(params: Params, micro: Batch) -> tuple[Array, Aux]:
+            if config.freeze is not None:
+                params = config.freeze(params, state.step)
+            return objective.loss(params, state.carried, micro, keys, state.step)
 
-        gradient_of = jax.value_and_grad(loss_and_accuracy, has_aux=True)
-        whole = prepared(batch, keys)
+        prepared = objective.prepare(batch, keys)
 
-        def batch_sharding(params: Any) -> Any:
+        def loss_and_gradient(params: Params) -> tuple[tuple[Array, Aux], Params]:
+            of_micro_batch = jax.value_and_grad(loss, has_aux=True)
             return mean_over_micro_batches(
-                lambda micro: gradient_of(params, micro), whole, recipe.accumulate
+                lambda micro: of_micro_batch(params, micro), prepared, config.grad_accum
             )
 
-        (loss, accuracy), gradient = sharpness_aware(batch_sharding, recipe.sharpness_radius)(
-            state.params
-        )
+        if config.sam_rho:
+            from cait_jax.train.sam import sharpness_aware
+
+            loss_and_gradient = sharpness_aware(loss_and_gradient, config.sam_rho)
+        (value, aux), gradient = loss_and_gradient(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = apply_updates(state.params, updates)
         ema = state.ema
-        if recipe.ema_decay:
-            ema = moving_average(ema, params, recipe.ema_decay)
+        if config.ema_decay:
+            ema = moving_average(ema, params, config.ema_decay)
+        carried = objective.update(state.carried, params, aux, state.step)
         metrics = {
-            "loss": loss,
-            "accuracy": accuracy,
+            "loss": value,
+            **aux["metrics"],
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": optax.tree.norm(gradient),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, carried), metrics
 
     return train_step
 
 
 def mean_over_micro_batches(function: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
-    """Averages `function` over `count` equal parts of a batch, holding one part's intermediates at a time.
+    """The mean of `function` over `count` micro batches, in a scan: the activations of one are live at a time.
 
-    Part i holds the examples i, i + count, i + 2 * count, ...: each device cuts its own rows, so nothing moves
-    between devices.
+    Micro batch i holds the examples i, i + count, i + 2 * count, ...: each device cuts its own rows, and nothing
+    moves between devices.
 
     Args:
-      function: of a batch, giving any tree of arrays.
+      function: of a batch, giving any pytree of arrays.
       batch: arrays with a leading batch axis that `count` divides.
-      count: number of parts.
-
-    Returns:
-      The mean of the trees.
+      count: number of micro batches.
     """
     if count == 1:
         return function(batch)
 
-    def micro(array: Array) -> Array:
+    def cut(array: Array) -> Array:
         return jnp.swapaxes(array.reshape(-1, count, *array.shape[1:]), 0, 1)
 
-    def accumulate(total: Any, part: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(part)), None
+    def accumulate(total: Any, micro: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(micro)), None
 
-    parts = jax.tree.map(micro, batch)
-    first = jax.tree.map(lambda array: array[0], parts)
+    micros = jax.tree.map(cut, batch)
+    first = jax.tree.map(lambda array: array[0], micros)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, first))
-    total, _ = jax.lax.scan(accumulate, zeros, parts)
+    total, _ = jax.lax.scan(accumulate, zeros, micros)
     return jax.tree.map(lambda leaf: leaf / count, total)
+
+
+def moving_average(average: Params, params: Params, decay: float) -> Params:
+    """One step of the exponential moving average.
+
+    `average + (1 - decay) * (params - average)` keeps the bits of a parameter that never changes;
+    `decay * average + (1 - decay) * params` would drift by rounding.
+    """
+
+    def move(mean: Array, new: Array) -> Array:
+        return jnp.where(new == mean, mean, mean + (1.0 - decay) * (new - mean))
+
+    return jax.tree.map(move, average, params)
+
+
+def apply_updates(params: Params, updates: Params) -> Params:
+    """`optax.apply_updates`, but an update of 0 keeps the parameter's bits.
+
+    A sum does not promise that: processors that flush subnormal numbers turn 1e-42 + 0 into 0.
+    """
+    return jax.tree.map(
+        lambda update, old, new: jnp.where(update == 0, old, new),
+        updates,
+        params,
+        optax.apply_updates(params, updates),
+    )

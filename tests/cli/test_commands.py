@@ -20,7 +20,7 @@ from cait_jax import (
     save_pretrained,
 )
 from cait_jax.cli import COMMANDS, main
-from cait_jax.train.distill import read_logits
+from cait_jax.train.objectives.distillation import read_logits
 
 
 def cait(*arguments, status=0):

@@ -11,7 +11,7 @@ from cait_jax.data.sampler import CROPPING, permutation, philox
 from cait_jax.data.split import Encoded, InMemory
 from cait_jax.errors import UserError
 from cait_jax.train import defaults
-from cait_jax.train.setup import set_up
+from cait_jax.train.setup import build
 from configs import digits
 
 JPEGS = [{"image": numbered_jpeg(number, 60, 80), "label": number} for number in range(8)]
@@ -51,12 +51,13 @@ def test_crops_by_config(settings, expected):
     np.testing.assert_array_equal(found, wanted)
 
 
-def test_a_run_crops_as_its_config_says():
+def test_a_run_crops_as_its_config_says(monkeypatch):
+    monkeypatch.setattr("cait_jax.train.setup.load_split", lambda *_, **__: FILES)
     wanted = config(**{"augment.simple_crop": True, "data.aug_repeats": 1})
     wanted.batch_size, wanted.image_size = 8, 32
     wanted.model.name = "cait_xxs24"
     wanted.model.depth, wanted.model.width, wanted.model.num_heads = 1, 8, 1
-    with set_up(wanted, split_of=lambda *_, **__: FILES).batches() as batches:
+    with build(wanted).train_batches() as batches:
         batch = next(batches)
     for row, example in enumerate(permutation(wanted.seed, 0, 8)):
         rng = np.random.Generator(philox(wanted.seed, row, CROPPING))
@@ -74,16 +75,16 @@ def test_images_in_memory_are_not_cropped_as_they_are_decoded():
 def test_an_unknown_way_to_resize_is_refused_with_the_nearest():
     message = "--config.data.resize is fsat and must be one of exact, fast; nearest: fast"
     with pytest.raises(UserError, match=re.escape(message)):
-        set_up(config(**{"data.resize": "fsat"}), split_of=lambda *_, **__: FILES)
+        build(config(**{"data.resize": "fsat"}))
 
 
 def test_copies_that_share_a_draw_are_logged(caplog):
     config = digits.get_config()
     config.augment.mixup, config.data.aug_repeats = 0.8, 3
     config.augment.mix_rows = 32  # two groups of 64 rows
-    set_up(config)
+    build(config)
     assert "42 of the 64 rows of a batch share their mixup or CutMix draw" in caplog.text
     caplog.clear()
     config.augment.mix_rows = 20
-    set_up(config)
+    build(config)
     assert not caplog.records

@@ -11,7 +11,7 @@ from trees import random_params
 from cait_jax import UserError, create_model, save_pretrained
 from cait_jax.train.config import check_values, load_config
 from cait_jax.train.finetune import Photographs, folder_config, look_through
-from cait_jax.train.setup import set_up
+from cait_jax.train.setup import build
 from configs import digits
 
 ROOT = Path(__file__).parents[2]
@@ -127,9 +127,9 @@ def test_a_saved_model_of_any_attributes_starts_as_it_is(name, attributes, tmp_p
     folder = fill(tmp_path / "photos", train__a=20, train__b=20, val__a=2, val__b=2)
     config = folder_config(folder, str(tmp_path / "saved"), devices=8)
     assert (config.image_size, config.eval.crop_pct, config.data.mean) == (8, 0.5, (0.4,))
-    setup = set_up(config)
-    assert setup.model == model.clone(num_classes=2)
-    assert setup.start().params["head"]["bias"].shape == (2,)
+    trainer = build(config)
+    assert trainer.model == model.clone(num_classes=2)
+    assert trainer.init_state().params["head"]["bias"].shape == (2,)
 
 
 def test_a_model_without_colour_is_refused(tmp_path):
@@ -177,7 +177,7 @@ def test_splits_of_other_classes_are_refused(tmp_path):
     config = digits.get_config()
     config.data.name, config.data.train_split, config.data.eval_split = str(photos), "val", "test"
     with pytest.raises(UserError, match=r"'val' and 'test' of .* have other classes"):
-        set_up(config)
+        build(config)
 
 
 def test_the_config_file_takes_a_folder(tmp_path):

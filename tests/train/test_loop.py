@@ -17,7 +17,7 @@ from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.data.split import BrokenImage
 from cait_jax.train import NonFiniteError, loop, train
 from cait_jax.train.metric_writer import MetricWriter, read_metrics
-from cait_jax.train.setup import Setup
+from cait_jax.train.setup import Trainer
 from configs import cait_xs24, cifar10
 
 
@@ -108,11 +108,11 @@ def test_a_state_is_saved_before_an_evaluation_that_fails(
     _, workdir, run = finished
     evaluate = loop._evaluate
 
-    def fails(setup, state, batches):
+    def fails(trainer, state, batches):
         if state.step == failing:
             batches.close()
             raise BrokenImage("image 7 (cut.jpg) cannot be decoded")
-        return evaluate(setup, state, batches)
+        return evaluate(trainer, state, batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_evaluate", fails)
@@ -192,27 +192,25 @@ def test_nothing_is_saved_of_a_step_whose_loss_is_found_bad_in_its_evaluation(co
 def test_metrics_of_a_step_are_read_when_the_devices_have_other_work(config, tmp_path, monkeypatch):
     """Before them the next step is dispatched, unless the step is saved."""
     order = []
-    set_up, progress = loop.set_up, MetricWriter.progress
+    build, progress = loop.build, MetricWriter.progress
 
-    def watched(*args):
-        setup = set_up(*args)
-        step, eval_step = setup.train_step, setup.eval_step
+    def watched(*args, **kwargs):
+        trainer = build(*args, **kwargs)
 
-        def train_step(state, batch):
+        def step(state, batch, objective):
             order.append("dispatch")
-            return step(state, batch)
+            return trainer.step(state, batch, objective)
 
-        def evaluate(*args):
-            order.append("evaluate")
-            return eval_step(*args)
+        def evaluate(params, batches, progress=None):
+            return trainer.evaluate(params, batches, lambda _: order.append("evaluate"))
 
-        return dataclasses.replace(setup, train_step=train_step, eval_step=evaluate)
+        return dataclasses.replace(trainer, step=step, evaluate=evaluate)
 
     def read(self, step, values):
         order.append(f"read {step}")
         progress(self, step, values)
 
-    monkeypatch.setattr(loop, "set_up", watched)
+    monkeypatch.setattr(loop, "build", watched)
     monkeypatch.setattr(MetricWriter, "progress", read)
     config.checkpoint.every_steps = 3
     config.eval.batch_size = 200
@@ -227,7 +225,7 @@ def test_metrics_of_a_step_are_read_when_the_devices_have_other_work(config, tmp
 def test_an_evaluation_loads_while_the_steps_before_it_run(config, tmp_path, monkeypatch):
     """And what a stopped run had begun to load is closed."""
     order, opened = [], []
-    eval_batches, progress = Setup.eval_batches, MetricWriter.progress
+    eval_batches, progress = Trainer.eval_batches, MetricWriter.progress
 
     def load(self):
         order.append("load")
@@ -238,9 +236,9 @@ def test_an_evaluation_loads_while_the_steps_before_it_run(config, tmp_path, mon
         order.append(step)
         progress(self, step, values)
 
-    monkeypatch.setattr(Setup, "eval_batches", load)
+    monkeypatch.setattr(Trainer, "eval_batches", load)
     monkeypatch.setattr(MetricWriter, "progress", read)
-    monkeypatch.setattr(loop, "_LOAD_AHEAD_STEPS", 2)
+    monkeypatch.setattr(loop, "_PREFETCH_STEPS", 2)
     train(config, tmp_path / "whole")
     assert order == [1, "load", 2, 3, 4, "load", 5, 6]
 
@@ -254,8 +252,8 @@ def test_an_evaluation_reads_its_batches_once_for_all_weights(config, tmp_path):
     config.optimizer.ema_decay = 0.5
     config.steps = 2
     run = train(config, tmp_path)
-    setup = loop.set_up(config)
-    (alone,) = setup.evaluate({"it": run.state.ema}, setup.eval_batches()).values()
+    trainer = loop.build(config)
+    (alone,) = trainer.evaluate({"it": run.state.ema}, trainer.eval_batches()).values()
     assert run.metrics["eval/ema_loss"] == alone["loss"]
     assert run.metrics["eval/ema_accuracy"] == alone["accuracy"]
 

@@ -12,7 +12,7 @@ from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.plan.hlo import collectives, read_program, totals
 from cait_jax.sharding import batch_sharding, leaf_shapes, make_mesh, param_shardings, put_batch
-from cait_jax.train.setup import abstract_state, set_up
+from cait_jax.train.setup import build
 from configs import digits
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)]
@@ -62,13 +62,13 @@ def small(name="cait_nano4_patch4_8", *, mesh=(-1, 1, 1), stacked=True, accumula
 
 def losses(config, devices, steps):
     """The losses of the first steps, and the state after them."""
-    setup = set_up(config, devices)
-    state = setup.start()
+    trainer = build(config, devices)
+    state = trainer.init_state()
     found = []
-    with setup.batches() as batches:
+    with trainer.train_batches() as batches:
         for _ in range(steps):
-            state, metrics = setup.train_step(
-                state, put_batch(next(batches), batch_sharding(setup.mesh))
+            state, metrics = trainer.train_step(
+                state, put_batch(next(batches), batch_sharding(trainer.mesh))
             )
             found.append(float(metrics["loss"]))
     return found, state
@@ -101,16 +101,16 @@ def test_float32_losses_agree_over_twenty_steps():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_optimiser_and_average_lie_as_their_parameters():
-    setup = set_up(small(mesh=(2, 2, 2)))
-    state = abstract_state(setup)
-    lies = jax.tree.map(lambda leaf: leaf.sharding.spec, state)
+def test_optimiser_state_and_ema_are_sharded_as_their_parameters():
+    trainer = build(small(mesh=(2, 2, 2)))
+    state = trainer.abstract_state()
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, state)
     stacked, unrolled = P(None, "fsdp", "tensor"), P("tensor", "fsdp")
-    assert lies.params["blocks"]["mlp"]["fc1"]["kernel"] == stacked
-    assert lies.ema["blocks"]["mlp"]["fc1"]["kernel"] == stacked
-    assert lies.params["blocks_token_only_0"]["attn"]["proj"]["kernel"] == unrolled
-    assert lies.params["blocks"]["attn"]["proj_l"]["kernel"] == P()
-    assert lies.params["norm"]["scale"] == P()
+    assert specs.params["blocks"]["mlp"]["fc1"]["kernel"] == stacked
+    assert specs.ema["blocks"]["mlp"]["fc1"]["kernel"] == stacked
+    assert specs.params["blocks_token_only_0"]["attn"]["proj"]["kernel"] == unrolled
+    assert specs.params["blocks"]["attn"]["proj_l"]["kernel"] == P()
+    assert specs.params["norm"]["scale"] == P()
     moments = [
         leaf.sharding.spec
         for leaf in jax.tree.leaves(state.opt_state)
@@ -120,41 +120,35 @@ def test_optimiser_and_average_lie_as_their_parameters():
 
 
 def test_a_checkpoint_of_one_mesh_is_read_on_every_other(tmp_path):
-    """Bit for bit, and lying as the other mesh has it."""
-    state = set_up(small(mesh=(1, 4, 2))).start()
+    """Bit for bit, with the shardings of the other mesh."""
+    state = build(small(mesh=(1, 4, 2))).init_state()
     with Checkpoints(tmp_path, keep=1, best_metric="eval/accuracy") as checkpoints:
         checkpoints.save(1, state, {}, None)
     for mesh in MESHES:
-        template = abstract_state(set_up(small(mesh=mesh)))
+        template = build(small(mesh=mesh)).abstract_state()
         with Checkpoints(tmp_path, keep=1, best_metric="eval/accuracy") as checkpoints:
             step, found, _ = checkpoints.restore(template)
         assert step == 1
         assert_same_bits(found, state)
-        lies = jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, found, template)
-        assert all(jax.tree.leaves(lies))
+        same = jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, found, template)
+        assert all(jax.tree.leaves(same))
 
 
-def test_an_axis_that_does_not_divide_stays_whole():
+def test_an_axis_that_does_not_divide_is_not_sharded():
     tree = {"head": {"kernel": np.zeros((32, 10)), "bias": np.zeros(10)}}
-    lies = param_shardings(tree, make_mesh(fsdp=1, tensor=4))
-    assert lies["head"]["kernel"].spec == P("fsdp", None)
-    assert lies["head"]["bias"].spec == P(None)
+    shardings = param_shardings(tree, make_mesh(fsdp=1, tensor=4))
+    assert shardings["head"]["kernel"].spec == P("fsdp", None)
+    assert shardings["head"]["bias"].spec == P(None)
 
 
 def compiled_step(config, devices=None):
-    setup = set_up(config, devices)
-    shapes = {"image": np.zeros((32, 8, 8, 1), np.uint8), "label": np.zeros(32, np.int32)}
-    batch = {
-        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=batch_sharding(setup.mesh))
-        for name, array in shapes.items()
-    }
-    state = abstract_state(setup)
-    return setup.trace(state, batch).lower().compile().as_text(), state
+    trainer = build(config, devices)
+    return trainer.trace().lower().compile().as_text(), trainer.abstract_state()
 
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_under_fsdp_parameters_are_gathered_one_by_one(stacked):
-    """No gathered array holds more than one layer. Loops and MLPs gather anew going back; XLA keeps the others."""
+    """No gathered array holds more than one layer. Only scans and MLPs gather again in the backward pass."""
     text, state = compiled_step(small(mesh=(1, 8, 1), depth=4, stacked=stacked))
     exchanged = collectives(read_program(text))
     gathered = [each for each in exchanged if each.kind == "all-gather"]

@@ -10,9 +10,7 @@ import pytest
 from trees import random_params, stack_blocks, unstack_blocks
 
 from cait_jax import UserError, create_model
-from cait_jax.train.optimizer import OPTIMIZERS, make_optimizer
-from cait_jax.train.parts import apply_updates
-from cait_jax.train.phases import (
+from cait_jax.train.layer_groups import (
     Phase,
     head_then_blocks,
     in_phases,
@@ -20,6 +18,8 @@ from cait_jax.train.phases import (
     phase_mask,
     phase_rates,
 )
+from cait_jax.train.optimizer import OPTIMIZERS, make_optimizer
+from cait_jax.train.step import apply_updates
 
 PHASES = (Phase(2, 1e-2, "head"), Phase(3, 1e-3, 3), Phase(1, 1e-4, "all"))
 

@@ -17,7 +17,7 @@ from run_files import untimed
 
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.train.metric_writer import read_metrics
-from cait_jax.train.setup import abstract_state, set_up
+from cait_jax.train.setup import build
 from configs import digits
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def last_state(workdir):
     config = digits.get_config()
     for key, value in SMALL.items():
         config.update_from_flattened_dict({key: value})
-    template = abstract_state(set_up(config, jax.devices()[:1]))
+    template = build(config, jax.devices()[:1]).abstract_state()
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         return checkpoints.restore(template)
 

@@ -16,8 +16,8 @@ from cait_jax.data.synthetic import SyntheticJpegs
 from cait_jax.models.zoo import VARIANTS
 from cait_jax.train import defaults
 from cait_jax.train.config import check_values, default_workdir, flatten, load_config
-from cait_jax.train.distill import make_teacher
-from cait_jax.train.setup import abstract_state, set_up
+from cait_jax.train.objectives.distillation import make_teacher
+from cait_jax.train.setup import build
 from configs import deit, imagenet
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -132,7 +132,7 @@ def split_of(name, split, *, image_size, data_dir):
 
 
 def abstract_teacher(config, model):
-    """Stands for `given_teacher`: the teacher, of zeros that are made only while tracing."""
+    """Stands for `teacher_from_config`: the teacher, of zeros that are made only while tracing."""
     if config.distill.kind == "none":
         return None
     network = create_model(config.distill.teacher)
@@ -156,7 +156,9 @@ def abstract_teacher(config, model):
 @pytest.fixture
 def without_data(monkeypatch):
     monkeypatch.setattr("cait_jax.train.setup.load_split", split_of)
-    monkeypatch.setattr("cait_jax.train.setup.given_teacher", abstract_teacher)
+    monkeypatch.setattr(
+        "cait_jax.train.objectives.distillation.teacher_from_config", abstract_teacher
+    )
 
 
 def operations(name):
@@ -277,8 +279,8 @@ def start_of(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_data_model_and_schedule_fit(name, without_data):
     config = load(name)
-    setup = set_up(config, devices=jax.devices()[:1])
-    params = abstract_state(setup).params
+    trainer = build(config, devices=jax.devices()[:1])
+    params = trainer.abstract_state().params
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
 
     optimizer = config.optimizer
@@ -292,14 +294,14 @@ def test_data_model_and_schedule_fit(name, without_data):
 @pytest.mark.parametrize("name", {operations(name): name for name in RECIPES}.values())
 def test_each_kind_of_step_can_be_traced(name, without_data):
     config = load(name)
-    setup = set_up(config, devices=jax.devices()[:1])
-    state = abstract_state(setup)
-    shape = (config.batch_size, *setup.image_size, setup.model.in_channels)
+    trainer = build(config, devices=jax.devices()[:1])
+    state = trainer.abstract_state()
+    shape = (config.batch_size, *trainer.model.image_size, trainer.model.in_channels)
     batch = {
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8),
         "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32),
     }
-    after, metrics = jax.eval_shape(setup.train_step, state, batch)
+    after, metrics = jax.eval_shape(trainer.train_step, state, batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert set(metrics) == {"loss", "accuracy", "learning_rate", "grad_norm"}
 
@@ -335,14 +337,14 @@ def test_the_rate_changes_once_an_epoch_where_the_authors_code_does(name):
 
 
 def test_a_run_of_the_recipe_peaks_in_its_seventh_epoch(without_data):
-    setup = set_up(load("cait_xs24.py"), devices=jax.devices()[:1])
+    trainer = build(load("cait_xs24.py"), devices=jax.devices()[:1])
     starts = [-(-epoch * 1_281_167 // 1024) for epoch in range(400)]
-    rates = [setup.schedule(step) for step in starts[:9]]
+    rates = [trainer.optimizer.schedule(step) for step in starts[:9]]
     expected = [1e-6, 1e-6, 2.008e-4, 4.006e-4, 6.004e-4, 8.002e-4, 9.99618e-4, 9.9945e-4]
     assert rates[:8] == pytest.approx(expected, rel=1e-5)
-    assert setup.schedule(starts[6] - 1) == rates[5]
+    assert trainer.optimizer.schedule(starts[6] - 1) == rates[5]
     # 400 epochs of which the last is at 1e-5 plus what the cosine has left two epochs before its end.
-    assert setup.schedule(setup.total_steps - 1) == pytest.approx(1.0061e-5, rel=1e-4)
+    assert trainer.optimizer.schedule(trainer.total_steps - 1) == pytest.approx(1.0061e-5, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("transfer.py")])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cait_jax import UserError
-from cait_jax.train.schedule import (
+from cait_jax.train.optimizer import (
     Decay,
     epoch_schedule,
     step_schedule,

@@ -1,7 +1,5 @@
 """The step: the same numbers on any number of devices, with and without accumulation."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,22 +16,12 @@ from cait_jax.sharding import (
     put_batch,
     replicated,
 )
-from cait_jax.train.losses import cross_entropy
-from cait_jax.train.optimizer import make_optimizer
-from cait_jax.train.schedule import warmup_cosine_schedule
-from cait_jax.train.state import create_state
-from cait_jax.train.step import Recipe, make_train_step, mean_over_micro_batches
+from cait_jax.train.objectives.supervised import Supervised, cross_entropy
+from cait_jax.train.optimizer import make_optimizer, warmup_cosine_schedule
+from cait_jax.train.step import StepConfig, create_state, make_train_step, mean_over_micro_batches
 
 BATCH = 16
-RECIPE = Recipe(
-    label_loss=cross_entropy,
-    seed=3,
-    augmentation=Augmentation(
-        hflip=True, rotate=10.0, translate=0.1, zoom=0.1, shear=0.1, pad_crop=1
-    ),
-    label_smoothing=0.1,
-    ema_decay=0.9,
-)
+AUGMENTATION = Augmentation(hflip=True, rotate=10.0, translate=0.1, zoom=0.1, shear=0.1, pad_crop=1)
 
 
 def batches(steps):
@@ -54,12 +42,15 @@ def run(devices, steps=20, accumulate=1, dtype="float32", **overrides):
     )  # fmt: skip
     schedule = warmup_cosine_schedule(peak=1e-3, total_steps=steps, warmup_steps=2)
     optimizer = make_optimizer(schedule, clip_norm=1.0)
-    recipe = dataclasses.replace(RECIPE, accumulate=accumulate)
+    settings = StepConfig(seed=3, grad_accum=accumulate, ema_decay=0.9)
+    objective = Supervised(
+        model, label_loss=cross_entropy, augmentation=AUGMENTATION, smoothing=0.1
+    )
     mesh = make_mesh(devices)
     whole, rows = replicated(mesh), batch_sharding(mesh)
     step = jax.jit(
-        make_train_step(model, optimizer, schedule, recipe),
-        in_shardings=(whole, rows),
+        make_train_step(optimizer, schedule, settings),
+        in_shardings=(whole, rows, whole),
         out_shardings=(whole, whole),
         donate_argnums=0,
     )
@@ -70,7 +61,7 @@ def run(devices, steps=20, accumulate=1, dtype="float32", **overrides):
     state = jax.jit(init, out_shardings=whole)()
     metrics = []
     for batch in batches(steps):
-        state, values = step(state, put_batch(batch, rows))
+        state, values = step(state, put_batch(batch, rows), objective)
         metrics.append(jax.device_get(values))
     return metrics, jax.device_get(state)
 
@@ -118,10 +109,11 @@ def test_the_learning_rate_reported_is_the_one_applied():
     model = create_model("cait_nano4_patch4_8", num_classes=10, depth=1, drop_path_rate=0.0)
     schedule = warmup_cosine_schedule(peak=1e-1, total_steps=4, warmup_steps=2, warmup_from=1e-3)
     optimizer = optax.sgd(schedule)
-    step = jax.jit(make_train_step(model, optimizer, schedule, Recipe(cross_entropy)))
+    step = jax.jit(make_train_step(optimizer, schedule, StepConfig()))
+    objective = Supervised(model, cross_entropy)
     state = create_state(random_params(model), optimizer, ema=False)
     for batch in batches(3):
-        after, values = step(state, jax.tree.map(jnp.asarray, batch))
+        after, values = step(state, jax.tree.map(jnp.asarray, batch), objective)
         moved = optax.tree.norm(jax.tree.map(jnp.subtract, after.params, state.params))
         assert float(moved / values["grad_norm"]) == pytest.approx(
             float(values["learning_rate"]), rel=1e-2

@@ -10,9 +10,9 @@ from trees import assert_same_bits, random_params
 
 from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.train.average import mean_params
 from cait_jax.train.config import as_json
-from cait_jax.train.state import create_state
+from cait_jax.train.step import create_state
+from cait_jax.weights.average import mean_params
 from cait_jax.weights.pretrained import load_pretrained, load_settings
 from configs import digits
 

@@ -8,7 +8,7 @@ from trees import random_params
 
 from cait_jax import UserError, create_model
 from cait_jax.augment.pipeline import normalise
-from cait_jax.train.distill import both_heads, make_teacher, read_logits
+from cait_jax.train.objectives.distillation import both_heads, make_teacher, read_logits
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 STUDENT = {"student_mean": (0.5,), "student_std": (0.25, 0.5, 0.2)}

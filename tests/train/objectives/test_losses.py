@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 
 from cait_jax.train.defaults import get_config
-from cait_jax.train.losses import (
-    binary_cross_entropy,
-    correct,
-    cross_entropy,
-    hard_distillation,
-    soft_distillation,
-)
+from cait_jax.train.objectives.distillation import hard_distillation, soft_distillation
+from cait_jax.train.objectives.supervised import binary_cross_entropy, correct, cross_entropy
 
 RNG = np.random.default_rng(0)
 LOGITS = np.float32(3 * RNG.standard_normal((5, 7)))
@@ -113,7 +108,7 @@ def test_soft_distillation_defaults_to_the_published_code_everywhere():
     assert defaults == {"temperature": 1.0, "weight": 0.5}
     config = get_config().distill
     assert (config.temperature, config.weight) == (1.0, 0.5)
-    docs = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
+    docs = (Path(__file__).parents[3] / "docs" / "recipe.md").read_text()
     assert "temperature 1 and weight 0.5" in docs
     assert "temperature 1 and weight 0.5" in soft_distillation.__doc__
 

@@ -1,35 +1,13 @@
-"""Averages of parameters: over the steps of a run, and over several checkpoints or runs."""
+"""The average of the parameters of several checkpoints or runs."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cait_jax.errors import UserError
 from cait_jax.sharding import leaf_shapes
-
-
-def moving_average(average: Any, params: Any, decay: float) -> Any:
-    """One step of the exponential moving average of parameters.
-
-    Computed as `average + (1 - decay) * (params - average)`, so that the average of a parameter that never
-    moves is that parameter; `decay * average + (1 - decay) * params` would drift by rounding.
-
-    Args:
-      average: the average so far.
-      params: the new parameters, of the same tree.
-      decay: in [0, 1).
-
-    Returns:
-      The average now.
-    """
-
-    def move(mean: Any, new: Any) -> Any:
-        return jnp.where(new == mean, mean, mean + (1.0 - decay) * (new - mean))
-
-    return jax.tree.map(move, average, params)
 
 
 def mean_params(trees: Iterable[Any]) -> Any:

@@ -14,12 +14,15 @@ from cait_jax.augment.mixup import Mixup
 from cait_jax.augment.pipeline import Augmentation, normalise
 from cait_jax.augment.randaugment import parse_policy
 from cait_jax.sharding import batch_sharding, make_mesh, put_batch, replicated
-from cait_jax.train.distill import make_teacher
-from cait_jax.train.losses import cross_entropy, hard_distillation, soft_distillation
+from cait_jax.train.objectives.distillation import (
+    hard_distillation,
+    make_teacher,
+    soft_distillation,
+)
+from cait_jax.train.objectives.supervised import Supervised, cross_entropy
 from cait_jax.train.optimizer import make_optimizer
-from cait_jax.train.setup import set_up
-from cait_jax.train.state import create_state
-from cait_jax.train.step import Recipe, make_train_step
+from cait_jax.train.setup import build
+from cait_jax.train.step import StepConfig, create_state, make_train_step
 from configs import digits
 
 CLASSES = 3
@@ -39,47 +42,48 @@ def batch_of(count=16, seed=0):
     }
 
 
-def one_step(model, recipe, devices=1, accumulate=1, teacher=None, beside=None):
+def one_step(model, settings, devices=1, grad_accum=1, teacher=None, beside=None):
     """Metrics of a step, and the parameters before and after."""
     schedule = lambda step: 1e-2  # noqa: E731
     optimizer = make_optimizer(schedule)
     mesh = make_mesh(jax.devices()[:devices])
     whole, rows = replicated(mesh), batch_sharding(mesh)
-    recipe = dataclasses.replace(recipe, accumulate=accumulate)
+    objective = Supervised(model, **settings, teacher=teacher)
     params = random_params(model)
     step = jax.jit(
-        make_train_step(model, optimizer, schedule, recipe),
+        make_train_step(optimizer, schedule, StepConfig(grad_accum=grad_accum)),
         in_shardings=(whole, rows, whole),
         out_shardings=whole,
     )
     state = jax.device_put(create_state(params, optimizer, ema=False), whole)
     batch = put_batch(batch_of() | (beside or {}), rows)
-    state, metrics = step(state, batch, jax.device_put(teacher, whole))
+    state, metrics = step(state, batch, jax.device_put(objective, whole))
     return jax.device_get(metrics), params, jax.device_get(state.params)
 
 
-WHOLE = Recipe(
-    label_loss=cross_entropy,
-    mean=MEAN,
-    std=STD,
-    augmentation=Augmentation(hflip=True, rand_augment=parse_policy("rand-m9-mstd0.5-inc1")),
-    erase=0.5,
-    label_smoothing=0.1,
-    mixing=Mixup(mixup_alpha=0.8, cutmix_alpha=1.0),
-)
+PLAIN = {"label_loss": cross_entropy, "mean": MEAN, "std": STD}
+WHOLE = {
+    "label_loss": cross_entropy,
+    "mean": MEAN,
+    "std": STD,
+    "augmentation": Augmentation(hflip=True, rand_augment=parse_policy("rand-m9-mstd0.5-inc1")),
+    "reprob": 0.5,
+    "smoothing": 0.1,
+    "mixing": Mixup(mixup_alpha=0.8, cutmix_alpha=1.0),
+}
 
 
 @pytest.mark.parametrize(
     "mix_rows", [0, 6]
 )  # 6: of 16 rows two groups, and one of the four that remain
 def test_the_whole_recipe_is_the_same_on_any_devices_and_in_micro_batches(mix_rows):
-    mixing = dataclasses.replace(WHOLE.mixing, group_size=mix_rows)
-    recipe = dataclasses.replace(WHOLE, mixing=mixing)
-    one, *_ = one_step(small(), recipe)
-    other, *_ = one_step(small(), recipe, devices=4, accumulate=2)
+    mixing = dataclasses.replace(WHOLE["mixing"], rows=mix_rows)
+    settings = WHOLE | {"mixing": mixing}
+    one, *_ = one_step(small(), settings)
+    other, *_ = one_step(small(), settings, devices=4, grad_accum=2)
     assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert other["accuracy"] == one["accuracy"]
-    plain, *_ = one_step(small(), Recipe(cross_entropy, mean=MEAN, std=STD))
+    plain, *_ = one_step(small(), PLAIN)
     assert abs(plain["loss"] - one["loss"]) > 1e-3
 
 
@@ -105,8 +109,8 @@ def test_a_student_learns_label_and_teacher_in_equal_parts(two_heads):
     )
     model = small(**options, precision="highest")
     teacher, chosen = teacher_and_its_choice()
-    recipe = Recipe(cross_entropy, hard_distillation, mean=MEAN, std=STD)
-    metrics, params, _ = one_step(model, recipe, teacher=teacher)
+    settings = PLAIN | {"teacher_loss": hard_distillation}
+    metrics, params, _ = one_step(model, settings, teacher=teacher)
 
     batch = batch_of()
     images = normalise(jnp.asarray(batch["image"]), MEAN, STD)
@@ -123,10 +127,10 @@ def test_a_student_learns_label_and_teacher_in_equal_parts(two_heads):
 def test_recorded_logits_teach_as_their_teacher_would_and_mix_with_the_images():
     model = small(precision="highest")
     teacher, chosen = teacher_and_its_choice()
-    recipe = Recipe(cross_entropy, hard_distillation, mean=MEAN, std=STD)
-    present, *_ = one_step(model, recipe, teacher=teacher)
+    settings = PLAIN | {"teacher_loss": hard_distillation}
+    present, *_ = one_step(model, settings, teacher=teacher)
     says = np.eye(CLASSES, dtype=np.float16)[chosen] * 9
-    recorded, *_ = one_step(model, recipe, beside={"teacher": says})
+    recorded, *_ = one_step(model, settings, beside={"teacher": says})
     assert recorded["loss"] == pytest.approx(present["loss"], rel=1e-5)
 
     # With the labels as the teacher's words, soft distillation at temperature 1 is the label's own loss,
@@ -134,8 +138,8 @@ def test_recorded_logits_teach_as_their_teacher_would_and_mix_with_the_images():
     says = np.eye(CLASSES, dtype=np.float32)[batch_of()["label"]] * 60
     mixing = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0)
     soft = functools.partial(soft_distillation, temperature=1.0, weight=1.0)
-    taught = Recipe(cross_entropy, soft, mean=MEAN, std=STD, mixing=mixing)
-    alone = Recipe(cross_entropy, mean=MEAN, std=STD, mixing=mixing)
+    taught = PLAIN | {"teacher_loss": soft, "mixing": mixing}
+    alone = PLAIN | {"mixing": mixing}
     learnt, *_ = one_step(model, taught, beside={"teacher": says})
     plain, *_ = one_step(model, alone)
     assert learnt["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
@@ -156,12 +160,12 @@ def config_of(**overrides):
 
 def steps_of(config, count):
     """(parameters before each step and after the last, learning rates)."""
-    setup = set_up(config)
-    state, batches = setup.start(), setup.batches()
+    trainer = build(config)
+    state, batches = trainer.init_state(), trainer.train_batches()
     found, rates = [jax.device_get(state.params)], []
     for _ in range(count):
-        state, metrics = setup.train_step(
-            state, put_batch(next(batches), batch_sharding(setup.mesh))
+        state, metrics = trainer.train_step(
+            state, put_batch(next(batches), batch_sharding(trainer.mesh))
         )
         found.append(jax.device_get(state.params))
         rates.append(float(metrics["learning_rate"]))
@@ -197,7 +201,7 @@ def test_two_phases_free_the_last_blocks_after_the_head():
         phases__blocks_epochs=2 / steps_per_epoch,
         phases__blocks=1,
     )
-    assert set_up(config).total_steps == 4
+    assert build(config).total_steps == 4
     params, rates = steps_of(config, 3)
     assert moved(params[0], params[1]) == moved(params[1], params[2]) == {"head"}
     assert moved(params[2], params[3]) == {"head", "norm", "blocks_token_only_0"}
@@ -216,22 +220,22 @@ def test_a_config_names_its_teacher(tmp_path):
     (before, after), _ = steps_of(config, 1)
     assert "blocks" in moved(before, after)
     with pytest.raises(UserError, match="no weights were released for cait_s48"):
-        set_up(config_of(distill__kind="hard", distill__teacher="cait_s48"))
+        build(config_of(distill__kind="hard", distill__teacher="cait_s48"))
 
 
 def test_rows_of_recorded_logits_come_with_their_examples(tmp_path):
     logits = np.random.default_rng(0).standard_normal((1437, 10)).astype(np.float32)
     np.savez(tmp_path / "logits.npz", logits=logits)
     config = config_of(distill__kind="soft", distill__logits=str(tmp_path / "logits.npz"))
-    setup = set_up(config)
-    with setup.batches() as batches:
+    trainer = build(config)
+    with trainer.train_batches() as batches:
         batch = next(batches)
     assert set(batch) == {"image", "label", "teacher"}
     for image, row in zip(batch["image"], batch["teacher"], strict=True):
         (index,) = np.flatnonzero((logits == row).all(axis=1))
-        np.testing.assert_array_equal(setup.train_split.images[index], image)
+        np.testing.assert_array_equal(trainer.train_split.images[index], image)
     with pytest.raises(UserError, match="nothing learns from it: set"):
-        set_up(config_of(distill__logits=str(tmp_path / "logits.npz")))
+        build(config_of(distill__logits=str(tmp_path / "logits.npz")))
 
 
 @pytest.mark.parametrize(
@@ -265,4 +269,4 @@ def test_rows_of_recorded_logits_come_with_their_examples(tmp_path):
 )
 def test_what_cannot_work_is_said_before_anything_is_compiled(overrides, sentence):
     with pytest.raises(UserError, match=sentence):
-        set_up(config_of(**overrides))
+        build(config_of(**overrides))

@@ -7,8 +7,8 @@ from trees import random_params
 
 from cait_jax import UserError, create_model, load_pretrained, save_pretrained
 from cait_jax.train import train
-from cait_jax.train.setup import set_up
-from cait_jax.train.start import check_teacher_classes, given_logits
+from cait_jax.train.objectives.distillation import check_teacher_classes, recorded_logits
+from cait_jax.train.setup import build
 from configs import digits
 
 
@@ -42,7 +42,7 @@ def same(a, b):
 def test_given_weights_come_before_the_seed_and_the_runs_own_before_them(config, weights, tmp_path):
     path, params = weights
     config.init.weights = str(path)
-    state = set_up(config).start()
+    state = build(config).init_state()
     assert same(state.params, params)
     assert int(state.step) == 0
 
@@ -65,9 +65,9 @@ def test_weights_of_other_classes_and_size_start_with_a_new_head(config, tmp_pat
     save_pretrained(tmp_path / "other", other, {"params": params})
     config.init.weights = str(tmp_path / "other")
     with pytest.raises(UserError, match="3 classes and the model 10: give reset_head=True"):
-        set_up(config).start()
+        build(config).init_state()
     config.init.reset_head = True
-    state = set_up(config).start()
+    state = build(config).init_state()
     assert state.params["pos_embed"].shape == (1, 4, 16)
     assert same(state.params["blocks"], params["blocks"])
     assert "head.bias" in caplog.text
@@ -76,7 +76,7 @@ def test_weights_of_other_classes_and_size_start_with_a_new_head(config, tmp_pat
 def test_a_run_may_start_from_another_run(config, tmp_path):
     first = train(config, tmp_path / "first")
     config.init.weights = str(tmp_path / "first")
-    assert same(set_up(config).start().params, first.state.params)
+    assert same(build(config).init_state().params, first.state.params)
 
 
 @pytest.mark.parametrize(
@@ -99,15 +99,15 @@ def test_recorded_logits_are_brought_to_the_order_of_the_students_classes(config
     logits = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
     np.savez(tmp_path / "l.npz", logits=logits, class_names=np.array(["dog", "ant", "cat"]))
     config.distill.kind, config.distill.logits = "soft", str(tmp_path / "l.npz")
-    found = given_logits(config, 4, ("ant", "cat", "dog"))
+    found = recorded_logits(config, 4, ("ant", "cat", "dog"))
     np.testing.assert_array_equal(found, logits[:, [1, 2, 0]])
-    np.testing.assert_array_equal(given_logits(config, 4, ("dog", "ant", "cat")), logits)
+    np.testing.assert_array_equal(recorded_logits(config, 4, ("dog", "ant", "cat")), logits)
     with pytest.raises(
         UserError, match="are of the classes dog, ant, cat, and the student learns ant"
     ):
-        given_logits(config, 4, ("ant", "cat", "fox"))
+        recorded_logits(config, 4, ("ant", "cat", "fox"))
     np.savez(tmp_path / "l.npz", logits=logits)  # without names they are in the student's order
-    np.testing.assert_array_equal(given_logits(config, 4, ("ant", "cat", "fox")), logits)
+    np.testing.assert_array_equal(recorded_logits(config, 4, ("ant", "cat", "fox")), logits)
 
 
 def test_a_teacher_of_classes_in_another_order_is_refused(config, weights, tmp_path):
@@ -124,4 +124,4 @@ def test_a_teacher_of_classes_in_another_order_is_refused(config, weights, tmp_p
         ):
             check_teacher_classes(config, digits_names)
         with pytest.raises(UserError):
-            set_up(config)
+            build(config)

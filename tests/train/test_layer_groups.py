@@ -16,16 +16,16 @@ import pytest
 from trees import random_params, unstack_blocks
 
 from cait_jax import UserError, create_model
-from cait_jax.train.optimizer import OPTIMIZERS, make_optimizer
-from cait_jax.train.parts import (
-    apply_updates,
+from cait_jax.train.layer_groups import (
     block_numbers,
-    by_part,
     layer_decay,
     layer_ids,
+    scaled_by_group,
     stop_frozen,
     trainable,
 )
+from cait_jax.train.optimizer import OPTIMIZERS, make_optimizer
+from cait_jax.train.step import apply_updates
 from cait_jax.weights.timm_names import to_timm
 
 TINY = {"image_size": 8, "patch_size": 4, "width": 8, "num_heads": 2, "num_classes": 3}
@@ -132,7 +132,7 @@ def test_factors_broadcast_without_a_change_of_rank(params):
 def test_layer_decay_scales_each_layers_step(params, name, form):
     params = FORMS[form](params)
     plain = make_optimizer(lambda _: 1e-2, name=name, weight_decay=0.1)
-    scaled = by_part(plain, functools.partial(layer_decay, rate=0.5))
+    scaled = scaled_by_group(plain, functools.partial(layer_decay, rate=0.5))
     gradient = jax.tree.map(jnp.cos, params)
     steps = [
         by_name(optimizer.update(gradient, optimizer.init(params), params)[0])
@@ -161,7 +161,7 @@ PARTS = {
 def test_what_learns_moves_and_what_is_frozen_keeps_its_bits(params, part, form):
     params = FORMS[form](params)
     optimizer = make_optimizer(lambda _: 1e-2, weight_decay=0.5, clip_norm=1.0)
-    optimizer = by_part(optimizer, functools.partial(trainable, part=part))
+    optimizer = scaled_by_group(optimizer, functools.partial(trainable, part=part))
     expected = {name for name in by_name(params) if name.startswith(PARTS[part])}
     assert moved(params, trained(optimizer, params)) == expected
 
@@ -169,7 +169,7 @@ def test_what_learns_moves_and_what_is_frozen_keeps_its_bits(params, part, form)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_leaves_alone_what_is_frozen(params, name):
     optimizer = make_optimizer(lambda _: 1e-2, name=name, weight_decay=0.5, clip_norm=1.0)
-    optimizer = by_part(optimizer, functools.partial(trainable, part=3))
+    optimizer = scaled_by_group(optimizer, functools.partial(trainable, part=3))
     single = trained(optimizer, unstack_blocks(params))
     stacked = trained(optimizer, params)
     expected = {name for name in by_name(params) if name.startswith((*PARTS[4][1:],))}
@@ -184,7 +184,7 @@ def test_frozen_gradients_neither_clip_nor_spoil_those_of_the_rest(params):
     optimizer = make_optimizer(
         lambda _: 1.0, name="sgd", momentum=0.0, clip_norm=1.0, weight_decay=0.0
     )
-    optimizer = by_part(optimizer, functools.partial(trainable, part="head"))
+    optimizer = scaled_by_group(optimizer, functools.partial(trainable, part="head"))
     gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
     gradient["head"] = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), params["head"])
     updates, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)

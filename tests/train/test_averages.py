@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cait_jax import UserError
-from cait_jax.train.average import mean_params, moving_average
+from cait_jax.train.step import moving_average
+from cait_jax.weights.average import mean_params
 
 
 def tree(seed, dtype=jnp.float32):

@@ -1,0 +1,1 @@
+"""What is learnt: one objective a file, each a `cait_jax.train.step.Objective`."""
