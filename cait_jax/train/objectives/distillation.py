@@ -61,8 +61,9 @@ def soft_distillation(
 ) -> Losses:
     """`(1 - weight) * label_loss + weight * temperature^2 * KL(teacher || student)` (arXiv 2012.12877, eq. 2).
 
-    The defaults are those of DeiT's published code; its paper has 3 and 0.1. The divergence is a sum over classes,
-    as in the equation; the code also divides it by their number (facebookresearch/deit, `losses.py`).
+    The defaults, temperature 1 and weight 0.5, are those of DeiT's published code; its paper has 3 and 0.1. The
+    divergence is a sum over classes, as in the equation; the code also divides it by their number
+    (facebookresearch/deit, `losses.py`).
     """
     student = jax.nn.log_softmax(logits / temperature)
     teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits) / temperature)

@@ -107,7 +107,7 @@ def test_soft_distillation_defaults_to_the_published_code_everywhere():
     }
     assert defaults == {"temperature": 1.0, "weight": 0.5}
     config = get_config().distill
-    assert (config.temperature, config.weight) == (1.0, 0.5)
+    assert (config.temperature, config.alpha) == (1.0, 0.5)
     docs = (Path(__file__).parents[3] / "docs" / "recipe.md").read_text()
     assert "temperature 1 and weight 0.5" in docs
     assert "temperature 1 and weight 0.5" in soft_distillation.__doc__

@@ -77,7 +77,7 @@ WHOLE = {
     "mix_rows", [0, 6]
 )  # 6: of 16 rows two groups, and one of the four that remain
 def test_the_whole_recipe_is_the_same_on_any_devices_and_in_micro_batches(mix_rows):
-    mixing = dataclasses.replace(WHOLE["mixing"], rows=mix_rows)
+    mixing = dataclasses.replace(WHOLE["mixing"], group_size=mix_rows)
     settings = WHOLE | {"mixing": mixing}
     one, *_ = one_step(small(), settings)
     other, *_ = one_step(small(), settings, devices=4, grad_accum=2)
