@@ -70,7 +70,7 @@ def test_another_objective_accumulates_stops_and_resumes_through_the_one_loop(
     tmp_path, monkeypatch
 ):
     config = digits.get_config()
-    config.steps, config.batch_size, config.optimizer.grad_accum = 30, 64, 2
+    config.steps, config.batch_size, config.optimizer.grad_accum = 60, 64, 2
     config.optimizer.warmup_epochs, config.optimizer.learning_rate = 0.0, 3e-2
     config.checkpoint.every_steps = 10
 
