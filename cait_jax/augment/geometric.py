@@ -48,12 +48,8 @@ def affine(
 ) -> Image:
     """Transforms one image about its centre, bilinearly, with zeros outside.
 
-    Args:
-      image: one image.
-      angle: counter-clockwise rotation in radians.
-      scale: factor of size; above 1 enlarges.
-      shear: columns moved to the right for every row upwards from the centre.
-      shift: (down, right) in pixels.
+    `angle` is in radians, counter-clockwise; a `scale` above 1 enlarges; `shear` is columns to the right for every
+    row upwards from the centre; `shift` is (down, right) in pixels.
     """
     height, width, _ = image.shape
     centre = jnp.array([(height - 1) / 2, (width - 1) / 2])

@@ -23,8 +23,8 @@ class Mixup:
     """Settings of mixup and CutMix.
 
     Attributes:
-      mixup_alpha: lambda of mixup is Beta(alpha, alpha); 0: no mixup.
-      cutmix_alpha: lambda of CutMix is Beta(alpha, alpha); 0: no CutMix.
+      mixup_alpha: of the Beta(alpha, alpha) of lambda; 0: no mixup.
+      cutmix_alpha: of the Beta(alpha, alpha) of lambda; 0: no CutMix.
       prob: that a group is mixed.
       switch_prob: of CutMix, where there are both.
       group_size: rows of a group, even; the remaining rows form one more group. 0: the whole batch is one group.

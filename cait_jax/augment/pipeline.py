@@ -83,11 +83,7 @@ def augment(
 ) -> FloatImages:
     """Augments a batch: crop, affine, flip; then, on 8-bit images, RandAugment, three-augment, colour jitter.
 
-    Args:
-      key: of the step and purpose.
-      images: levels from 0 to 255, rounded before the operations on 8-bit images. Outside the image is 0.
-      example_ids: position of each image in the global batch.
-      settings: what to sample.
+    Images are levels from 0 to 255, with 0 outside; `example_ids` are their positions in the global batch.
     """
 
     def geometric(example_id: Array, image: Array) -> Array:
@@ -153,10 +149,7 @@ def normalise(images: Images, mean: Sequence[float], std: Sequence[float]) -> Fl
 def random_erase(
     key: PRNGKeyArray, images: FloatImages, example_ids: Ids, prob: float = 0.25
 ) -> FloatImages:
-    """Random erasing (Zhong et al., arXiv 1708.04896) of normalised images.
-
-    With probability `prob` a box of an image becomes pixelwise N(0, 1) noise. See `augment` for the rest.
-    """
+    """Random erasing (Zhong et al., arXiv 1708.04896): of normalised images, a box becomes N(0, 1) noise."""
 
     def erase_some(key: PRNGKeyArray, image: Array) -> Array:
         prob_key, box_key, noise_key = jax.random.split(key, 3)

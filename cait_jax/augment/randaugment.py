@@ -35,13 +35,9 @@ _POLICY_PARTS = ("m", "n", "p", "mstd", "inc")
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """RandAugment's policy.
+    """RandAugment's policy: of `num_ops` operations drawn for an image each is applied with probability `prob`.
 
-    Attributes:
-      magnitude: mean magnitude of an operation, 0 to 10.
-      magnitude_std: standard deviation of the magnitude, which is normal and clipped to 0 to 10.
-      num_ops: operations drawn for an image, with replacement.
-      prob: that a drawn operation is applied.
+    The magnitude is normal, clipped to 0 to 10.
     """
 
     magnitude: float = 9.0
@@ -132,10 +128,7 @@ def apply_operation(image: Image, operation: Level, magnitude: Scalar) -> Image:
     least 0.1. With |s|: posterize to 4 - floor(4 |s|) bits; solarize from 256 - floor(256 |s|) upwards;
     solarize_add adds floor(110 |s|).
 
-    Args:
-      image: one image of 1 or 3 channels.
-      operation: index into `OPERATIONS`, or their number for the identity.
-      magnitude: -10 to 10.
+    The operation is an index into `OPERATIONS`, or their number for the identity; the magnitude is -10 to 10.
     """
     signed = jnp.asarray(magnitude, jnp.float32) / _MAX_MAGNITUDE
     strength = jnp.abs(signed)
@@ -267,10 +260,8 @@ def warp(
     are repeated; results are rounded towards 0. Coordinates are float32 where Pillow's are float64, so some
     levels differ by one.
 
-    Args:
-      image: one image of 1 or 3 channels.
-      inverse: maps (x, y, 1) of the result to (x, y) of its source, in pixels.
-      fill: RGB of what lies outside; for one channel, its luminance is used.
+    `inverse` maps (x, y, 1) of the result to (x, y) of its source, in pixels. `fill` is the RGB outside, of which
+    an image of one channel takes the luminance.
     """
     height, width, channels = image.shape
     across = jnp.arange(width)[None, :] + 0.5

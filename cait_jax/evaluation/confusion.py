@@ -23,20 +23,11 @@ def save_confusion(
     path: str | os.PathLike[str],
     title: str | None = None,
 ) -> None:
-    """Draws a confusion matrix to a PNG file. The same matrix gives the same file.
+    """Draws a confusion matrix to a PNG file, deterministically.
 
-    A cell's colour is its share of its row. Up to 25 classes it also has its count, and up to 60 the classes are
-    named. Of more, up to 1000, a cell is a whole number of pixels and its colour goes by the cube root of the
-    share.
-
-    Args:
-      confusion: counts; rows are true classes, columns predicted ones.
-      class_names: the names of the classes.
-      path: the file, replaced if it exists.
-      title: a line above the picture.
-
-    Raises:
-      UserError: matplotlib is missing, or the file cannot be written.
+    Rows are true classes, columns predicted ones, and a cell's colour is its share of its row. Cells have their
+    counts up to 25 classes, and classes their names up to 60. Of more, up to 1000, a cell is a whole number of
+    pixels, and its colour the cube root of the share.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -53,7 +44,7 @@ def save_confusion(
     share = confusion / np.maximum(images, 1)
 
     names = [printable(name).replace("_", " ") for name in class_names] if named else []
-    # Whole pixels, so that every cell of a large matrix gets its own.
+    # Cells of whole pixels, or some of a large matrix would vanish.
     margin = round(_MARGIN + 0.085 * max(map(len, names), default=0), 2)
     side = _cell_pixels(classes) * classes / _DPI
     width, height = margin + side + _BAR, margin + side + (0.5 if title else 0.2)

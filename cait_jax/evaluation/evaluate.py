@@ -30,14 +30,8 @@ def make_eval_step(
 ) -> EvalStep:
     """Builds the function that adds one batch to running sums. Not jitted.
 
-    Args:
-      model: applied as `model.apply(variables, images)`, which gives logits.
-      mean: of each channel, on a scale from 0 to 1.
-      std: of each channel, on the same scale.
-      metric_fn: of logits and batch; gives sums.
-
-    Returns:
-      A function of variables, a batch (`image` uint8, `mask` bool and what `metric_fn` reads) and the sums so far.
+    A batch has `image` uint8 (batch, height, width, channels), `mask` bool (batch,), False for padding, and what
+    `metric_fn` reads. Images are normalised by `mean` and `std`, on a scale from 0 to 1.
     """
 
     def eval_step(variables: Any, batch: Batch, sums: Sums) -> Sums:
@@ -64,15 +58,9 @@ def evaluate(
     zeros: Sums,
     progress: Callable[[int], object] | None = None,
 ) -> Any:
-    """Folds a jitted `eval_step` over the batches of a split.
+    """Folds `sums = eval_step(variables, batch, sums)` over the batches of a split, beginning with `zeros`.
 
-    Args:
-      eval_step: of `variables`, a batch and the sums so far; gives the new sums.
-      variables: the step's first argument.
-      batches: of `cait_jax.data.eval_batches`.
-      sharding: of a batch.
-      zeros: the sums of no examples, such as `zero_sums` gives.
-      progress: called after each batch with the number of this process's examples in it, without padding.
+    After each batch `progress` is called with the number of this process's examples in it, without padding.
 
     Returns:
       The sums over all examples of all processes, as NumPy arrays.
@@ -90,11 +78,9 @@ def evaluate(
 
 
 def loss_and_accuracy(logits: Logits, batch: Batch) -> dict[str, Num[Array, ""]]:
-    """The metric function of the training loop, of a batch with `label` int (batch,) and `mask` bool (batch,).
+    """Metric function of the training loop: sums `counted` (labels of 0 or more), `loss` (nats) and `top1`.
 
-    Returns:
-      The sums `counted` (examples with `mask` and a label of 0 or more), `loss` (cross-entropy, nats) and `top1`.
-      Logits that are not finite are never right.
+    Logits that are not finite are never right.
     """
     label = batch["label"]
     counted = batch["mask"] & (label >= 0)

@@ -54,21 +54,20 @@ def extract_features(
     mesh: Mesh | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[Float32[np.ndarray, "n d"], Int32[np.ndarray, "n"]]:
-    """Runs a model over batches and collects one vector an image.
+    """Collects `feature_fn(model, variables, normalised images)` over batches of `cait_jax.data.eval_batches`.
 
     Args:
-      model: the first argument of `feature_fn`.
-      variables: the second.
-      batches: of `cait_jax.data.eval_batches`; their size divides by the number of devices.
+      model: as `feature_fn` takes it.
+      variables: as `feature_fn` takes them.
+      batches: their size is a multiple of the devices.
       mean: of each channel, on a scale from 0 to 1.
       std: of each channel, on the same scale.
-      feature_fn: a pure function of model, variables and normalised images.
+      feature_fn: a pure function.
       mesh: default: all devices.
       progress: called after each batch with the number of this process's examples in it.
 
     Returns:
-      Features, float32 (n, d), and labels, int32 (n,), of all processes' examples in the order of the split,
-      without padding, in every process.
+      Features and labels of all processes' examples in the order of the split, without padding, in every process.
     """
     mesh = make_mesh() if mesh is None else mesh
     whole, rows = replicated(mesh), batch_sharding(mesh)
@@ -114,15 +113,8 @@ def features_of_split(
 ) -> tuple[Float32[np.ndarray, "n d"], Int32[np.ndarray, "n"]]:
     """`extract_features` of every image of a split, over all devices, with a progress bar or lines.
 
-    Args:
-      model: as for `extract_features`.
-      variables: of the model.
-      split: of `cait_jax.data.load_split`, with the channels of the preprocessing.
-      preprocessing: size, crop and normalisation of the images.
-      title: of the bar.
-      feature_fn: as for `extract_features`.
-      batch_size: global, rounded up to a multiple of the devices.
-      workers: decoding processes; with 0, threads decode.
+    The split must have the channels of the preprocessing, see `cait_jax.evaluation.scores.with_channels`; the
+    global `batch_size` is rounded up to a multiple of the devices.
     """
     with (
         batches_of(split, preprocessing, batch_size, workers, make_mesh()) as batches,
@@ -176,19 +168,8 @@ def knn_predict(
     """Weighted k-nearest-neighbour classification (Wu et al. 2018, arXiv 1805.01978, section 3.4).
 
     The `k` training examples of greatest cosine similarity s vote with weight `exp(s / temperature)`. The search
-    is exact, in float32. Where similarities or votes tie, the lower index or label wins.
-
-    Args:
-      train_features: one vector an example.
-      train_labels: classes, counted from 0.
-      test_features: one vector an example.
-      k: neighbours that vote.
-      temperature: of the votes.
-      batch_size: test examples at a time over all devices; it does not change the result.
-      devices: default: this process's.
-
-    Raises:
-      UserError: `k` is not between 1 and the number of training examples, or there is nothing to classify.
+    is exact, in float32. Where similarities or votes tie, the lower index or label wins. `batch_size`, test
+    examples at a time over `devices` (default: this process's), does not change the result.
     """
     if not 1 <= k <= len(train_features):
         raise UserError(
@@ -279,18 +260,7 @@ def probe_accuracy(
     """Accuracy, 0 to 1, of a linear probe: multinomial logistic regression on standardised features.
 
     Features are scaled to mean 0 and variance 1 over the training examples. The fit is scikit-learn's
-    `LogisticRegression` (L-BFGS), which warns where it has not converged.
-
-    Args:
-      train_features: one vector an example.
-      train_labels: their classes.
-      test_features: one vector an example.
-      test_labels: their classes.
-      inverse_l2: `C` of scikit-learn.
-      max_iterations: of the fit.
-
-    Raises:
-      UserError: scikit-learn is missing, or the training examples have one class only.
+    `LogisticRegression` (L-BFGS, `C=inverse_l2`), which warns where it has not converged.
     """
     try:
         from sklearn.linear_model import LogisticRegression

@@ -1,4 +1,4 @@
-"""How the labels of a data set are read against the classes of a model."""
+"""Matching the labels of a data set to the classes of a model, and the classes that compete."""
 
 import dataclasses
 from collections import Counter
@@ -25,14 +25,13 @@ class LabelError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """Which classes of a model compete, and which of them each label of a data set means.
+    """The classes of a model that compete, and the class of each label of a data set.
 
     Attributes:
-      columns: int32 (competing,), the model's class indices in rising order; None: all classes compete.
-      index: int32 (labels,), for each label of the data set the position of its class among those that
-        compete, -1 if it is not one of them.
-      names: the names of the competing classes.
-      matched: how the labels were found among the model's classes: `"name"` or `"position"`.
+      columns: indices of the competing classes in the model's logits, ascending; None: all.
+      index: for each label of the data set its class's position among the competing ones, or -1.
+      names: of the competing classes.
+      matched: how the labels were matched to the model's classes: `"name"` or `"position"`.
     """
 
     columns: Int32[np.ndarray, "competing"] | None
@@ -44,28 +43,25 @@ class Classes:
 def match_classes(
     data_names: Sequence[str], model_names: Sequence[str] | None, num_classes: int
 ) -> Int32[np.ndarray, "labels"]:
-    """Finds a data set's classes among those of a model, by name.
+    """Finds each of a data set's classes among those of a model, by name.
 
-    The first of these that finds a class decides: the name as it stands, in Unicode's composed form; without
-    regard to case and to whether words are parted by spaces or underscores; with a WordNet ID of ImageNet as its
-    words; as a whole number, so that `"007"` is `"7"`; each part of a name with commas, such as
-    `"tench, Tinca tinca"`.
-    Numbers are names like others: their order among the folders means nothing.
+    These are tried in turn: the exact name, in Unicode's composed form (NFC); the name without regard to case,
+    spaces and underscores; ImageNet's WordNet IDs replaced by their words; the value of a whole number, so that
+    `"007"` is `"7"`; any part of a name with commas, such as `"tench, Tinca tinca"`. A number is a name like any
+    other, whatever the order of the folders.
 
-    Of a model without names `"0"`, `"1"`, ... are the indices if they stand in this order (in folders, up to 10 or
-    with leading zeros); to a model of ImageNet's classes `"0"` to `"999"` are their indices in any order, as in
-    ImageNet-V2's folders. Nothing else is taken by its position.
+    For a model without names, `"0"`, `"1"`, ... in this order (in folders, up to 10 or with leading zeros) are
+    indices. For a model of ImageNet's classes, `"0"` to `"999"` are indices in any order, as in ImageNet-V2's
+    folders. Nothing else is matched by position.
 
     Args:
-      data_names: the names of the data set's classes in the order of its labels.
-      model_names: the names of the model's classes in the order of its logits; None if not known.
-      num_classes: the number of the model's classes.
+      data_names: in the order of the data set's labels.
+      model_names: in the order of the model's logits; None if not known.
+      num_classes: of the model.
 
     Returns:
-      For each label of the data set the index of its class in the model, int32.
-
-    Raises:
-      LabelError: naming the classes that cannot be found or told apart.
+      The model's class index of each label of the data set; `LabelError` names classes that are missing or
+      ambiguous.
     """
     if model_names is not None and len(model_names) != num_classes:
         raise UserError(
@@ -106,11 +102,7 @@ def match_classes(
 
 
 def match_positions(data_names: Sequence[str], num_classes: int) -> Int32[np.ndarray, "labels"]:
-    """The index of each label where label i is the model's class i, as a caller vouches.
-
-    Raises:
-      UserError: the numbers of classes differ.
-    """
+    """The class index of each label where the caller says that label i is the model's class i."""
     if len(data_names) != num_classes:
         raise UserError(
             f"the data set has {len(data_names)} classes and the model {num_classes}, so positions do not "
@@ -120,10 +112,9 @@ def match_positions(data_names: Sequence[str], num_classes: int) -> Int32[np.nda
 
 
 def read_labels(split: Split) -> Int32[np.ndarray, "n"]:
-    """The labels of a split in its order. No image is decoded.
+    """The labels of a split in its order, without decoding images.
 
-    Args:
-      split: any split. If its records have an attribute `labels`, no record is read either.
+    Where the split's records have an attribute `labels`, no record is read either.
     """
     if isinstance(split, InMemory):
         return split.labels
@@ -142,11 +133,7 @@ def read_labels(split: Split) -> Int32[np.ndarray, "n"]:
 
 
 def choose_rule(split: Split, num_classes: int) -> str:
-    """The rule for a split that is no known benchmark.
-
-    It is `"real"`, if the split has any number of labels an image; `"restricted"`, if it has fewer classes than
-    the model's `num_classes`; else `"all"`.
-    """
+    """`"real"` for a multi-label split, `"restricted"` for one with fewer classes than the model, else `"all"`."""
     if not isinstance(split, InMemory) and split.multi_label:
         return "real"
     return "restricted" if split.num_classes < num_classes else "all"
@@ -160,18 +147,10 @@ def choose_classes(
     *,
     by_position: bool = False,
 ) -> Classes:
-    """Decides which of a model's classes compete on a split.
+    """Decides which of a model's `num_classes` classes compete on a split.
 
-    Args:
-      split: the examples.
-      rule: `"restricted"`: the classes that occur in the split, which takes a pass over its labels; else all.
-      num_classes: the number of the model's classes.
-      model_names: as in `match_classes`.
-      by_position: label i is class i whatever the names are, see `match_positions`.
-
-    Raises:
-      LabelError: the classes cannot be matched, or only one competes.
-      UserError: the rule is unknown or asks for labels that the split has not.
+    With the rule `"restricted"` those that occur in the split, which takes a pass over its labels; else all.
+    Classes are matched by `match_classes`, or `by_position` by `match_positions`.
     """
     if rule not in RULES:
         raise UserError(f"there is no rule {rule!r}; {nearest(rule, RULES)}")
@@ -216,16 +195,7 @@ def choose_classes(
 def labels_among(
     names: Sequence[str], of_names: Sequence[str], labels: Int32[np.ndarray, "n"]
 ) -> Int32[np.ndarray, "n"]:
-    """The labels of one split as those of another: the same classes, found by `match_classes`.
-
-    Args:
-      names: the classes of the other split.
-      of_names: the classes that `labels` are of.
-      labels: below 0 where an image has none, which stay.
-
-    Raises:
-      UserError: a class that occurs is none of `names`.
-    """
+    """Translates labels of the classes `of_names` to `names` by `match_classes`; below 0 (no label) becomes -1."""
     occurring = np.unique(labels[labels >= 0])
     index = np.full(len(of_names), -1, np.int32)
     if list(names) == list(of_names):
@@ -277,7 +247,7 @@ def _nameless(data_names: Sequence[str], num_classes: int) -> LabelError:
 
 
 def _advice(data_names: Sequence[str], num_classes: int, *others: str) -> str:
-    """How to go on where names do not match."""
+    """What a user can do where names do not match."""
     ways: list[Way | str] = [
         *others,
         Way("give the model's classes names with {}", "class_names", Literal("FILE")),
@@ -295,7 +265,7 @@ def _advice(data_names: Sequence[str], num_classes: int, *others: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """The text for a template of `str.format`."""
+    """Escapes the text for `str.format`."""
     return text.replace("{", "{{").replace("}", "}}")
 
 
@@ -304,7 +274,7 @@ def _normalised(name: str) -> str:
 
 
 def _find(ours: Sequence[str], theirs: Sequence[str], exact: list[set[int]]) -> list[set[int]]:
-    """For each of our names the places of theirs that are it, by the first way that finds one."""
+    """The indices in `theirs` of each of our names, by the first way of matching that finds any."""
     found = exact
     ways: tuple[Callable[[Sequence[str]], list[list[str]]], ...] = (
         lambda names: [[_normalised(name)] for name in names],
@@ -320,7 +290,7 @@ def _find(ours: Sequence[str], theirs: Sequence[str], exact: list[set[int]]) -> 
 
 
 def _places(ours: Iterable[Sequence[str]], theirs: Iterable[Sequence[str]]) -> list[set[int]]:
-    """For each of our lists of keys the places of those of theirs that share one."""
+    """For each of our lists of keys, the indices of those of theirs that share a key."""
     places: dict[str, set[int]] = {}
     for i, keys in enumerate(theirs):
         for key in keys:
@@ -333,7 +303,7 @@ def _in_words(names: Sequence[str]) -> list[str]:
 
 
 def _as_numbers(names: Sequence[str]) -> list[list[str]]:
-    """The value of each name that is a whole number, if no other name of the list has it."""
+    """The value of each name that is a whole number, if no other name of the list has the same value."""
     values = [_value(name) for name in names]
     often = Counter(values)
     return [[str(value)] if value >= 0 and often[value] == 1 else [] for value in values]

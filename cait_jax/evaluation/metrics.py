@@ -24,9 +24,7 @@ TOP = 5
 def classification(logits: Logits, batch: Batch) -> dict[str, Any]:
     """Metric function for one label an image: `label` int (batch,), below 0 for none, and `mask` bool (batch,).
 
-    Returns:
-      Sums: counts are int32, `loss` and `confidence` float32; `confusion` is (classes, classes), rows true and
-      columns predicted, without the images whose logits are not finite; `class_images` is (classes,).
+    Counts are int32. `confusion` is (true classes, predicted classes), of the images with finite logits.
     """
     label, mask = batch["label"], batch["mask"]
     classes = logits.shape[-1]
@@ -56,8 +54,7 @@ def any_of_labels(logits: Logits, batch: Batch) -> dict[str, Any]:
     """Metric function for images with any number of labels: `labels` bool (batch, classes), `mask` bool (batch,).
 
     ReaL accuracy (Beyer et al. 2020, arXiv 2006.07159): the top-1 class is right if it is among the labels, and an
-    image without labels does not count. Calibration takes "right" in the same sense. Cross-entropy, top-5 and the
-    confusion matrix need one label an image, so they are left out of the sums.
+    image without labels does not count.
     """
     labels, mask = batch["labels"], batch["mask"]
     counted = mask & labels.any(axis=-1)
@@ -77,12 +74,8 @@ def any_of_labels(logits: Logits, batch: Batch) -> dict[str, Any]:
 def compute_scores(sums: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
     """Scores from the sums of `classification` or `any_of_labels` over all examples.
 
-    Args:
-      sums: as NumPy arrays.
-      class_names: of the logits, in their order.
-
     Returns:
-      A dict that `json.dumps` takes; what the metric function did not sum is None:
+      A JSON-serialisable dict; what the metric function did not sum is None:
         `images`, `counted`, `not_finite`: the images, those with a label, over which every mean is taken, and of
           these those whose logits are not finite;
         `top1`, `top5`: accuracy, 0 to 1; `top5` is None for 5 classes or fewer;

@@ -1,4 +1,4 @@
-"""A function of a network over any number of photographs, in batches; broken ones are set aside."""
+"""Batched inference over image files; those that cannot be decoded are reported."""
 
 import dataclasses
 import os
@@ -26,12 +26,12 @@ from cait_jax.sharding import (
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a function gave for a batch of photographs.
+    """The outputs of a batch of image files.
 
     Attributes:
-      paths: those it was given, in order.
-      outputs: the function's outputs, arrays whose first axis goes with `paths`.
-      broken: those that could not be read, each with a sentence that says why.
+      paths: the decoded files, in order.
+      outputs: a pytree of arrays whose first axis is that of `paths`; None without paths.
+      broken: the files that could not be decoded, each with the reason.
     """
 
     paths: list[Path]
@@ -48,21 +48,11 @@ def run_over_photographs(
     batch_size: int = 32,
     mesh: Mesh | None = None,
 ) -> Iterator[Answers]:
-    """Applies a function to photographs in the order in which they are named.
+    """Applies a function to image files in order, in batches.
 
-    Each batch is decoded by threads while the one before it is computed; no more is held in memory.
-
-    Args:
-      function: a pure function of variables and normalised images (batch, height, width, channels), which
-        gives arrays whose first axis is the batch.
-      variables: its first argument.
-      preprocessing: how images are prepared.
-      paths: the files.
-      batch_size: images at a time, rounded up to a multiple of the devices; fewer where there are fewer images.
-      mesh: the devices that share each batch; all of them if not given.
-
-    Yields:
-      The answers of each batch of `batch_size` files.
+    Threads decode a batch while the one before it is computed; no more is held in memory. `function`, of variables
+    and normalised images (batch, height, width, channels), is pure and gives a pytree of arrays whose first axis
+    is the batch. The global `batch_size` is rounded up to a multiple of the devices of `mesh` (default: all).
     """
     mesh = make_mesh() if mesh is None else mesh
     whole, rows = replicated(mesh), batch_sharding(mesh)
@@ -101,7 +91,7 @@ def run_over_photographs(
 
 
 def _decode(preprocessing: Preprocessing, path: Path) -> np.ndarray | str:
-    """The crop, or the sentence that says why there is none."""
+    """The crop, or why there is none."""
     try:
         return preprocessing.crop(path)
     except UserError as error:

@@ -27,13 +27,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A split of a data set to score models on.
-
-    Attributes:
-      data: the data set as `cait_jax.data.load_split` takes it.
-      split: the split.
-      rule: see `score`; None for the one that fits the split and the model.
-    """
+    """A data set and split, as `load_split` takes them, and the rule of `score`; None: the one that fits."""
 
     data: str
     split: str
@@ -65,15 +59,10 @@ def find_benchmark(
     """The split that a name stands for, and the rule by which it is scored.
 
     Args:
-      name: `"imagenet"` (or `"imagenet2012"`), `"imagenet_v2"`, `"imagenet_real"`, `"imagenet_a"`, `"imagenet_r"`,
-        `"imagenet_sketch"`, the same with a TFDS configuration or version, or any data set that
-        `cait_jax.data.load_split` takes.
+      name: a known benchmark, perhaps with a TFDS configuration or version, or any data set of `load_split`.
       split: default: the benchmark's own; of another data set the test split, else the validation split, by any
         word of `cait_jax.data.folder.purpose_of`, or all of a folder that is not divided.
       data_dir: of the TFDS data sets.
-
-    Raises:
-      UserError: there is no such data set, or it has none of the default splits.
     """
     base, *_ = name.replace(":", "/").split("/")
     known = _BENCHMARKS.get(_ALIASES.get(base, base))
@@ -99,13 +88,11 @@ class Scores:
     """The scores of a model on a split. Every field is plain, so `json.dumps(scores.as_dict())` works.
 
     Attributes:
-      rule: which classes competed and what was right, see `score`.
-      competing: how many classes competed, of the model's `classes`.
-      classes: the number of the model's classes.
-      matched: whether labels were found among the model's classes by `"name"` or by `"position"`.
-      images, counted, not_finite, top1, top5, loss, ece, class_names, class_images, class_accuracy, confusion:
-        see `cait_jax.evaluation.metrics.compute_scores`.
-      seconds: how long it took, compilation included.
+      rule: see `score`.
+      competing: classes that competed, of the model's `classes`.
+      matched: labels were matched to the model's classes by `"name"` or by `"position"`.
+      images: see `cait_jax.evaluation.metrics.compute_scores` for this and the fields that follow.
+      seconds: compilation included.
     """
 
     rule: str
@@ -152,7 +139,7 @@ def score(
     not count.
 
     Args:
-      model: applied as `model.apply(variables, images)`, which gives logits.
+      model: gives logits as `model.apply(variables, images)`.
       variables: `{"params": ...}`, and what else the model needs.
       split: of `cait_jax.data.load_split`.
       preprocessing: size, crop, channels and normalisation of the images.
@@ -217,11 +204,7 @@ def batches_of(
 
 
 def with_channels(split: Split, channels: int) -> Split:
-    """The split decoded to colour (3 channels) or luminance (1).
-
-    Raises:
-      UserError: the split is in memory with other channels.
-    """
+    """The split decoded to colour (3 channels) or luminance (1)."""
     if split.channels == channels:
         return split
     if isinstance(split, InMemory):
@@ -242,14 +225,9 @@ def _count_logits(model: Any, variables: Mapping[str, Any], preprocessing: Prepr
 def show_progress(total: int, title: str, stream: Any = None) -> Iterator[Callable[[int], None]]:
     """Shows images done and images/s: a bar on a terminal, now and then a line elsewhere; in process 0 only.
 
-    Args:
-      total: images of all processes.
-      title: what is being done, such as `"imagenet_v2"`.
-      stream: default: standard error.
-
-    Yields:
-      A function to call with the number of images that this process has finished since its last call. All
-      processes are assumed to be equally fast.
+    Yields a function to call with the number of images that this process has finished since its last call; the
+    other processes, whose images `total` counts too, are assumed to be as fast. `stream` is standard error by
+    default.
     """
     if jax.process_index():
         yield lambda images: None
