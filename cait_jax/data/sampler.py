@@ -5,6 +5,7 @@ split of `n` examples.
 """
 
 import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ import numpy as np
 from jaxtyping import Int, Int64
 
 from cait_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 # Counters of the Philox streams, by purpose.
 SHUFFLING, CROPPING = 0, 1
@@ -186,3 +189,18 @@ def copies_in_a_group(batch_size: int, group_rows: int, repeats: int) -> int:
     image = grouped_positions(batch_size, group_rows) // repeats
     _, counts = np.unique(group * batch_size + image, return_counts=True)
     return int(counts[counts > 1].sum())
+
+
+def warn_of_shared_draws(batch_size: int, group_rows: int, repeats: int) -> None:
+    """Logs how many rows share their mixup or CutMix draw with another copy of their image."""
+    shared = copies_in_a_group(batch_size, group_rows, repeats)
+    if shared:
+        _log.warning(
+            "%d of the %d rows of a batch share their mixup or CutMix draw with another copy of their image: "
+            "data.aug_repeats=%d needs as many groups, and augment.mix_rows=%d makes %d",
+            shared,
+            batch_size,
+            repeats,
+            group_rows,
+            -(-batch_size // (group_rows or batch_size)),
+        )

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from cait_jax.augment import mixup
 from cait_jax.data.decode import crop_from_config
 from cait_jax.data.loader import Batches, PrefetchIterator, eval_batches, train_batches
+from cait_jax.data.sampler import warn_of_shared_draws
 from cait_jax.data.sources import load_split
 from cait_jax.data.split import Split
 from cait_jax.errors import UserError, setting
@@ -28,7 +29,6 @@ from cait_jax.sharding import (
     replicated,
 )
 from cait_jax.train import optimizer
-from cait_jax.train.augmentation import warn_of_shared_draws
 from cait_jax.train.config import check_values
 from cait_jax.train.objectives import supervised
 from cait_jax.train.optimizer import Optimizer
@@ -292,7 +292,8 @@ def check_splits(config: ConfigDict, train_split: Split, eval_split: Split) -> N
                 f"{train_split.channels} channel(s): give one value, or one a channel"
             )
     crop_from_config(config, train_split)
-    warn_of_shared_draws(config)
+    if mixup.from_config(config).enabled:
+        warn_of_shared_draws(config.batch_size, config.augment.mix_rows, config.data.aug_repeats)
 
 
 def _init(
