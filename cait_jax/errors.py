@@ -21,10 +21,8 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 # Control characters (C0, DEL, C1), line and paragraph separators, bidirectional overrides, surrogates.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-_SURROGATES = re.compile("[\ud800-\udfff]")
+_CONTROL = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+_SURROGATES = "\ud800-\udfff"
 
 
 class UserError(ValueError):
@@ -52,12 +50,12 @@ def printable(text: str, *, keep: str = "") -> str:
             code -= 0xDC00
         return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
-    return _UNPRINTABLE.sub(escape, text)
+    return re.sub(f"[{_CONTROL}{_SURROGATES}]", escape, text)
 
 
 def writable(text: str) -> str:
     """Escapes what no encoding holds: the bytes of file names that are not UTF-8, and other surrogates."""
-    return _SURROGATES.sub(lambda match: printable(match[0]), text)
+    return re.sub(f"[{_SURROGATES}]", lambda match: printable(match[0]), text)
 
 
 def composed(name: str) -> str:
@@ -95,21 +93,15 @@ _OF_MODEL = (
 )  # fmt: skip
 # Arguments of the Python API that a config has as well, and the key there.
 KEY_OF: Mapping[str, str] = {
+    **{name: f"config.{name}" for name in ("image_size", "seed", "epochs", "batch_size")},
+    **{name: f"config.init.{name}" for name in ("weights", "reset_head", "ema")},
+    **{name: f"config.data.{name}" for name in ("data_dir", "workers")},
     "name_or_path": "config.model.name",
-    "weights": "config.init.weights",
-    "reset_head": "config.init.reset_head",
-    "ema": "config.init.ema",
-    "image_size": "config.image_size",
-    "seed": "config.seed",
-    "epochs": "config.epochs",
-    "batch_size": "config.batch_size",
-    "data_dir": "config.data.data_dir",
-    "workers": "config.data.workers",
     **{name: f"config.model.{name}" for name in _OF_MODEL},
 }
 
-_ANY = object()
-# From a setting and its value (`_ANY`: none in particular) to how it is written; None where it cannot be set.
+UNSPECIFIED = object()
+# From a setting and its value, or `UNSPECIFIED`, to how it is written; None where it cannot be set.
 Interface = Callable[[str, Any], str | None]
 
 
@@ -129,7 +121,7 @@ class Way:
 
     text: str
     setting: str
-    value: Any = _ANY
+    value: Any = UNSPECIFIED
 
     def __str__(self) -> str:
         return self.text.format(setting(self.setting, self.value))
@@ -139,7 +131,7 @@ def python_arguments(name: str, value: Any) -> str | None:
     """`name=value`. Config keys are written as `train.py` has them."""
     if name.startswith(CONFIG):
         return config_flags(name, value)
-    return name if value is _ANY else f"{name}={value!r}"
+    return name if value is UNSPECIFIED else f"{name}={value!r}"
 
 
 def config_flags(name: str, value: Any) -> str | None:
@@ -147,25 +139,7 @@ def config_flags(name: str, value: Any) -> str | None:
     name = KEY_OF.get(name, name)
     if not name.startswith(CONFIG):
         return None
-    return f"--{name}" if value is _ANY else f"--{name}={value}"
-
-
-def command_options(
-    options: Mapping[str, str], switches: frozenset[str] = frozenset()
-) -> Interface:
-    """The options of a command: argument to option, and the arguments whose option takes no value."""
-    argument_of = {key: argument for argument, key in KEY_OF.items()}
-
-    def written(name: str, value: Any) -> str | None:
-        argument = argument_of.get(name, name)
-        option = options.get(argument)
-        return (
-            option
-            if option is None or value is _ANY or argument in switches
-            else f"{option} {value}"
-        )
-
-    return written
+    return f"--{name}" if value is UNSPECIFIED else f"--{name}={value}"
 
 
 _current: Interface = python_arguments
@@ -189,10 +163,10 @@ def in_python() -> bool:
 
 def can_set(name: str) -> bool:
     """Whether the user has this setting."""
-    return _current(name, _ANY) is not None
+    return _current(name, UNSPECIFIED) is not None
 
 
-def setting(name: str, value: Any = _ANY) -> str:
+def setting(name: str, value: Any = UNSPECIFIED) -> str:
     """How the user writes a setting; where it cannot be set, its name in words."""
     return _current(name, value) or name.rpartition(".")[2].replace("_", " ")
 
@@ -300,8 +274,6 @@ def run_program(name: str, main: Callable[[], object], errors: tuple[type[Except
     quiet_libraries()
     try:
         status = main()
-    except errors as error:
-        leave(1, f"{name}: {error}")
     except SystemExit as end:
         if isinstance(end.code, str):
             leave(1, end.code)
@@ -309,7 +281,7 @@ def run_program(name: str, main: Callable[[], object], errors: tuple[type[Except
     except KeyboardInterrupt:
         leave(130)
     except Exception as error:
-        sentence = explain(error)
+        sentence = str(error) if isinstance(error, errors) else explain(error)
         if sentence is None:
             raise
         leave(1, f"{name}: {sentence}")

@@ -43,16 +43,17 @@ def sha256(path: Path) -> str:
 def atomic_replace(path: Path) -> Iterator[Path]:
     """Gives a path to write to; on leaving, what is there is synced and takes the place of `path`.
 
-    After an error, or a crash at any moment, `path` is as it was before or is the new file.
+    After an error, or a crash at any moment, `path` is as it was or is the new file. For one writer at a time.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         fsync(temporary)
         temporary.replace(path)
         fsync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def json_values(value: Any) -> Any:

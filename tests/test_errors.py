@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cait_jax.cli.common import command_options
 from cait_jax.data.split import BrokenImage
 from cait_jax.errors import (
     KEY_OF,
@@ -17,7 +18,6 @@ from cait_jax.errors import (
     Way,
     advise,
     can_set,
-    command_options,
     composed,
     config_flags,
     explain,

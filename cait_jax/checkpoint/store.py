@@ -18,7 +18,6 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, SupportsFloat
 
 import jax
@@ -26,26 +25,9 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
 
-from cait_jax.checkpoint.restore import (
-    META,
-    STATE,
-    agree_on_step,
-    choose_step,
-    read_meta,
-    read_part,
-    read_state,
-)
+from cait_jax import files
+from cait_jax.checkpoint import reader
 from cait_jax.errors import UserError, one_line
-from cait_jax.files import (
-    MANIFEST,
-    DamagedError,
-    amend,
-    commit,
-    fsync,
-    json_values,
-    read_manifest,
-    to_json,
-)
 
 _log = logging.getLogger(__name__)
 
@@ -69,12 +51,8 @@ class Checkpoints:
         """Opens `directory`, which need not exist yet.
 
         Args:
-          keep: how many of the newest committed steps to keep. One more stays until the next save is committed.
-          best_metric: the key of `metrics` whose best step is kept as well.
-          best_mode: `"max"` or `"min"`.
-
-        Raises:
-          UserError: `keep` is less than 1 or `best_mode` is neither of the two.
+          keep: how many of the newest committed steps to keep; one more stays until the next save is committed.
+          best_metric: the key of `metrics` whose best step (`best_mode`: `"max"` or `"min"`) is kept as well.
         """
         if keep < 1:
             raise UserError(f"The number of checkpoints to keep is {keep}, and must be 1 or more.")
@@ -94,12 +72,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Closes. While another exception passes through, a failed save is logged, not raised."""
         try:
             self.close()
@@ -115,9 +88,7 @@ class Checkpoints:
         meta: Mapping[str, Any],
         metrics: Mapping[str, SupportsFloat] | None = None,
     ) -> None:
-        """Starts saving `state` and returns once it is copied to host memory, so that its arrays may be donated.
-
-        A save that is still going on is waited for first.
+        """Starts saving, after the save before; returns once `state` is copied to the host and may be donated.
 
         Args:
           state: pytree of arrays of any dtype but PRNG keys.
@@ -128,12 +99,15 @@ class Checkpoints:
           UserError: the save before this one failed, this one did, or `step` is already saved.
         """
         self.wait()
-        snapshot = json.loads(to_json(meta))
+        snapshot = json.loads(files.to_json(meta))
         fields = {"step": step, "metrics": _floats(metrics or {})}
         try:
             manager = self._open_manager()
             self._saving = step
-            items = {STATE: ocp.args.StandardSave(state), META: ocp.args.JsonSave(snapshot)}
+            items = {
+                reader.STATE: ocp.args.StandardSave(state),
+                reader.META: ocp.args.JsonSave(snapshot),
+            }
             manager.save(step, args=ocp.args.Composite(**items), force=True)
         except StepAlreadyExistsError:
             self._close_manager()
@@ -148,25 +122,24 @@ class Checkpoints:
         def finish() -> None:
             manager.wait_until_finished()
             if jax.process_index() == 0:
-                commit(self._path(step), fields)
+                files.commit(self._path(step), fields)
 
         self._in_background(step, finish)
 
     def record(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Replaces the metrics of the step that was saved or restored last, once it is committed.
+        """Replaces the metrics of the step saved or restored last, once it is committed (so it is saved first).
 
-        So a state can be saved before it is evaluated. Returns at once; a failure is raised by the next `save`,
-        `wait` or `close`.
+        Returns at once; a failure is raised by the next `save`, `wait` or `close`.
         """
         if jax.process_index() == 0:
             fields = {"metrics": _floats(metrics)}
-            self._in_background(step, lambda: amend(self._path(step), fields))
+            self._in_background(step, lambda: files.amend(self._path(step), fields))
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics of a committed step, NaN where one was not finite; empty if none were given."""
         self._join()
-        metrics = read_manifest(self._path(step))["metrics"]
-        return {name: math.nan if value is None else value for name, value in metrics.items()}
+        recorded = files.read_manifest(self._path(step))["metrics"].items()
+        return {name: math.nan if value is None else value for name, value in recorded}
 
     def latest_step(self) -> int | None:
         """The newest committed step, by its manifest alone."""
@@ -183,42 +156,40 @@ class Checkpoints:
           UserError: there is no such step, or none that is good.
         """
         self._join()
-        chosen = self._choose(step, prefix=f"{META}/")
+        chosen = self._choose(step, prefix=f"{reader.META}/")
         if step is None:
             self._close_manager()  # it moves away what was passed over when it opens again
         if chosen is None:
             raise UserError(f"There is no checkpoint under {self._directory}.")
-        return read_meta(self._path(chosen))
+        return reader.read_meta(self._path(chosen))
 
     def restore(
         self, template: PyTree, step: int | None = None
     ) -> tuple[int, PyTree, dict[str, Any]] | None:
         """Restores a step, by default the newest good one, after verifying every file of it.
 
-        A newest step that is not committed or damaged is passed over with a warning in the log, and moved to
-        `broken/` by the next `save`. A single step without a manifest is what a first save leaves when it is
-        killed, and counts as nothing saved.
+        A newest step that is damaged or not committed is passed over with a warning in the log, and moved to
+        `broken/` by the next `save`. Where a first save was killed nothing was saved.
 
         Args:
-          template: pytree of `jax.ShapeDtypeStruct` with shardings, or of arrays; a leaf without a sharding goes
-            to the first local device.
-          step: this one and no other.
+          template: pytree of arrays or `jax.ShapeDtypeStruct`; a leaf without a sharding goes to the first local
+            device.
 
         Returns:
-          The step, the state with the types, dtypes and shardings of `template`, and its `meta`; None if nothing
-          was saved.
+          The step, the state with types and shardings of `template`, and its `meta`; None if nothing was saved.
 
         Raises:
-          UserError: there are steps, but none that is good; the step asked for is missing or damaged; the tree,
-            a shape or a dtype differs from `template`.
+          UserError: no step is good; the one asked for is missing or damaged; tree, shape or dtype differs.
         """
         self._join()
         if step is None and not self._steps() and jax.process_count() == 1:
             return None
-        chosen = agree_on_step(self._directory, lambda: self._choose(step))
+        chosen = reader.agree_on_step(self._directory, lambda: self._choose(step))
         if step is None:
-            self._close_manager()  # it moves away what was passed over when it opens again
-        return None if chosen is None else (chosen, *read_state(self._path(chosen), template))
+            self._close_manager()
+        return (
+            None if chosen is None else (chosen, *reader.read_state(self._path(chosen), template))
+        )
 
     def restore_part(
         self, part: str, template: PyTree | None = None, step: int | None = None
@@ -235,10 +206,10 @@ class Checkpoints:
         while True:
             newest = self.latest_step()
             try:
-                chosen = agree_on_step(self._directory, lambda: self._choose(step))
+                chosen = reader.agree_on_step(self._directory, lambda: self._choose(step))
                 if chosen is None:
                     return None
-                return chosen, *read_part(self._path(chosen), part, template)
+                return chosen, *reader.read_part(self._path(chosen), part, template)
             except Exception:
                 overtaken = step is None and self.latest_step() != newest
                 if not overtaken or jax.process_count() > 1:
@@ -274,7 +245,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(OSError):  # the parent may be somebody else's
-                    fsync(self._directory.parent)
+                    files.fsync(self._directory.parent)
                 self._move_broken_steps()
             # Opening has a barrier, so the others see the directory as process 0 left it.
             self._manager = ocp.CheckpointManager(
@@ -335,10 +306,9 @@ class Checkpoints:
             self._thread = None
 
     def _save_failed(self, step: int, error: Exception) -> UserError:
-        cause = one_line(f"{type(error).__name__}: {error}")
         return UserError(
-            f"Saving step {step} under {self._directory} failed ({cause}): make room or mend the disk, then "
-            "run the same command again, which goes on from the last checkpoint"
+            f"Saving step {step} under {self._directory} failed ({one_line(f'{type(error).__name__}: {error}')}): "
+            "make room or mend the disk, then run the same command again, which goes on from the last checkpoint"
         )
 
     # Choosing
@@ -355,8 +325,8 @@ class Checkpoints:
         found: dict[int, float | None] = {}
         for step in self._steps():
             if step not in self._damaged:
-                with contextlib.suppress(DamagedError):
-                    metrics = read_manifest(self._path(step))["metrics"]
+                with contextlib.suppress(files.DamagedError):
+                    metrics = files.read_manifest(self._path(step))["metrics"]
                     found[step] = metrics.get(self._best_metric)
         return found
 
@@ -367,10 +337,10 @@ class Checkpoints:
         return max(ranked)[1] if ranked else None
 
     def _choose(self, step: int | None, prefix: str = "") -> int | None:
-        return choose_step(self._directory, self._steps(), step, prefix, self._pass_over)
+        return reader.choose_step(self._directory, self._steps(), step, prefix, self._pass_over)
 
     def _pass_over(self, step: int, damage: str) -> None:
-        if (self._path(step) / MANIFEST).exists():
+        if (self._path(step) / files.MANIFEST).exists():
             self._damaged.add(step)
         if (step, damage) not in self._warned:
             self._warned.add((step, damage))
@@ -395,5 +365,6 @@ class _Preserve:
 
 
 def _floats(metrics: Mapping[str, SupportsFloat]) -> dict[str, float | None]:
-    """JSON's numbers: null for those that are not finite."""
-    return json_values({key: float(value) for key, value in metrics.items()})
+    """None for what is not finite, as in JSON."""
+    values = {key: float(value) for key, value in metrics.items()}
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}

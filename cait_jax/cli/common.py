@@ -3,14 +3,22 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from cait_jax.cli.output import note
-from cait_jax.errors import CONFIG, UserError, command_options, composed, config_flags
+from cait_jax.errors import (
+    CONFIG,
+    KEY_OF,
+    UNSPECIFIED,
+    Interface,
+    UserError,
+    composed,
+    config_flags,
+)
 
 # In config.json of Hugging Face's transformers and of timm; in torchvision's ImageFolder.
 _CLASS_NAME_KEYS = ("id2label", "label_names", "class_to_idx")
@@ -36,6 +44,22 @@ SIDE = click.IntRange(1, 2**14)  # pixels
 WORKERS = click.IntRange(0, 1024)  # processes
 SEED = click.IntRange(0, 2**32 - 1)  # as config.seed
 EPOCHS = Finite(0, 1e6, min_open=True)  # as config.epochs
+
+
+def command_options(
+    options: Mapping[str, str], switches: frozenset[str] = frozenset()
+) -> Interface:
+    """The `Interface` of a command: argument to option, and the arguments whose option takes no value."""
+    argument_of = {key: argument for argument, key in KEY_OF.items()}
+
+    def written(name: str, value: Any) -> str | None:
+        argument = argument_of.get(name, name)
+        option = options.get(argument)
+        if option is None or argument in switches or value is UNSPECIFIED:
+            return option
+        return f"{option} {value}"
+
+    return written
 
 
 def running_command_options(name: str, value: Any) -> str | None:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cait_jax.errors import UserError, printable
+from cait_jax.files import atomic_replace
 
 _MOST_COUNTS = 25
 _MOST_NAMES = 60
@@ -94,12 +95,10 @@ def _write_counts(
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        with atomic_replace(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path} cannot be written: {error.strerror}; choose another folder for the picture"
         ) from error

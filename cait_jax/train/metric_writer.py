@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, a bar on a terminal or lines in a log, TensorBoard."""
+"""Metrics of a run: `metrics.jsonl`, a bar on a terminal or lines in a log, TensorBoard."""
 
 import contextlib
 import json
@@ -7,9 +7,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from io import TextIOBase
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, SupportsFloat, runtime_checkable
+from typing import Any, SupportsFloat, TextIO
 
 from tqdm import tqdm
 
@@ -19,21 +19,20 @@ from cait_jax.files import to_json
 TIMING_KEYS = ("time", "train/images_per_second")
 """The keys of `metrics.jsonl` that may differ between two runs of the same config."""
 
-_SHORT = {"learning_rate": "lr"}
+_SHORT_NAMES = {"learning_rate": "lr"}
 _FORMATS = {"loss": ".4f", "accuracy": ".3f", "lr": ".1e", "grad_norm": ".2f"}
 _TRAIN = "train/"
-_EVAL = "eval/"
 _REDRAW_SECONDS = 0.1
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl` in their order, without a torn last one; `[]` for no file."""
+    """The rows of a `metrics.jsonl` in their order, without a torn last one; `[]` for no file."""
     file = Path(path)
     return [row for _, row in metric_lines(file)] if file.exists() else []
 
 
 def metric_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each whole line and what it says. A power cut can leave more than one that is not whole."""
+    """Each whole line and its row. A power cut can leave more than one line that is not whole."""
     for line in file.read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError):
             row = json.loads(line)
@@ -41,29 +40,12 @@ def metric_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 yield line, row
 
 
-@runtime_checkable
-class Stream(Protocol):
-    """What a report needs of a text stream."""
-
-    def write(self, text: str, /) -> Any:
-        """Takes `text`."""
-
-    def flush(self) -> Any:
-        """Passes on what was taken."""
-
-    def isatty(self) -> bool:
-        """Whether this is a terminal."""
-        ...
-
-
 class MetricWriter:
-    """Writes the metrics of a run under `workdir` and shows how it goes on `stream`.
+    """Writes metrics under `workdir` and shows progress on `stream`: a bar on a terminal, else lines.
 
-    Keys are `"train/loss"`, `"train/accuracy"`, `"train/learning_rate"`, `"train/grad_norm"`
-    and `"eval/..."`. On a terminal `stream` carries a bar, else lines. Throughput (images/s) is
-    measured since the last `log`. It leaves out the first step, which compiles, and pauses that end
-    with a `write` without `train/` values, such as evaluation. Where `primary` is False every
-    method does nothing.
+    Keys are such as `train/loss` and `eval/accuracy`. Throughput (images/s) is measured since the last `log`,
+    without the first step, which compiles, and without pauses that end with a `write` of no `train/` values, such
+    as evaluation. Where `primary` is False every method does nothing.
     """
 
     def __init__(
@@ -75,18 +57,15 @@ class MetricWriter:
         images_per_step: int,
         tensorboard: bool = False,
         primary: bool = True,
-        stream: Stream | None = None,
+        stream: TextIO | TextIOBase | None = None,
     ) -> None:
         """Opens the files, to append.
 
         Args:
-          workdir: directory of the run, made if missing.
-          total_steps: steps of the whole run.
-          start_step: the step resumed from; 0 for a new run.
-          images_per_step: size of the global batch.
-          tensorboard: write event files to `workdir`/tensorboard too.
-          primary: whether this process is the one that reports.
-          stream: for the bar or the lines; None: standard error.
+          workdir: made if missing.
+          start_step: the step resumed from.
+          tensorboard: whether to write event files to `workdir`/tensorboard.
+          stream: standard error by default.
 
         Raises:
           UserError: tensorboardX is asked for and missing, or `workdir` cannot be written to.
@@ -95,37 +74,36 @@ class MetricWriter:
         if not primary:
             return
         self._total = total_steps
-        self._stream: Stream = sys.stderr if stream is None else stream
-        self._clock = _Throughput(images_per_step)
+        self._stream = sys.stderr if stream is None else stream
+        self._throughput = _Throughput(images_per_step)
         self._path = Path(workdir) / "metrics.jsonl"
-        try:
+        with self._explaining():
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._board = _event_writer(self._path.parent, start_step) if tensorboard else None
+            self._board = _summary_writer(self._path.parent, start_step) if tensorboard else None
             self._file = self._path.open("ab")
-        except OSError as error:
-            raise UserError(f"{self._path} cannot be written to: {error.strerror}.") from error
-        self._bar = self._open_bar(start_step) if self._stream.isatty() else None
+        self._bar: tqdm[Any] | None = None
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+            )
         self._drawn = -math.inf
 
     def __enter__(self) -> "MetricWriter":
-        """Returns itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Closes."""
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Appends one line to `metrics.jsonl`, and to TensorBoard.
+        """Appends a line to `metrics.jsonl`, and to TensorBoard.
 
-        The line is a JSON object of `step`, `time` (seconds since 1970), `values` in full precision
-        (null where not finite) and, beside `train/` values, `train/images_per_second`. It reaches
-        the operating system in one call; `sync` brings it to the disk.
+        It is a JSON object of `step`, `time` (seconds since 1970), `values` in full precision (null where not
+        finite) and, beside `train/` values, `train/images_per_second`. It reaches the operating system in one
+        call; `sync` brings it to the disk.
 
         Raises:
           UserError: the file cannot be written to.
@@ -135,18 +113,15 @@ class MetricWriter:
         now = time.time()
         numbers = {key: float(value) for key, value in values.items()}
         if any(key.startswith(_TRAIN) for key in numbers):
-            rate = self._clock.images_per_second(step)
+            rate = self._throughput.images_per_second(step)
             if rate is not None:
                 numbers.setdefault("train/images_per_second", rate)
         else:
-            self._clock.pause_ends()
-        row = {"step": step, "time": now, **numbers}
-        line = to_json(row)
-        try:
+            self._throughput.end_pause()
+        with self._explaining():
+            line = to_json({"step": step, "time": now, **numbers})
             self._file.write(line.encode() + b"\n")
             self._file.flush()
-        except OSError as error:
-            raise UserError(f"{self._path} cannot be written to: {error.strerror}.") from error
         if self._board is not None:
             for key, value in numbers.items():
                 self._board.add_scalar(key, value, step, walltime=now)
@@ -159,10 +134,8 @@ class MetricWriter:
         """
         if not self._primary:
             return
-        try:
+        with self._explaining():
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise UserError(f"{self._path} cannot be written to: {error.strerror}.") from error
         if self._board is not None:
             self._board.flush()
 
@@ -170,30 +143,29 @@ class MetricWriter:
         """Counts a finished step and moves the bar, if there is one. For every step: cheap."""
         if not self._primary:
             return
-        now = self._clock.tick(step)
+        now = self._throughput.tick(step)
         if self._bar is not None and now - self._drawn >= _REDRAW_SECONDS:
-            self._draw(step, values)
+            self._draw(self._bar, step, values)
 
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Shows `values`, throughput and the time left, as a line or in the bar.
 
-        Values without `train/` ones, such as those of evaluation, are always a line, without
-        throughput.
+        Without `train/` values, as of an evaluation, it is always a line, without throughput.
         """
         if not self._primary:
             return
+        fields = [f"step {step:>{len(str(self._total))}}/{self._total}", *_fields(values)]
         if not any(key.startswith(_TRAIN) for key in values):
-            self.message("  ".join([self._position(step), *_fields(values)]))
-        elif self._bar is not None:
-            self._draw(step, values)
-            self._clock.restart(step)
-        else:
-            fields = [self._position(step), *_fields(values), *self._pace(step)]
             self.message("  ".join(fields))
-            self._clock.restart(step)
+            return
+        if self._bar is not None:
+            self._draw(self._bar, step, values)
+        else:
+            self.message("  ".join([*fields, *self._pace(step)]))
+        self._throughput.restart(step)
 
     def message(self, text: str) -> None:
-        """Says a sentence, above the bar if there is one; names in it are made `printable`."""
+        """Shows a sentence, above the bar if there is one; names in it are made `printable`."""
         if not self._primary:
             return
         text = printable(text, keep="\n")
@@ -204,7 +176,7 @@ class MetricWriter:
             self._stream.flush()
 
     def close(self) -> None:
-        """Closes the files and leaves the bar as it stands. May be called twice."""
+        """Closes the files and leaves the bar as it is. May be called twice."""
         if not self._primary:
             return
         if self._bar is not None:
@@ -214,30 +186,24 @@ class MetricWriter:
         if self._board is not None:
             self._board.close()
 
-    def _open_bar(self, start_step: int) -> "tqdm[Any]":
-        return tqdm(
-            total=self._total,
-            initial=start_step,
-            file=self._stream,
-            dynamic_ncols=True,
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
-        )
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written to: {error.strerror}.") from error
 
-    def _draw(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        assert self._bar is not None
-        self._bar.n = max(self._bar.n, step)
-        self._bar.set_postfix_str("  ".join([*_fields(values), *self._pace(step)]), refresh=False)
-        self._bar.refresh()
+    def _draw(self, bar: "tqdm[Any]", step: int, values: Mapping[str, SupportsFloat]) -> None:
+        bar.n = max(bar.n, step)
+        bar.set_postfix_str("  ".join([*_fields(values), *self._pace(step)]), refresh=False)
+        bar.refresh()
         self._drawn = time.monotonic()
 
-    def _position(self, step: int) -> str:
-        return f"step {step:>{len(str(self._total))}}/{self._total}"
-
     def _pace(self, step: int) -> list[str]:
-        rate = self._clock.images_per_second(step)
+        rate = self._throughput.images_per_second(step)
         if rate is None:
             return []
-        left = (self._total - step) * self._clock.images_per_step / rate
+        left = (self._total - step) * self._throughput.images_per_step / rate
         return [f"{rate:>6,.0f} images/s", f"ETA {_duration(left)}"]
 
 
@@ -246,7 +212,7 @@ class _Throughput:
 
     def __init__(self, images_per_step: int) -> None:
         self.images_per_step = images_per_step
-        self._start: tuple[int, float] | None = None
+        self._start: tuple[int, float] | None = None  # a step, and the time at which it finished
         self._last: tuple[int, float] | None = None
         self._rate: float | None = None
 
@@ -258,7 +224,7 @@ class _Throughput:
             self._start = self._last
         return now
 
-    def pause_ends(self) -> None:
+    def end_pause(self) -> None:
         """Leaves out the time since the last finished step."""
         if self._start is not None and self._last is not None:
             now = time.monotonic()
@@ -288,11 +254,8 @@ def _fields(values: Mapping[str, SupportsFloat]) -> list[str]:
     for key, value in values.items():
         if key not in TIMING_KEYS:
             name = key.removeprefix(_TRAIN)
-            named[_SHORT.get(name, name)] = float(value)
-    order = [
-        *(name for name in _FORMATS if name in named),
-        *(n for n in named if n not in _FORMATS),
-    ]
+            named[_SHORT_NAMES.get(name, name)] = float(value)
+    order = sorted(named, key=lambda name: [*_FORMATS, name].index(name))
     return [
         f"{name} {named[name]:{_FORMATS.get(name.rpartition('/')[2], '.4g')}}" for name in order
     ]
@@ -300,11 +263,10 @@ def _fields(values: Mapping[str, SupportsFloat]) -> list[str]:
 
 def _duration(seconds: float) -> str:
     minutes, second = divmod(round(max(seconds, 0.0)), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02}:{second:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
 
 
-def _event_writer(workdir: Path, start_step: int) -> Any:
+def _summary_writer(workdir: Path, start_step: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:

@@ -22,7 +22,7 @@ from flax import struct
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from trees import assert_same_bits
 
-from cait_jax.checkpoint import store
+from cait_jax.checkpoint import reader
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.errors import UserError
 
@@ -236,7 +236,7 @@ def test_a_part_of_a_damaged_step_is_that_of_the_one_before(tmp_path):
 
 def test_a_step_deleted_while_it_is_read_gives_way_to_the_next(tmp_path, monkeypatch):
     save_steps(tmp_path, 1)
-    real = store.read_part
+    real = reader.read_part
 
     def overtaken(path, *arguments):
         if path.name == "1":
@@ -244,7 +244,7 @@ def test_a_step_deleted_while_it_is_read_gives_way_to_the_next(tmp_path, monkeyp
             shutil.rmtree(tmp_path / "1")
         return real(path, *arguments)
 
-    monkeypatch.setattr(store, "read_part", overtaken)
+    monkeypatch.setattr(reader, "read_part", overtaken)
     step, found, _ = Checkpoints(tmp_path).restore_part("params")
     assert step == 2
     assert_same_bits(found, make_state(2).params)

@@ -6,10 +6,11 @@ from sklearn.metrics import confusion_matrix, log_loss
 from tfds_files import write_imagenet2012
 
 from cait_jax import UserError
+from cait_jax.cli.common import command_options
 from cait_jax.data.imagenet import imagenet_classes
 from cait_jax.data.sources import load_split
 from cait_jax.data.split import Encoded, InMemory
-from cait_jax.errors import command_options, config_flags, python_arguments, speaking
+from cait_jax.errors import config_flags, python_arguments, speaking
 from cait_jax.evaluation.labels import (
     Classes,
     LabelError,
