@@ -94,9 +94,9 @@ class Trainer:
         """The state before the first step: from the weights that the config names, or from the seed."""
         params = None
         if any(self.config.init.values()):
-            from cait_jax.train.initial_weights import initial_params
+            from cait_jax.weights.pretrained import params_from_config
 
-            params = initial_params(self.config, self.model)
+            params = params_from_config(self.config, self.model)
         init = functools.partial(_init, self.config, self.objective, self.optimizer)
         return jax.jit(init, out_shardings=self.state_sharding)(params)
 

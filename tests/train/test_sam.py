@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cait_jax.train.sam import sharpness_aware
+from cait_jax.train.step import sharpness_aware
 
 
 def loss(params, scale, aux=0.0):
