@@ -188,18 +188,14 @@ def mean_over_micro_batches(function: Callable[[Batch], Any], batch: Batch, coun
 
 
 def sharpness_aware(gradient_of: GradientOf, rho: float) -> GradientOf:
-    """Sharpness-aware minimisation (Foret et al., arXiv 2010.01412, algorithm 1): the gradient of the worst neighbour.
+    """The gradient at `params + rho * g / ||g||`, g being that at `params` (SAM, arXiv 2010.01412, algorithm 1).
 
-    That is `params + rho * g / ||g||` with the gradient g and one norm over all parameters (equation 2, p = 2). The
-    second gradient has the same batch and keys, and costs a second forward and backward pass. Around the mean over
-    micro batches, not inside it, it does not depend on their number.
+    The norm is one over all parameters; both gradients have the same batch and keys. Around the mean over micro
+    batches, not inside it, the result does not depend on their number.
 
     Args:
-      gradient_of: as `jax.value_and_grad` gives it, with or without auxiliary values.
-      rho: a norm; 0.05 in the paper. 0 returns `gradient_of`.
-
-    Returns:
-      A function of the same arguments: the value at the parameters, the gradient at the neighbour.
+      gradient_of: as `jax.value_and_grad` gives it; the value returned is that at `params`.
+      rho: 0.05 in the paper. 0 returns `gradient_of`.
     """
     if rho == 0:
         return gradient_of
