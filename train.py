@@ -6,7 +6,7 @@ from absl import app, flags
 
 from cait_jax.errors import UserError, config_flags, nearest, run_program, speaking
 from cait_jax.train import NonFiniteError, train
-from cait_jax.train.config import CommandLine, default_workdir, load_config, take_apart
+from cait_jax.train.config import CommandLine, default_workdir, load_config, parse_command_line
 
 flags.DEFINE_string(
     "config",
@@ -49,7 +49,7 @@ def parse(argv: list[str]) -> CommandLine:
       UserError: a flag is unknown or its value of the wrong kind, or an argument is no flag.
     """
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-    line = take_apart(argv[1:])
+    line = parse_command_line(argv[1:])
     try:
         _, *others = flags.FLAGS([argv[0], *line.rest])
     except flags.UnrecognizedFlagError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 # Old key to new, since the names of timm and big_vision are used where they have one.
-KEYS: Mapping[str, str] = {
+OLD_KEYS: Mapping[str, str] = {
     "model.drop_path": "model.drop_path_rate",
     "data.repeats": "data.aug_repeats",
     "augment.crop_area": "augment.scale",
@@ -24,8 +24,11 @@ KEYS: Mapping[str, str] = {
     "eval.crop_ratio": "eval.crop_pct",
 }
 
+# Names of models that have other shapes now, in runs whose configs have an old key.
+OLD_MODELS: Mapping[str, str] = {"vit_tiny": "vit_6x256", "vit_small": "vit_8x384"}
+
 # Stem of an old config file to the new file and its argument.
-_FILES = (
+_OLD_FILES = (
     (r"(cait_\w+)_(384|448|distilled)", r"\1.py:\2"),
     (r"(cifar10)_(small)", r"\1.py:\2"),
     (r"(deit)_(tiny|small|base)", r"\1.py:\2"),
@@ -36,7 +39,7 @@ _FILES = (
 
 def current_file(path: Path) -> str | None:
     """Where the recipe of an old config file is now, such as `configs/cait_xs24.py:384`; None if it is not one."""
-    for old, new in _FILES:
+    for old, new in _OLD_FILES:
         if found := re.fullmatch(old, path.stem):
             now = found.expand(new)
             if path.with_name(now.partition(":")[0]).is_file():
@@ -45,17 +48,17 @@ def current_file(path: Path) -> str | None:
 
 
 def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved run's config under the keys of today.
-
-    Args:
-      config: as a checkpoint's metadata have it, with a mapping for each section.
-    """
-    return {
+    """A saved run's config, a mapping for each section, under the keys of today."""
+    current = {
         name: {_last(f"{name}.{key}"): value for key, value in section.items()}
         if isinstance(section, Mapping)
         else section
         for name, section in config.items()
     }
+    if current != config:
+        model = current["model"]
+        model["name"] = OLD_MODELS.get(model["name"], model["name"])
+    return current
 
 
 def current_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,4 +67,4 @@ def current_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _last(key: str) -> str:
-    return KEYS.get(key, key).rpartition(".")[2]
+    return OLD_KEYS.get(key, key).rpartition(".")[2]

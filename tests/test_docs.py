@@ -25,8 +25,8 @@ from hub_server import serve_hub
 from PIL import Image
 
 from cait_jax.cli import main
-from cait_jax.train import defaults
-from cait_jax.train.config import check_values, flatten, load_config, take_apart
+from cait_jax.train.config import check_values, flatten, load_config, parse_command_line
+from cait_jax.train.keys import get_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -152,13 +152,13 @@ def read_cait(arguments):
 
 
 def read_train(arguments):
-    line = take_apart(arguments)
+    line = parse_command_line(arguments)
     read_overrides(line.file, arguments)
     assert {word.lstrip("-").partition("=")[0] for word in line.rest} <= TRAIN_FLAGS, line.rest
 
 
 def read_overrides(file, arguments):
-    check_values(load_config(str(ROOT / file), take_apart(arguments).overrides))
+    check_values(load_config(str(ROOT / file), parse_command_line(arguments).overrides))
 
 
 class _Read(Exception):
@@ -205,7 +205,7 @@ def test_readme_is_short():
 @pytest.mark.parametrize("page", sorted(PAGES.keys() - HISTORY))
 def test_every_key_and_file_that_is_named_exists(page):
     text = PAGES[page]
-    keys = flatten(defaults.get_config())
+    keys = flatten(get_config())
     parts = {key.rpartition(".")[0] for key in keys}
     for key in re.findall(r"(?<![\w/.])(?:--)?config\.([a-z_]+(?:\.[a-z_0-9]+)*)", text):
         assert key in keys or key in parts, key

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cait_jax.train import defaults
 from cait_jax.train.config import flatten
+from cait_jax.train.keys import get_config
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").iterdir())
@@ -202,7 +202,7 @@ def test_a_slice_is_asked_for_once_and_again_after_a_failure(state, verbs, launc
 
 
 def test_every_key_flag_and_file_that_is_named_exists():
-    keys = flatten(defaults.get_config())
+    keys = flatten(get_config())
     parts = {key.rpartition(".")[0] for key in keys}
     for where, text in TEXTS.items():
         for key in re.findall(r"(?<![\w/.])(?:--)?config\.([a-z_]+(?:\.[a-z_]+)*)", text):

@@ -6,10 +6,10 @@ import pytest
 
 from cait_jax import UserError
 from cait_jax.models.zoo import create_model
-from cait_jax.renamed import KEYS, current_attributes
-from cait_jax.train import defaults
-from cait_jax.train.config import as_json, check_resumable, flatten, load_config, take_apart
-from cait_jax.train.keys import RULES
+from cait_jax.renamed import OLD_KEYS, current_attributes, current_config
+from cait_jax.train import keys
+from cait_jax.train.config import as_json, check_resumable, flatten, load_config, parse_command_line
+from cait_jax.train.keys import KEYS
 from cait_jax.weights.saved import model_from_dict, model_to_dict
 
 DIGITS = str(Path(__file__).parents[1] / "configs" / "digits.py")
@@ -35,23 +35,23 @@ VALUES = {
 def with_old_keys(config):
     """The config as a run of before saved it."""
     saved = as_json(config)
-    for old, new in KEYS.items():
+    for old, new in OLD_KEYS.items():
         (section, before), (_, now) = old.split("."), new.split(".")
         saved[section][before] = saved[section].pop(now)
     return saved
 
 
 def test_old_keys_are_gone_and_new_ones_exist():
-    assert set(KEYS.values()) == VALUES.keys() <= RULES.keys()
-    assert not KEYS.keys() & RULES.keys()
+    assert set(OLD_KEYS.values()) == VALUES.keys() <= KEYS.keys()
+    assert not OLD_KEYS.keys() & KEYS.keys()
 
 
-@pytest.mark.parametrize("old", KEYS)
+@pytest.mark.parametrize("old", OLD_KEYS)
 def test_an_old_key_on_a_command_line_sets_the_new_one(old):
-    new = KEYS[old]
+    new = OLD_KEYS[old]
     text = str(VALUES[new]).strip("()")
     for argv in ([f"--config.{old}={text}"], [f"--config.{new}=7", f"--config.{old}={text}"]):
-        line = take_apart(argv)
+        line = parse_command_line(argv)
         assert line.overrides == {new: text}
         assert flatten(load_config(DIGITS, line.overrides))[new] == VALUES[new]
     assert flatten(load_config(DIGITS, {old: text}))[new] == VALUES[new]
@@ -60,20 +60,35 @@ def test_an_old_key_on_a_command_line_sets_the_new_one(old):
 
 
 def test_an_old_key_without_a_value_is_a_flag():
-    line = take_apart(["--noconfig.augment.flip", "--config.augment.flip", "--config.seed=1"])
+    line = parse_command_line(
+        ["--noconfig.augment.flip", "--config.augment.flip", "--config.seed=1"]
+    )
     assert line.overrides == {"augment.hflip": "true", "seed": "1"}
 
 
-@pytest.mark.parametrize("old", KEYS)
+@pytest.mark.parametrize("old", OLD_KEYS)
 def test_a_run_saved_under_old_keys_resumes_under_new_ones(old):
-    config = defaults.get_config()
+    config = keys.get_config()
     saved = with_old_keys(config)
     check_resumable(saved, config, "runs/a")
     section, name = old.split(".")
     saved[section][name] = "other"
-    with pytest.raises(UserError, match=f"{KEYS[old]} was 'other' and is now") as caught:
+    with pytest.raises(UserError, match=f"{OLD_KEYS[old]} was 'other' and is now") as caught:
         check_resumable(saved, config, "runs/a")
     assert str(caught.value).count(" was ") == 2  # of the run, and of this key alone
+
+
+def test_models_that_had_other_shapes_keep_them_in_old_runs():
+    config = keys.get_config()
+    for now, old in {"vit_6x256": "vit_tiny", "vit_8x384": "vit_small"}.items():
+        config.model.name = now
+        saved = with_old_keys(config)
+        saved["model"]["name"] = old
+        check_resumable(saved, config, "runs/a")
+        config.model.name = old  # as of today, another network
+        with pytest.raises(UserError, match=f"model.name was '{now}' and is now '{old}'"):
+            check_resumable(saved, config, "runs/a")
+        assert current_config(as_json(config))["model"]["name"] == old
 
 
 def test_a_model_saved_under_old_names_is_read():

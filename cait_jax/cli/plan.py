@@ -102,9 +102,9 @@ def read_config(file: str, arguments: list[str]) -> "ConfigDict":
       UserError: there is no such file or key.
     """
     from cait_jax.errors import UserError
-    from cait_jax.train.config import load_config, take_apart
+    from cait_jax.train.config import load_config, parse_command_line
 
-    line = take_apart(arguments)
+    line = parse_command_line(arguments)
     if line.rest or line.file is not None:
         unknown = line.rest[0] if line.rest else f"--config={line.file}"
         raise UserError(f"unknown argument {unknown}: see cait plan --help")

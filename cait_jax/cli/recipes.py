@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+from typing import Any
 
 import click
 
@@ -24,7 +25,7 @@ _CAIT_AT_384 = {
 class Recipe:
     """A recipe: its file in `configs/` with its argument, and the accuracy to expect, in percent."""
 
-    config: str
+    recipe: str
     data: str
     top1: float | None = None
     source: str | None = None
@@ -88,13 +89,16 @@ def _imagenet(config: str, model: str) -> Recipe:
 
 @click.command(
     "recipes",
-    short_help="The recipes of train.py: data, accuracy to expect, what was run.",
-    epilog="Example: cait recipes 'cait_s24*'",
+    short_help="The recipes of train.py: data, accuracy to expect, what was run; their keys.",
+    epilog="Examples: cait recipes 'cait_s24*', cait recipes --keys 'optimizer.*'",
 )
 @click.argument("pattern", default="*")
+@click.option(
+    "--keys", is_flag=True, help="List the keys of a recipe that match the PATTERN instead."
+)
 @click.option("--json", "json", is_flag=True, help="Print JSON.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
-def command(pattern: str, json: bool, markdown: bool) -> None:
+def command(pattern: str, keys: bool, json: bool, markdown: bool) -> None:
     """List the recipes that match the shell PATTERN, all of them by default.
 
     In the repository, `python train.py --config=configs/RECIPE` trains by one; data other than the digits and
@@ -104,20 +108,41 @@ def command(pattern: str, json: bool, markdown: bool) -> None:
     from cait_jax.cli import output
     from cait_jax.errors import UserError
 
-    rows = [dataclasses.asdict(row) for row in recipes() if fnmatch.fnmatch(row.config, pattern)]
+    name = "key" if keys else "recipe"
+    rows = _key_rows() if keys else [dataclasses.asdict(row) for row in recipes()]
+    rows = [row for row in rows if fnmatch.fnmatch(row[name], pattern)]
     if not rows:
-        raise UserError(f"no recipe matches {pattern!r}: `cait recipes` lists them all")
+        option = " --keys" * keys
+        raise UserError(f"no {name} matches {pattern!r}: `cait recipes{option}` lists them all")
     if json:
         click.echo(output.as_json(rows))
         return
-    shown = [
-        {
-            "recipe": f"`{row['config']}`" if markdown else row["config"],
-            "data": row["data"],
-            "top-1": None if row["top1"] is None else f"{row['top1']:.1f}",
-            "source of top-1": row["source"],
-            "run here": row["run_here"],
-        }
-        for row in rows
-    ]
+    shown = [row if keys else _shown(row) for row in rows]
+    if markdown:
+        shown = [row | {name: f"`{row[name]}`"} for row in shown]
     click.echo(output.table(shown, markdown=markdown))
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    top1 = None if row["top1"] is None else f"{row['top1']:.1f}"
+    return {
+        "recipe": row["recipe"],
+        "data": row["data"],
+        "top-1": top1,
+        "source of top-1": row["source"],
+        "run here": row["run_here"],
+    }
+
+
+def _key_rows() -> list[dict[str, Any]]:
+    from cait_jax.train.keys import KEYS
+
+    return [
+        {
+            "key": name,
+            "default": str(key.default) if key.default != "" else "(empty)",
+            "allowed": key.rule.wanted + ", or None" * (key.default is None),
+            "meaning": key.meaning,
+        }
+        for name, key in KEYS.items()
+    ]

@@ -24,7 +24,7 @@ from cait_jax.errors import UserError, nearest, setting, some
 from cait_jax.evaluation.labels import read_labels
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import VARIANTS, create_model
-from cait_jax.train.defaults import get_config
+from cait_jax.train.keys import get_config
 from cait_jax.weights.hub import find_released
 from cait_jax.weights.pretrained import load_pretrained, preprocessing
 

@@ -1,138 +1,342 @@
-"""What each key of a config may be: the one table that the command line and the check before a run read.
+"""Every key of a config: default, type, range and meaning in one table.
 
-A new key of `defaults.py` needs one row here.
+The defaults are the paper's ImageNet recipe (Touvron et al., arXiv 2103.17239, after DeiT's) with a rate for
+every step; `configs/imagenet.py` adds the authors' rate for every epoch.
 """
 
+import ast
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from cait_jax.data.decode import RESIZES
+from cait_jax.errors import nearest
 from cait_jax.kernels.talking_heads import IMPLEMENTATIONS
 from cait_jax.models.residual import CLASS_TOKENS, DROP_PATH_GROWTHS, REMATS, SCHEMES
 from cait_jax.models.zoo import FLOAT_DTYPES, VARIANTS
 from cait_jax.train.optimizer import OPTIMIZERS, SCHEDULES
-from cait_jax.train.rules import INT32, Flag, Number, Numbers, Rule, Size, Text, Words
 
-_EPOCHS = 1e6
+INT32 = 2**31 - 1
+_FEW = 12  # words that a sentence lists
+_TRUE, _FALSE = ("true", "t", "1", "yes", "y"), ("false", "f", "0", "no", "n")
 
-_COUNT = Number(1, INT32, whole=True)
-_FROM_0 = Number(0, INT32, whole=True)
-_SOME = dataclasses.replace(_COUNT, optional=True)
-_NOT_NEGATIVE = Number(0)
-_POSITIVE = Number(0, above=True)
-_BELOW_1 = Number(0, 1, below=True)
-_SHARE = Number(0, 1)
-_PART = Number(0, 1, above=True)
-_DTYPE = Words(FLOAT_DTYPES)
 
-RULES: Mapping[str, Rule] = {
-    "seed": Number(0, 2**32 - 1, whole=True),  # JAX takes it modulo 2**32
-    "batch_size": _COUNT,
-    "epochs": Number(0, _EPOCHS, above=True),
-    "steps": _SOME,
-    "image_size": Size(),
-    "model.name": Words(tuple(VARIANTS)),
-    "model.width": _SOME,
-    "model.depth": _SOME,
-    "model.num_heads": _SOME,
-    "model.patch_size": _SOME,
-    "model.mlp_ratio": Number(0, above=True, optional=True),
-    "model.residual": Words(tuple(SCHEMES), optional=True),
-    "model.block_norm": Flag(optional=True),
-    "model.layer_scale_init": Number(optional=True),
-    "model.talking_heads": Flag(optional=True),
-    "model.class_token": Words(CLASS_TOKENS, number=_FROM_0, optional=True),
-    "model.class_depth": dataclasses.replace(_FROM_0, optional=True),
-    "model.class_mlp_ratio": Number(0, optional=True),
-    "model.distilled": Flag(optional=True),
-    "model.drop_path_rate": dataclasses.replace(_BELOW_1, optional=True),
-    "model.drop_path_growth": Words(DROP_PATH_GROWTHS, optional=True),
-    "model.embedding_dropout": _BELOW_1,
-    "model.attention_dropout": _BELOW_1,
-    "model.projection_dropout": dataclasses.replace(_BELOW_1, optional=True),
-    "model.dropout": _BELOW_1,
-    "model.dtype": _DTYPE,
-    "model.param_dtype": _DTYPE,
-    "model.precision": Words(("default", "high", "highest"), optional=True),
-    "model.remat": Words(REMATS),
-    "model.attention": Words(tuple(IMPLEMENTATIONS), optional=True),
-    "model.stacked": Flag(),
-    "init.weights": Text(optional=True),
-    "init.pretrained": Flag(),
-    "init.reset_head": Flag(),
-    "init.ema": Flag(),
-    "data.name": Text(),
-    "data.data_dir": Text(optional=True),
-    "data.train_split": Text(),
-    "data.eval_split": Text(),
-    "data.mean": Numbers(Number(), (1, 3), (0.485, 0.456, 0.406)),
-    "data.std": Numbers(_POSITIVE, (1, 3), (0.229, 0.224, 0.225)),
-    "data.aug_repeats": _COUNT,
-    "data.balanced": Flag(),
-    "data.workers": Number(0, 1024, whole=True),
-    "data.resize": Words(RESIZES),
-    "augment.scale": Numbers(_PART, (2,), (0.08, 1.0), increasing=True),
-    "augment.ratio": Numbers(_POSITIVE, (2,), (0.75, 1.33), increasing=True),
-    "augment.simple_crop": Flag(),
-    "augment.hflip": Flag(),
-    "augment.pad_crop": Number(0, 2**14, whole=True),
-    "augment.rotate": Number(0, 180),
-    "augment.zoom": _BELOW_1,
-    "augment.shear": _NOT_NEGATIVE,
-    "augment.translate": _SHARE,
-    "augment.rand_augment": Text(),
-    "augment.three_augment": Flag(),
-    "augment.color_jitter": _NOT_NEGATIVE,
-    "augment.reprob": _SHARE,
-    "augment.mixup": _NOT_NEGATIVE,
-    "augment.cutmix": _NOT_NEGATIVE,
-    "augment.mixup_prob": _SHARE,
-    "augment.mixup_switch_prob": _SHARE,
-    "augment.mix_rows": Number(0, INT32, whole=True),
-    "loss.name": Words(("softmax", "binary")),
-    "loss.smoothing": _BELOW_1,
-    "loss.target_threshold": dataclasses.replace(_BELOW_1, optional=True),
-    "distill.kind": Words(("none", "hard", "soft")),
-    "distill.teacher": Text(),
-    "distill.weights": Text(optional=True),
-    "distill.logits": Text(optional=True),
-    "distill.alpha": _SHARE,
-    "distill.temperature": _POSITIVE,
-    "optimizer.name": Words(OPTIMIZERS),
-    "optimizer.learning_rate": _NOT_NEGATIVE,
-    "optimizer.reference_batch": _FROM_0,
-    "optimizer.warmup_epochs": Number(0, _EPOCHS),
-    "optimizer.warmup_learning_rate": _NOT_NEGATIVE,
-    "optimizer.final_learning_rate": _NOT_NEGATIVE,
-    "optimizer.schedule": Words(SCHEDULES),
-    "optimizer.decay_epochs": Number(0, _EPOCHS, above=True, optional=True),
-    "optimizer.decay_rate": dataclasses.replace(_PART, optional=True),
-    "optimizer.per_epoch": Flag(),
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.b1": _BELOW_1,
-    "optimizer.b2": _BELOW_1,
-    "optimizer.eps": Number(0, above=True, optional=True),
-    "optimizer.momentum": _BELOW_1,
-    "optimizer.nesterov": Flag(),
-    "optimizer.layer_decay": _PART,
-    "optimizer.train": Words(("all", "head", "class_attention"), number=_FROM_0),
-    "optimizer.sam_rho": _NOT_NEGATIVE,
-    "optimizer.grad_clip_norm": Number(0, optional=True),
-    "optimizer.grad_accum": _COUNT,
-    "optimizer.ema_decay": _BELOW_1,
-    "phases.head_epochs": Number(0, _EPOCHS),
-    "phases.head_learning_rate": _NOT_NEGATIVE,
-    "phases.blocks": _FROM_0,
-    "phases.blocks_epochs": Number(0, _EPOCHS, above=True),
-    "phases.blocks_learning_rate": _NOT_NEGATIVE,
-    "mesh.data": Number(1, INT32, whole=True, also=-1),
-    "mesh.fsdp": Number(1, INT32, whole=True, also=-1),
-    "mesh.tensor": Number(1, INT32, whole=True, also=-1),
-    "eval.batch_size": _COUNT,
-    "eval.every_epochs": Number(0, 1e9, above=True),
-    "eval.crop_pct": _PART,
-    "checkpoint.every_steps": _COUNT,
-    "checkpoint.keep": _COUNT,
-    "report.every_steps": _COUNT,
-    "report.tensorboard": Flag(),
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a value may be.
+
+    Attributes:
+      kind: its type.
+      wanted: the end of a sentence, such as `"a whole number from 1 to 1,024"`.
+      fits: whether a value that is not None is allowed.
+      read: the value of a command line's text; `ValueError` for text of another type.
+      hint: what is near a wrong value, to be added to the sentence.
+    """
+
+    kind: type
+    wanted: str
+    fits: Callable[[Any], bool]
+    read: Callable[[str], Any]
+    hint: Callable[[Any], str] = lambda value: ""
+
+
+def number(
+    low: int | float = -math.inf, high: int | float = math.inf, *,
+    above: bool = False, below: bool = False, whole: bool = False, also: int | None = None,
+) -> Rule:  # fmt: skip
+    """A finite number from `low` to `high`, which `above` and `below` exclude, or `also`."""
+
+    def fits(value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+            return False
+        try:
+            x = float(value)
+        except OverflowError:  # an integer of more than 308 digits
+            return False
+        within = (x > low if above else x >= low) and (x < high if below else x <= high)
+        return math.isfinite(x) and (x == also or within)
+
+    def hint(value: Any) -> str:
+        with contextlib.suppress(ValueError, TypeError):
+            if whole and high == INT32 and int(value) > INT32:
+                return f" and at most {INT32:,}"
+        return ""
+
+    wanted = f"a {'whole' if whole else 'finite'} number{_range(low, high, above, below, whole)}"
+    wanted += "" if also is None else f", or {also}"
+    return Rule(int if whole else float, wanted, fits, int if whole else float, hint)
+
+
+def _range(low: int | float, high: int | float, above: bool, below: bool, whole: bool) -> str:
+    if low == -math.inf:
+        return ""
+    first, last = (
+        f"{int(x):,}" if math.isfinite(x) and x == int(x) else f"{x:g}" for x in (low, high)
+    )
+    if high == math.inf or (whole and high == INT32):
+        return f" above {first}" if above else f" of {first} or more"
+    if whole:
+        return f" from {first} to {last}"
+    if high > 1000:  # a comma among digits is none between ends
+        return f"{' above' if above else ' of at least'} {first} and at most {last}"
+    return f" in {'(' if above else '['}{first}, {last}{')' if below else ']'}"
+
+
+def several(each: Rule, counts: tuple[int, ...], example: str, *, increasing: bool = False) -> Rule:
+    """A tuple of numbers; on a command line with or without brackets."""
+
+    def fits(value: Any) -> bool:
+        return (
+            isinstance(value, Sequence)
+            and not isinstance(value, str)
+            and len(value) in counts
+            and all(map(each.fits, value))
+            and not (increasing and list(value) != sorted(value))
+        )
+
+    count = " or ".join(map(str, counts)) + " increasing" * increasing
+    wanted = (
+        f"{count} finite numbers{each.wanted.removeprefix('a finite number')}, such as {example}"
+    )
+    return Rule(tuple, wanted, fits, lambda text: tuple(each.read(part) for part in _parts(text)))
+
+
+def _parts(text: str) -> list[str]:
+    """`"(1, 2)"`, `"[1,2]"` and `"1,2"` in parts."""
+    with contextlib.suppress(SyntaxError, ValueError):
+        value = ast.literal_eval(text)
+        return [str(part) for part in (value if isinstance(value, tuple | list) else (value,))]
+    return text.split(",")  # nan and inf are no literals of Python
+
+
+def size(side: Rule) -> Rule:
+    """A side in pixels, or (height, width)."""
+    both = several(side, (2,), "224,192")
+
+    def read(text: str) -> Any:
+        sides = tuple(map(int, _parts(text)))
+        return sides[0] if len(sides) == 1 else sides
+
+    wanted = f"{side.wanted}, or height and width, such as 224,192"
+    return Rule(int, wanted, lambda value: side.fits(value) or both.fits(value), read)
+
+
+def words(known: Sequence[str], count: Rule | None = None) -> Rule:
+    """One of some words; with `count`, also a whole number written as a word."""
+    few = len(known) <= _FEW
+
+    def fits(value: Any) -> bool:
+        with contextlib.suppress(ValueError):
+            if count and isinstance(value, str) and count.fits(int(value)):
+                return True
+        return isinstance(value, str) and value in known
+
+    def hint(value: Any) -> str:
+        near = nearest(str(value), known, count=1 if few else 3)
+        return "" if few and not near.startswith("nearest") else f"; {near}"
+
+    wanted = f"one of {', '.join(known)}" + (f", or {count.wanted}" if count else "")
+    return Rule(str, wanted if few else "a known name", fits, str, hint)
+
+
+def _read_flag(text: str) -> bool:
+    if text.lower() not in _TRUE + _FALSE:
+        raise ValueError(text)
+    return text.lower() in _TRUE
+
+
+TEXT = Rule(str, "text", lambda value: isinstance(value, str), str)
+FLAG = Rule(bool, "True or False", lambda value: isinstance(value, bool), _read_flag)
+COUNT, FROM_0 = number(1, INT32, whole=True), number(0, INT32, whole=True)
+SIZE = size(number(1, 2**14, whole=True))
+NOT_NEGATIVE, POSITIVE, POSITIVE_EPOCHS = (
+    number(0),
+    number(0, above=True),
+    number(0, 1e6, above=True),
+)
+BELOW_1, SHARE, PART = number(0, 1, below=True), number(0, 1), number(0, 1, above=True)
+DTYPE = words(FLOAT_DTYPES)
+DEVICES = number(1, INT32, whole=True, also=-1)
+TOKEN = words(CLASS_TOKENS, count=FROM_0)
+TRAINED = words(("all", "head", "class_attention"), count=FROM_0)
+CHANNELS = several(number(), (1, 3), "0.485,0.456,0.406")
+POSITIVE_CHANNELS = several(POSITIVE, (1, 3), "0.229,0.224,0.225")
+CROP_SCALE = several(PART, (2,), "0.08,1", increasing=True)
+CROP_RATIO = several(POSITIVE, (2,), "0.75,1.33", increasing=True)
+
+
+class Key(NamedTuple):
+    """A key; one whose default is None may be None."""
+
+    default: Any
+    rule: Rule
+    meaning: str
+
+
+# fmt: off
+KEYS: Mapping[str, Key] = {
+    "seed": Key(0, number(0, 2**32 - 1, whole=True), "every random draw of the run follows from it and the step"),
+    "batch_size": Key(1024, COUNT, "images a step, over all devices and processes"),
+    "epochs": Key(400.0, POSITIVE_EPOCHS, "passes over the training split"),
+    "steps": Key(None, COUNT, "length of the run in steps instead"),
+    "image_size": Key(224, SIZE, "side in pixels, or height and width"),
+    "model.name": Key("cait_xs24", words(tuple(VARIANTS)), "a name of cait_jax.list_models()"),
+    "model.width": Key(None, COUNT, "channels of a token; None, here and below: the named model's"),
+    "model.depth": Key(None, COUNT, "self-attention blocks"),
+    "model.num_heads": Key(None, COUNT, "heads of both kinds of attention"),
+    "model.patch_size": Key(None, COUNT, "side of a patch in pixels"),
+    "model.mlp_ratio": Key(None, POSITIVE, "hidden width of the MLPs over the width"),
+    "model.residual": Key(None, words(tuple(SCHEMES)), "scheme of the residual branches"),
+    "model.block_norm": Key(None, FLAG, "normalise residual branches"),
+    "model.layer_scale_init": Key(None, number(), "initial value of LayerScale's gammas, or of scalars"),
+    "model.talking_heads": Key(None, FLAG, "mix the heads of self-attention"),
+    "model.class_token": Key(None, TOKEN, "class_attention, input, mean, or the number of the block it joins at"),
+    "model.class_depth": Key(None, FROM_0, "class-attention blocks"),
+    "model.class_mlp_ratio": Key(None, NOT_NEGATIVE, "mlp_ratio of the class-attention blocks; 0: no MLP"),
+    "model.distilled": Key(None, FLAG, "a second token and head, for a teacher"),
+    "model.drop_path_rate": Key(None, BELOW_1, "stochastic-depth rate"),
+    "model.drop_path_growth": Key(None, words(DROP_PATH_GROWTHS), "of the rate over the depth"),
+    "model.embedding_dropout": Key(0.0, BELOW_1, "dropout after the position embedding"),
+    "model.attention_dropout": Key(0.0, BELOW_1, "dropout on attention weights"),
+    "model.projection_dropout": Key(None, BELOW_1, "dropout after attention's projection; None: model.dropout"),
+    "model.dropout": Key(0.0, BELOW_1, "dropout in MLPs"),
+    "model.dtype": Key("float32", DTYPE, "of the computation"),
+    "model.param_dtype": Key("float32", DTYPE, "of parameters, optimiser state and EMA"),
+    "model.precision": Key(None, words(("default", "high", "highest")), "of matmuls; None: JAX's default"),
+    "model.remat": Key("none", words(REMATS), "what is rematerialised in the backward pass"),
+    "model.attention": Key(None, words(tuple(IMPLEMENTATIONS)), "implementation; None: the best known here"),
+    "model.stacked": Key(True, FLAG, "blocks in one nn.scan, which compiles fast"),
+    # where a run starts without a checkpoint of its own: these, then initialisation from the seed
+    "init.weights": Key(None, TEXT, "weights to start from: a file, a saved model or a run's workdir"),
+    "init.pretrained": Key(False, FLAG, "start from the released weights of model.name"),
+    "init.reset_head": Key(False, FLAG, "initialise the head anew, as other classes need"),
+    "init.ema": Key(False, FLAG, "take the EMA of the run in init.weights"),
+    "data.name": Key("imagenet2012", TEXT, "digits, a folder, synthetic, or a TFDS data set as array_record"),
+    "data.data_dir": Key(None, TEXT, "of TFDS; None: its own default"),
+    "data.train_split": Key("train", TEXT, "a split or a part of one, such as train[:90%]"),
+    "data.eval_split": Key("validation", TEXT, "split for evaluation"),
+    "data.mean": Key((0.485, 0.456, 0.406), CHANNELS, "of each channel, on a scale from 0 to 1"),
+    "data.std": Key((0.229, 0.224, 0.225), POSITIVE_CHANNELS, "of each channel"),
+    "data.aug_repeats": Key(3, COUNT, "repeated augmentation: how often an image comes in a row"),
+    "data.balanced": Key(False, FLAG, "sample every class equally often"),
+    "data.resize": Key("exact", words(RESIZES), "exact: Pillow's bicubic, as published; fast: OpenCV's"),
+    "data.workers": Key(0, number(0, 1024, whole=True), "processes that decode images; 0: threads of this one"),
+    "augment.scale": Key((0.08, 1.0), CROP_SCALE, "random resized crop: share of the image's area"),
+    "augment.ratio": Key((0.75, 4 / 3), CROP_RATIO, "random resized crop: width over height"),
+    "augment.simple_crop": Key(False, FLAG, "DeiT III's simple random crop instead"),
+    "augment.hflip": Key(True, FLAG, "mirror with probability 1/2"),
+    "augment.pad_crop": Key(0, number(0, 2**14, whole=True), "pixels of padding before a crop of the same size"),
+    "augment.rotate": Key(0.0, number(0, 180), "largest rotation in degrees"),
+    "augment.zoom": Key(0.0, BELOW_1, "largest relative change of size"),
+    "augment.shear": Key(0.0, NOT_NEGATIVE, "largest horizontal shear"),
+    "augment.translate": Key(0.0, SHARE, "largest shift, as a share of the side"),
+    "augment.rand_augment": Key("rand-m9-mstd0.5-inc1", TEXT, "RandAugment as timm writes it; empty: none"),
+    "augment.three_augment": Key(False, FLAG, "DeiT III's: grayscale, solarisation or blur"),
+    "augment.color_jitter": Key(0.0, NOT_NEGATIVE, "brightness, contrast and saturation change by up to this"),
+    "augment.reprob": Key(0.25, SHARE, "probability of random erasing"),
+    "augment.mixup": Key(0.8, NOT_NEGATIVE, "alpha of mixup; 0: none"),
+    "augment.cutmix": Key(1.0, NOT_NEGATIVE, "alpha of CutMix; 0: none"),
+    "augment.mixup_prob": Key(1.0, SHARE, "probability of mixing a group of rows at all"),
+    "augment.mixup_switch_prob": Key(0.5, SHARE, "probability of CutMix where there are both"),
+    "augment.mix_rows": Key(0, FROM_0, "rows that share a draw, even; 0: the whole batch"),
+    "loss.name": Key("softmax", words(("softmax", "binary")), "binary: each class is a yes or no of its own"),
+    "loss.smoothing": Key(0.1, BELOW_1, "label smoothing"),
+    "loss.target_threshold": Key(None, BELOW_1, "of binary: targets above it count as 1"),
+    "distill.kind": Key("none", words(("none", "hard", "soft")), "learn from a teacher; hard is the paper's"),
+    "distill.teacher": Key("regnety_160", TEXT, "a released name, a saved model or a run's workdir"),
+    "distill.weights": Key(None, TEXT, "a file for a named teacher, instead of its release"),
+    "distill.logits": Key(None, TEXT, "a file of recorded logits instead of a teacher"),
+    "distill.alpha": Key(0.5, SHARE, "the teacher's share of the loss"),
+    "distill.temperature": Key(1.0, POSITIVE, "of soft distillation"),
+    "optimizer.name": Key("adamw", words(OPTIMIZERS), "the others take the keys below where they apply"),
+    "optimizer.learning_rate": Key(5e-4, NOT_NEGATIVE, "peak, for a batch of reference_batch images"),
+    "optimizer.reference_batch": Key(512, FROM_0, "the peak is scaled by batch_size over this; 0: not scaled"),
+    "optimizer.warmup_epochs": Key(5.0, number(0, 1e6), "linear warm-up, a part of the run's length"),
+    "optimizer.warmup_learning_rate": Key(1e-6, NOT_NEGATIVE, "learning rate of step 0"),
+    "optimizer.schedule": Key("cosine", words(SCHEDULES), "after the warm-up"),
+    "optimizer.final_learning_rate": Key(1e-5, NOT_NEGATIVE, "where the cosine ends"),
+    "optimizer.decay_epochs": Key(None, POSITIVE_EPOCHS, "of step: epochs between drops; None: 30"),
+    "optimizer.decay_rate": Key(None, PART, "of step: factor of a drop; None: 0.1"),
+    "optimizer.per_epoch": Key(False, FLAG, "one rate an epoch, as in DeiT's published code"),
+    "optimizer.weight_decay": Key(0.05, NOT_NEGATIVE, "of kernels only, times the learning rate"),
+    "optimizer.b1": Key(0.9, BELOW_1, "decay of the first moment"),
+    "optimizer.b2": Key(0.999, BELOW_1, "decay of the second moment; lion wants 0.99"),
+    "optimizer.eps": Key(None, POSITIVE, "None: 1e-8, for lamb 1e-6"),
+    "optimizer.momentum": Key(0.9, BELOW_1, "of sgd"),
+    "optimizer.nesterov": Key(False, FLAG, "of sgd"),
+    "optimizer.layer_decay": Key(1.0, PART, "learning rate of a layer over that of the next"),
+    "optimizer.train": Key("all", TRAINED, "what is trained; a number: so many last blocks"),
+    "optimizer.sam_rho": Key(0.0, NOT_NEGATIVE, "radius of sharpness-aware minimisation; 0: none"),
+    "optimizer.grad_clip_norm": Key(None, NOT_NEGATIVE, "global norm; 0: none; None: 1 for lamb, else none"),
+    "optimizer.grad_accum": Key(1, COUNT, "micro batches a step, their gradients averaged"),
+    "optimizer.ema_decay": Key(0.99996, BELOW_1, "of the parameters' EMA; 0: none is kept"),
+    # first the head alone, then the last blocks too
+    "phases.head_epochs": Key(0.0, number(0, 1e6), "0: no phases; else these keys are rate, schedule and length"),
+    "phases.head_learning_rate": Key(1e-3, NOT_NEGATIVE, "constant in the first phase"),
+    "phases.blocks": Key(4, FROM_0, "last blocks that are trained in the second phase"),
+    "phases.blocks_epochs": Key(15.0, POSITIVE_EPOCHS, "length of the second phase"),
+    "phases.blocks_learning_rate": Key(1e-5, NOT_NEGATIVE, "constant in the second phase"),
+    # the devices, whose number is the product
+    "mesh.data": Key(-1, DEVICES, "devices with other images and the same parameters; -1: the rest"),
+    "mesh.fsdp": Key(1, DEVICES, "devices with other images and a part of the parameters each"),
+    "mesh.tensor": Key(1, DEVICES, "devices that share images and split the layers, within a process"),
+    "eval.batch_size": Key(1024, COUNT, "images a step of evaluation, which the result does not depend on"),
+    "eval.every_epochs": Key(1.0, number(0, 1e9, above=True), "epochs between evaluations; the last step has one"),
+    "eval.crop_pct": Key(1.0, PART, "side of the centre crop over the resized short side"),
+    "checkpoint.every_steps": Key(1000, COUNT, "steps between checkpoints, beside those of evaluations"),
+    "checkpoint.keep": Key(2, COUNT, "newest checkpoints kept, beside the best by eval/accuracy"),
+    "report.every_steps": Key(50, COUNT, "steps between lines of the log and of metrics.jsonl"),
+    "report.tensorboard": Key(False, FLAG, "write TensorBoard files to WORKDIR/tensorboard too"),
 }
+
+# Settings that exclude each other, or of which one would have no effect: when, and what to do about it.
+CONFLICTS: tuple[tuple[Callable[[Mapping[str, Any]], Any], str], ...] = (
+    (lambda of: of["augment.three_augment"] and of["augment.rand_augment"],
+     "--config.augment.three_augment replaces RandAugment, which is on: set "
+     "--config.augment.rand_augment= (empty), or leave three_augment out"),
+    (lambda of: of["augment.color_jitter"] and of["augment.rand_augment"],
+     "--config.augment.color_jitter has no place beside RandAugment, which changes colours itself: set "
+     "--config.augment.rand_augment= (empty), or --config.augment.color_jitter=0"),
+    (lambda of: of["augment.mix_rows"] % 2,
+     "--config.augment.mix_rows must be even, or 0 for the whole batch: in an odd group one image would be mixed "
+     "with itself"),
+    (lambda of: of["distill.kind"] == "none" and of["distill.weights"] is not None,
+     "--config.distill.weights is given and nothing learns from it: set --config.distill.kind to hard or soft"),
+    (lambda of: of["distill.logits"] is not None and of["distill.weights"] is not None,
+     "--config.distill.weights and --config.distill.logits both say what the teacher is: give one"),
+    (lambda of: of["optimizer.schedule"] != "step"
+     and (of["optimizer.decay_epochs"] is not None or of["optimizer.decay_rate"] is not None),
+     "--config.optimizer.decay_epochs and --config.optimizer.decay_rate are for --config.optimizer.schedule=step: "
+     "set that, or leave them out"),
+    (lambda of: of["phases.head_epochs"] and of["optimizer.train"] != "all",
+     "--config.phases.head_epochs and --config.optimizer.train both say what learns: set "
+     "--config.optimizer.train=all, or --config.phases.head_epochs=0"),
+    (lambda of: of["phases.head_epochs"] and of["optimizer.layer_decay"] != 1,
+     "--config.optimizer.layer_decay has no effect on phases, whose rates are constant: set it to 1, or "
+     "--config.phases.head_epochs=0"),
+    (lambda of: of["model.layer_scale_init"] is not None
+     and of["model.residual"] not in (None, "layerscale", "scalar"),
+     "--config.model.layer_scale_init is for --config.model.residual=layerscale or scalar: leave it out"),
+    (lambda of: of["optimizer.nesterov"] and not of["optimizer.momentum"],
+     "--config.optimizer.nesterov needs momentum: set --config.optimizer.momentum, such as 0.9, or "
+     "--config.optimizer.nesterov=False"),
+)
+# fmt: on
+
+
+def get_config() -> ConfigDict:
+    """The defaults, locked: a key that is not in the table cannot be set."""
+    config = ConfigDict()
+    for name, key in KEYS.items():
+        section, _, last = name.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        values = config[section] if section else config
+        values[last] = placeholder(key.rule.kind) if key.default is None else key.default
+    return config.lock()

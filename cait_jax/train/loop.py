@@ -63,7 +63,7 @@ def train(
     the same machine. A run that is finished is restored, and nothing is trained.
 
     Args:
-      config: see `cait_jax.train.defaults`.
+      config: see `cait_jax.train.keys`.
       workdir: made if missing; receives `metrics.jsonl` and `checkpoints/`.
       make_objective: what is learnt; labels by default.
 

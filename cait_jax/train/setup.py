@@ -30,9 +30,9 @@ from cait_jax.sharding import (
 )
 from cait_jax.train import optimizer
 from cait_jax.train.config import check_values
+from cait_jax.train.keys import INT32
 from cait_jax.train.objectives import supervised
 from cait_jax.train.optimizer import Optimizer
-from cait_jax.train.rules import INT32
 from cait_jax.train.step import (
     Batch,
     Evaluate,
@@ -173,7 +173,7 @@ def build(
     """Builds everything a run needs. Nothing is compiled yet.
 
     Args:
-      config: see `cait_jax.train.defaults`.
+      config: see `cait_jax.train.keys`.
       devices: to train on; None: all.
       make_objective: what is learnt; labels by default.
 

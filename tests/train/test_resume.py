@@ -11,7 +11,7 @@ from PIL import Image
 from cait_jax import UserError
 from cait_jax.data.folder import load_folder
 from cait_jax.data.split import InMemory
-from cait_jax.train import defaults
+from cait_jax.train import keys
 from cait_jax.train.config import as_json
 from cait_jax.train.metric_writer import MetricWriter, read_metrics
 from cait_jax.train.resume import check_resumed, check_same_data, describe_data, rewind
@@ -90,7 +90,7 @@ def test_a_run_of_before_knows_its_class_names():
 
 
 def config_of(root, batch_size=4):
-    config = defaults.get_config()
+    config = keys.get_config()
     config.data.name, config.data.eval_split = str(root), "val"
     config.eval.batch_size = batch_size
     return config

@@ -142,7 +142,7 @@ def from_config(
     """The objective of a config.
 
     Args:
-      config: see `cait_jax.train.defaults`.
+      config: see `cait_jax.train.keys`.
       split: of training.
       teacher: from config and model to the teacher; by default it is loaded from the weights the config names.
 
