@@ -116,7 +116,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
       DamagedError: it is missing, unreadable or changed.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         checksum = manifest.pop("sha256")
     except FileNotFoundError:
         raise DamagedError(f"it has no {MANIFEST}, so its save did not finish") from None

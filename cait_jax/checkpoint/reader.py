@@ -115,7 +115,8 @@ def agree_on_step(directory: Path, choose: Callable[[], int | None]) -> int | No
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The metadata of the step at `path`."""
-    return ocp.JsonCheckpointHandler().restore(path / META)
+    meta: dict[str, Any] = ocp.JsonCheckpointHandler().restore(path / META)
+    return meta
 
 
 def read_state(path: Path, template: PyTree) -> tuple[PyTree, dict[str, Any]]:

@@ -112,7 +112,7 @@ def rewind(path: Path, step: int, *, evaluated: bool = True) -> None:
     def stays(row: dict[str, Any]) -> bool:
         if row["step"] == step and not evaluated:
             return not any(key.startswith("eval/") for key in row)
-        return row["step"] <= step
+        return bool(row["step"] <= step)
 
     kept = b"".join(line + b"\n" for line, row in metric_lines(path) if stays(row))
     if kept != path.read_bytes():
