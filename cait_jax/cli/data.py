@@ -120,7 +120,7 @@ def show_command(
     """
     from tqdm import tqdm
 
-    from cait_jax.data.folder import left_out_of
+    from cait_jax.data.image_files import left_out_of
     from cait_jax.data.imagenet import class_words
     from cait_jax.data.show import open_split, summarize, write_sheet
     from cait_jax.data.sources import split_names

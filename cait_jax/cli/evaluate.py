@@ -100,7 +100,7 @@ def command(
     ImageNet-ReaL any of an image's labels is right, and images without labels do not count. Of a model without
     a head --knn and --probe alone are measured.
     """
-    from cait_jax.data.folder import left_out_of
+    from cait_jax.data.image_files import left_out_of
     from cait_jax.data.sources import load_split
     from cait_jax.evaluation.scores import find_benchmark, with_channels
 

@@ -54,17 +54,14 @@ def decode_image(data: bytes, *, channels: int = 3) -> UInt8[np.ndarray, "h w c"
       channels: 3 for RGB, 1 for luminance.
 
     Raises:
-      BrokenImage: the bytes cannot be decoded, or hold more than `MAX_PIXELS` pixels.
+      BrokenImage: the bytes cannot be decoded, or hold more than `MAX_PIXELS` pixels; of all functions here.
     """
     with _broken_image():
         return _pixels(_decoded(_open(data), channels))
 
 
 def read_header(data: bytes) -> None:
-    """Reads an image's header and no pixels.
-
-    Args:
-      data: the image, or a beginning of it that is long enough for its format.
+    """Reads the header of an image, or of a beginning of one that is long enough for its format.
 
     Raises:
       BrokenImage: it has none that can be read, or promises more than `MAX_PIXELS` pixels.
@@ -88,10 +85,7 @@ def center_crop(
       image_size: height and width of the crop in pixels.
       crop_pct: the fraction of the shorter side that the crop keeps, in (0, 1].
       channels: 3 for RGB, 1 for luminance.
-      exif: whether the EXIF orientation is applied, as for photographs. TIFF and HEIF always stand upright.
-
-    Raises:
-      BrokenImage: the image cannot be decoded, or has more than `MAX_PIXELS` pixels.
+      exif: whether the EXIF orientation is applied, as for photographs. TIFF and HEIF are always upright.
     """
     height, width = image_size
     with _broken_image():
@@ -127,18 +121,12 @@ def random_resized_crop(
     JPEG that is shrunk by 4 or more is shrunk by 2, 4 or 8 while it is decoded. In 224-pixel crops of ImageNet it
     is 1.0 grey level from exact on average, 7 at the 99th percentile and 50 at most.
 
-    Args:
-      data: encoded as for `decode_image`.
-      rng: where the box comes from.
-      image_size: height and width of the crop in pixels.
+    Args as for `center_crop`, and:
       scale: least and greatest fraction of the image's area that the box covers, drawn uniformly.
       ratio: least and greatest width over height of the box, drawn uniformly in the logarithm.
-      channels: 3 for RGB, 1 for luminance.
-      exif: as for `center_crop`.
       resize: one of `RESIZES`.
 
     Raises:
-      BrokenImage: the bytes cannot be decoded, or hold more than `MAX_PIXELS` pixels.
       UserError: `resize` is unknown.
     """
     _check_resize(resize)
@@ -183,11 +171,7 @@ def simple_random_crop(
     """DeiT III's crop of training (Touvron et al., arXiv 2204.07118, section 3).
 
     The image is resized to just cover the crop, reflected by 4 pixels on every side, and cropped uniformly.
-    Arguments are as for `random_resized_crop`.
-
-    Raises:
-      BrokenImage: the bytes cannot be decoded, or hold more than `MAX_PIXELS` pixels.
-      UserError: `resize` is unknown.
+    Arguments and errors are as for `random_resized_crop`.
     """
     _check_resize(resize)
     height, width = image_size
@@ -203,8 +187,7 @@ def simple_random_crop(
         pixels = _resize(image, resized[::-1], resize)
         top = int(rng.integers(resized[0] + 2 * _PADDING - height + 1))
         left = int(rng.integers(resized[1] + 2 * _PADDING - width + 1))
-        sides = (_PADDING, _PADDING)
-        padded = np.pad(pixels, (sides, sides, (0, 0)), "reflect")
+        padded = np.pad(pixels, ((_PADDING, _PADDING), (_PADDING, _PADDING), (0, 0)), "reflect")
         return padded[top : top + height, left : left + width]
 
 

@@ -7,24 +7,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool
 
 from cait_jax.data.image_files import (
-    as_on_disk,
+    FolderRecords,
     by_suffix,
     count_images,
     counts_in_words,
+    existing_folder,
     has_images,
     images_below,
-    left_out_in_words,
-    nearest_path,
     readable_suffixes,
     subfolders,
 )
-from cait_jax.data.split import Encoded, Split
+from cait_jax.data.split import Encoded
 from cait_jax.errors import UserError, composed, some
 
 # What a split is for, and the words for it, as Kaggle, Roboflow, TFDS and torchvision have them.
@@ -39,16 +37,18 @@ _FILLING = frozenset({"set", "split", "data", "dataset", "images", "imgs"})
 _WRAPPERS = frozenset({"images", "image", "imgs", "img", "jpegimages"})
 _ANNOTATIONS = frozenset({"labels", "label", "annotations", "masks"})
 _DEEPEST = 4
+_UNDIVIDED = ("all",)
+# Between which fractions the paths of each side of an undivided folder are.
+_DIVIDING = {"train": (0.1, 1.0), "val": (0.0, 0.1)}
+_PART = re.compile(r"(\w+)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?")
 
 
 @dataclass(frozen=True)
 class Layout:
     """How a folder is divided.
 
-    Attributes:
-      splits: purpose (`"train"`, `"val"`, `"test"`, in this order) to the split's folder, relative to the whole;
-        empty where the folder holds the classes itself.
-      beside: folders with images beside the splits that are none of them.
+    `splits` maps `"train"`, `"val"` and `"test"`, in this order, to relative paths; it is empty where the folder
+    holds the classes itself. `beside` are other folders with images.
     """
 
     splits: Mapping[str, str]
@@ -124,16 +124,8 @@ def read_layout(folder: Path) -> Layout:
     return Layout(paths, tuple(beside))
 
 
-def check_classes(part: Path, names: Sequence[str]) -> None:
-    """Refuses folders that hold no classes, though they hold folders, or none.
-
-    Args:
-      part: the folder of the classes.
-      names: the names of the folders in it.
-
-    Raises:
-      UserError: naming the folder that is meant instead, where there is one.
-    """
+def _check_classes(part: Path, names: Sequence[str]) -> None:
+    """Refuses a folder whose folders `names` are no classes; it says what is meant instead, where it is known."""
     if all(purpose_of(name) for name in names):
         bare = part / names[0] if names else part
         raise UserError(
@@ -237,70 +229,22 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
-_UNDIVIDED = ("all",)
-# Between which fractions the paths of each side of an undivided folder lie.
-_DIVIDING = {"train": (0.1, 1.0), "val": (0.0, 0.1)}
-_PART = re.compile(r"(\w+)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?")
-
-
-@dataclass(frozen=True, eq=False)
-class FolderRecords:
-    """Records of image files, read when they are asked for.
-
-    Attributes:
-      root: the folder that `files` are relative to.
-      files: paths with forward slashes, in the order of the records.
-      labels: int32 (n,).
-      left_out: how many files and folders of images beside `files` are not read, as `left_out_in_words` takes it.
-    """
-
-    root: Path
-    files: tuple[str, ...] = field(repr=False)
-    labels: Int32[np.ndarray, "n"] = field(repr=False)
-    left_out: Mapping[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        """The number of files."""
-        return len(self.files)
-
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
-        """The encoded `image`, its `label` and its `file_name` relative to `root`."""
-        name = self.files[index]
-        try:
-            image = (self.root / name).read_bytes()
-        except OSError as error:
-            path, reason = self.root / name, error.strerror
-            if isinstance(error, PermissionError):
-                raise UserError(
-                    f"image {path} cannot be read: {reason}; make it readable or leave it out"
-                ) from error
-            raise UserError(
-                f"image {path} cannot be read any more: {reason}; put it back or open the folder again"
-            ) from error
-        return {"image": image, "label": int(self.labels[index]), "file_name": name}
-
-
 def load_folder(root: str | Path, split: str | None = None, *, channels: int = 3) -> Encoded:
-    """Opens a folder of images as a split.
+    """Opens a folder of images as a split, whose images are turned upright by their EXIF orientation.
 
-    Either `root/CLASS/...` holds the images, or `root/SPLIT/CLASS/...`, where SPLIT is any word that
-    `purpose_of` knows, such as `Training` or `valid`. Deeper folders belong to their class.
-    Labels follow the sorted names of the classes in Unicode's composed form; where there is a split to train on
-    beside this one, the names of its classes, so that a label means the same in both, and a class may have no
-    image here. Hidden files and those of file systems, NAS and editors count for nothing.
+    Either `root/CLASS/...` holds the images, or `root/SPLIT/CLASS/...`, where SPLIT is any word that `purpose_of`
+    knows, such as `Training` or `valid`. Deeper folders belong to their class, links to folders are followed.
+    Labels follow the sorted names of the classes in Unicode's composed form; beside a split to train on they are
+    those of that split, and a class may have no image here.
 
     Where the folder is not divided, `"train"` and `"val"` divide it: an image is of `"val"` if its
     `path_fraction` is below 0.1. So each image stays on its side when others come or go, and on every
     machine. A part such as `"train[:50%]"` is taken by the same number, not by the order of the classes.
 
     Args:
-      root: the folder, where `~` is the home directory. Links to folders are followed.
-      split: which split, by its name or another word for the same, such as `"val"` for `valid`, or a part of one
-        in whole percents. Of a folder that is not divided, `"train"`, `"val"`, or `"all"`, which None means too.
-      channels: 3 for colour, 1 for luminance.
-
-    Returns:
-      The images ordered by class and path, to be turned upright by their EXIF orientation.
+      split: a split's name or another word for the same, such as `"val"` for `valid`, or a part of one in whole
+        percents. Of a folder that is not divided, `"train"`, `"val"`, or `"all"`, which None means too.
+      channels: 3 for RGB, 1 for luminance.
 
     Raises:
       UserError: the folder or the split does not exist, holds no classes, or a class no image; no image falls
@@ -309,52 +253,28 @@ def load_folder(root: str | Path, split: str | None = None, *, channels: int = 3
     folder = existing_folder(root)
     name, percents = _parsed(split)
     found = _find(folder, name)
-    part, class_names = found.part, found.class_names
-    files: list[str] = []
-    labels: list[int] = []
-    others: list[str] = []
-    for label, of_class in enumerate(_images_of_classes(found)):
-        files += of_class.files
-        labels += [label] * len(of_class.files)
-        others += of_class.others
-    chosen = _chosen(files, _side(part == folder, name), percents)
+    files, labels, others = _images_of_classes(found)
+    part = found.part
+    side = purpose_of(name) if part == folder and name is not None else None
+    chosen = _chosen(files, side, percents)
     if not chosen.any():
         raise UserError(
             f"none of the {len(files)} images of {part} falls in {split!r}: ask for a greater part, "
             "or divide the folder into folders train and val"
         )
-    records = FolderRecords(
-        part,
-        tuple(itertools.compress(files, chosen)),
-        np.array(labels, np.int32)[chosen],
-        {**by_suffix(others), **found.beside, **_loose_images(part)},
-    )
-    return Encoded(records, class_names, channels, exif=True)
-
-
-def left_out_of(split: Split) -> str | None:
-    """Says in a sentence what lies beside the images of a folder and is not read; None where nothing does.
-
-    Args:
-      split: any; only of `load_folder` something can be left out.
-    """
-    records = getattr(split, "records", None)
-    if not isinstance(records, FolderRecords):
-        return None
-    return left_out_in_words(records.left_out, records.root)
+    left_out = {**by_suffix(others), **found.beside}
+    if loose := count_images(part):
+        left_out["./"] = loose
+    kept = tuple(itertools.compress(files, chosen))
+    records = FolderRecords(part, kept, np.array(labels, np.int32)[chosen], left_out)
+    return Encoded(records, found.class_names, channels, exif=True)
 
 
 def path_fraction(path: str) -> float:
-    """Where a path lies between 0 and 1, as if drawn uniformly, but always and everywhere the same.
+    """A number in [0, 1) for a path, as if drawn uniformly, but the same on every machine.
 
-    It is the first 8 bytes of the path's SHA-256 as a big-endian fraction; the path is taken in
-    Unicode's composed form (NFC), since file systems differ in that.
-
-    Args:
-      path: relative to the folder of the classes, with forward slashes.
-
-    Returns:
-      A number in [0, 1).
+    It is the first 8 bytes of the path's SHA-256 as a big-endian fraction; the path, relative to the folder of the
+    classes, is taken in Unicode's composed form (NFC), since file systems differ in that.
     """
     name = composed(path).encode(errors="surrogateescape")
     # 53 bits are what a float holds.
@@ -362,28 +282,12 @@ def path_fraction(path: str) -> float:
 
 
 def folder_splits(root: str | Path) -> tuple[str, ...]:
-    """Names the folders that a folder of images is divided into; `"all"` if it holds the classes itself.
-
-    `load_folder` divides the latter into `"train"` and `"val"` where it is asked to.
+    """The names of the folders that a folder of images is divided into; `"all"` if it holds the classes itself.
 
     Raises:
       UserError: the folder does not exist, or it cannot be told what in it is a split.
     """
     return read_layout(existing_folder(root)).names or _UNDIVIDED
-
-
-def existing_folder(root: str | Path) -> Path:
-    """The folder that a path names, in whichever Unicode form its letters are on the disk.
-
-    Raises:
-      UserError: there is none; what is like it is named.
-    """
-    folder = as_on_disk(Path(root).expanduser())
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{folder} is a file; give a folder with one folder of images a class")
-    raise UserError(f"there is no folder {folder}{nearest_path(folder)}")
 
 
 def _parsed(split: str | None) -> tuple[str | None, tuple[int, int]]:
@@ -405,15 +309,10 @@ def _parsed(split: str | None) -> tuple[str | None, tuple[int, int]]:
     return name, (start, stop)
 
 
-def _side(undivided: bool, split: str | None) -> str | None:
-    """Of an undivided folder the side that a split's name means; None for the whole."""
-    return purpose_of(split) if undivided and split is not None else None
-
-
 def _chosen(
     files: Sequence[str], side: str | None, percents: tuple[int, int]
 ) -> Bool[np.ndarray, "n"]:
-    """Which files lie on a side of an undivided folder ("train", "val" or both), and there in a part."""
+    """Which files are on a side of an undivided folder ("train", "val" or both), and there in a part."""
     if side is None and percents == (0, 100):
         return np.full(len(files), True)
     fractions = np.array([path_fraction(file) for file in files])
@@ -427,7 +326,7 @@ def _chosen(
 class _Found:
     part: Path  # holds the folders of the classes
     class_names: tuple[str, ...]
-    of_training: bool = False  # whether these are another split's
+    of_training: bool = False  # whether the classes are those of another split
     beside: Mapping[str, int] = field(default_factory=dict)  # images of folders that are no split
 
 
@@ -463,46 +362,36 @@ def _find(folder: Path, split: str | None) -> _Found:
     return _Found(part, trained, of_training=True, beside=beside)
 
 
-def _loose_images(part: Path) -> dict[str, int]:
-    """Images beside the folders of the classes."""
-    count = count_images(part)
-    return {"./": count} if count else {}
-
-
 def _class_names(part: Path) -> tuple[str, ...]:
     classes = class_folders(part)
-    check_classes(part, [folder for folders in classes.values() for folder in folders])
+    _check_classes(part, [folder for folders in classes.values() for folder in folders])
     return tuple(classes)
 
 
-@dataclass(frozen=True)
-class _OfClass:
-    files: list[str]
-    others: list[str]
-
-
-def _images_of_classes(found: _Found) -> list[_OfClass]:
-    """For each label the files of its class, relative to the split's folder.
+def _images_of_classes(found: _Found) -> tuple[list[str], list[int], list[str]]:
+    """The images, relative to the split's folder, their labels, and the other files in the folders of the classes.
 
     Raises:
       UserError: no class has an image; or one has none, and other files, or is not of another split.
     """
-    folders = class_folders(found.part)
-    classes = []
+    part, folders = found.part, class_folders(found.part)
+    files: list[str] = []
+    labels: list[int] = []
+    others: list[str] = []
     empty = []
-    for name in found.class_names:
-        of_class = _OfClass([], [])
-        for folder in folders.get(name, ()):
-            images = images_below(found.part / folder)
-            of_class.files.extend(f"{folder}/{file}" for file in images.paths)
-            of_class.others.extend(images.others)
-        if not of_class.files and (of_class.others or not found.of_training):
-            unread = counts_in_words(by_suffix(of_class.others))
-            empty.append(f"{name} ({unread})" if unread else name)
-        classes.append(of_class)
-    if empty or not any(of_class.files for of_class in classes):
+    for label, name in enumerate(found.class_names):
+        held = [(folder, images_below(part / folder)) for folder in folders.get(name, ())]
+        of_class = [f"{folder}/{file}" for folder, images in held for file in images.paths]
+        unread = [file for _, images in held for file in images.others]
+        if not of_class and (unread or not found.of_training):
+            counts = counts_in_words(by_suffix(unread))
+            empty.append(f"{name} ({counts})" if counts else name)
+        files += of_class
+        labels += [label] * len(of_class)
+        others += unread
+    if empty or not files:
         raise UserError(
-            f"{found.part} has classes without an image that ends in {', '.join(readable_suffixes())}: "
+            f"{part} has classes without an image that ends in {', '.join(readable_suffixes())}: "
             f"{some(empty or list(folders))}; fill or remove what is empty"
         )
-    return classes
+    return files, labels, others

@@ -9,9 +9,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from jaxtyping import Int32
+
+from cait_jax.data.split import Split
 from cait_jax.errors import UserError, composed, nearest, printable
 
 SUFFIXES = {
@@ -186,6 +191,14 @@ def left_out_in_words(left_out: Mapping[str, int], where: str | Path) -> str | N
     return printable(f"left out of {where}: {files} ({counts_in_words(left_out)})")
 
 
+def left_out_of(split: Split) -> str | None:
+    """A sentence on the files of a `load_folder` that are not read; None where there are none."""
+    records = getattr(split, "records", None)
+    if not isinstance(records, FolderRecords):
+        return None
+    return left_out_in_words(records.left_out, records.root)
+
+
 def counts_in_words(left_out: Mapping[str, int]) -> str:
     """Counts as for `left_out_in_words`, the greatest first, each with the extra that reads such files."""
     parts = []
@@ -202,6 +215,40 @@ def counts_in_words(left_out: Mapping[str, int]) -> str:
 def _reader(suffix: str) -> str:
     install = missing_decoder(suffix)
     return f", read after {install}" if install else ""
+
+
+@dataclass(frozen=True, eq=False)
+class FolderRecords:
+    """Records of image files, read on access.
+
+    Attributes:
+      root: the folder that `files` are relative to.
+      files: paths with forward slashes, in the order of the records.
+      left_out: how many files and images of folders beside `files` are not read, as for `left_out_in_words`.
+    """
+
+    root: Path
+    files: tuple[str, ...] = field(repr=False)
+    labels: Int32[np.ndarray, "n"] = field(repr=False)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """The number of files."""
+        return len(self.files)
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """The encoded `image`, its `label` and its `file_name` relative to `root`."""
+        name = self.files[index]
+        try:
+            image = (self.root / name).read_bytes()
+        except OSError as error:
+            again, advice = " any more", "put it back or open the folder again"
+            if isinstance(error, PermissionError):
+                again, advice = "", "make it readable or leave it out"
+            raise UserError(
+                f"image {self.root / name} cannot be read{again}: {error.strerror}; {advice}"
+            ) from error
+        return {"image": image, "label": int(self.labels[index]), "file_name": name}
 
 
 @dataclass(frozen=True)
@@ -259,6 +306,20 @@ def as_on_disk(path: Path) -> Path:
         return path
     same = (name for name in os.listdir(parent) if composed(name) == composed(path.name))  # noqa: PTH208
     return parent / next(same, path.name)
+
+
+def existing_folder(root: str | Path) -> Path:
+    """The folder that a path names, in whichever Unicode form its letters are on the disk.
+
+    Raises:
+      UserError: there is none; what is like it is named.
+    """
+    folder = as_on_disk(Path(root).expanduser())
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{folder} is a file; give a folder with one folder of images a class")
+    raise UserError(f"there is no folder {folder}{nearest_path(folder)}")
 
 
 def _named_by(argument: Path) -> tuple[list[Path], list[Path]]:

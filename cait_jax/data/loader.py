@@ -40,27 +40,25 @@ _log = logging.getLogger(__name__)
 
 
 class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
-    """Owns the threads and processes behind its batches, and ends them when closed, exhausted or failing."""
+    """Owns the threads and processes behind its batches, and ends them when closed, exhausted or failing.
+
+    Workers send with each training example how many broken ones it replaces (`skipped`). `broken` counts these,
+    and the log names them: which they were follows from the order, and the reason is found by reading them again.
+    """
 
     def __init__(
         self,
         batches: Any,
-        broken_images: "_BrokenImages | None" = None,
+        examples: "_TrainingExamples | None" = None,
         extras: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Takes over `batches`, an iterator with a `close` method.
-
-        In training its batches have an `index`, the indices of the examples in their split, by which rows of
-        `extras` are added to them.
-        """
+        """Takes over an iterator with a `close` method; rows of `extras` are added by its batches' `index`."""
         self._batches = batches
-        self._broken_images = broken_images
+        self._examples = examples
         self._extras = dict(extras or {})
-
-    @property
-    def broken(self) -> int:
-        """How many times a broken image was read and replaced so far."""
-        return 0 if self._broken_images is None else self._broken_images.broken
+        self._step = self._read = self.broken = 0
+        self._named: set[int] = set()
+        self._last = ""
 
     def __next__(self) -> Batch:
         """The next batch; no more come after `close`."""
@@ -68,8 +66,8 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
             raise StopIteration
         try:
             batch = next(self._batches)
-            if self._broken_images is not None:
-                self._broken_images.count(batch)
+            if self._examples is not None:
+                self._count_broken(self._examples, np.asarray(batch.pop("skipped")))
             index = batch.pop("index", None)
         except BaseException as error:
             self.close()
@@ -81,11 +79,25 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
                 ) from error
             raise
         # Workers' arrays are in shared memory that lives no longer than Grain's own array class.
-        copied = {
-            name: array if type(array) is np.ndarray else np.array(array)
-            for name, array in batch.items()
-        }
-        return copied | {name: rows[np.asarray(index)] for name, rows in self._extras.items()}
+        whole = {k: v if type(v) is np.ndarray else np.array(v) for k, v in batch.items()}
+        return whole | {name: rows[np.asarray(index)] for name, rows in self._extras.items()}
+
+    def _count_broken(self, examples: "_TrainingExamples", skipped: np.ndarray) -> None:
+        for row in np.flatnonzero(skipped):
+            number = self._step * skipped.size + int(row)
+            for index in itertools.islice(examples.candidates(number), int(skipped[row])):
+                if index not in self._named:
+                    self._named.add(index)
+                    self._last = examples.why_broken(number, index)
+                    _log.warning("%s; another stands in for it", self._last)
+        self._step += 1
+        self.broken += int(skipped.sum())
+        self._read += skipped.size + int(skipped.sum())
+        if self._read >= JUDGED_FROM and self.broken > MAX_BROKEN * self._read:
+            raise BrokenImage(
+                f"{self.broken} of {self._read} images read are broken, more than {MAX_BROKEN:.0%}, and "
+                f"are named in the log (the last: {self._last}); repair or replace the data set"
+            )
 
     def close(self) -> None:
         """Ends the threads and processes; calling it again does nothing."""
@@ -94,7 +106,7 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
             batches.close()
 
     def __exit__(self, *exception: object) -> None:
-        """Closes."""
+        """Closes the iterator."""
         self.close()
 
 
@@ -127,7 +139,7 @@ class PrefetchIterator(Iterator[Batch], AbstractContextManager["PrefetchIterator
             thread.shutdown(wait=False)
 
     def __exit__(self, *exception: object) -> None:
-        """Closes."""
+        """Closes the iterator."""
         self.close()
 
 
@@ -150,20 +162,17 @@ def train_batches(
     """This process's rows of the training batches from `start_step` on, without end.
 
     An image that cannot be read or decoded is replaced by the next in the epoch's order, with its own label, and
-    named once in the log. `Batches.broken` counts them.
+    named once in the log. Images in memory come whole, encoded ones cropped.
 
     Args:
-      split: images in memory come whole, encoded ones cropped at random.
       seed: decides order and crops.
       batch_size: rows of the global batch.
-      image_size: height and width in pixels.
-      workers: processes that decode; with 0, threads of this one do. Images in memory need none.
+      workers: processes that decode; with 0, threads of this one do.
       crop: from an encoded image and a generator to a crop, with the keywords `image_size`, `channels` and
         `exif`; by default `decode.random_resized_crop`. Picklable if there are workers.
       balance_labels: the labels of the split, if every class shall come equally often.
       repeats: how often each example comes in a row, see `Sampler`.
-      mix_rows: rows that will be mixed with each other: the copies of an image get into different groups of so
-        many rows. 0: the rows are in order.
+      mix_rows: rows that will be mixed with each other, see `grouped_positions`.
       extras: arrays with a row for each example of the split, such as a teacher's logits, for the batches.
 
     Returns:
@@ -173,8 +182,7 @@ def train_batches(
     Raises:
       UserError: the batch is larger than the split or does not divide by the processes, or the images in memory
         have another size.
-      BrokenImage: while iterating, if of the images that this process read, `JUDGED_FROM` at least, more than
-        `MAX_BROKEN` were broken.
+      BrokenImage: while iterating, after `JUDGED_FROM` images of which more than `MAX_BROKEN` are broken.
     """
     _check(split, batch_size, image_size, process_count)
     count = len(split)
@@ -184,24 +192,18 @@ def train_batches(
             f"choose a batch size of at most {count}"
         )
     rows = BatchSlice(batch_size, process_index, process_count, start_step, mix_rows)
-    sampler = (
-        Sampler(seed, count, repeats)
-        if balance_labels is None
-        else ClassBalancedSampler(seed, count, repeats, labels=balance_labels)
-    )
+    sampler = Sampler(seed, count, repeats)
+    if balance_labels is not None:
+        sampler = ClassBalancedSampler(seed, count, repeats, labels=balance_labels)
     if isinstance(split, InMemory):
         return Batches(_gathered(split, sampler, rows), extras=extras)
-    from cait_jax.data import decode
+    from cait_jax.data.decode import random_resized_crop
 
-    crop = functools.partial(
-        crop or decode.random_resized_crop,
-        image_size=image_size,
-        channels=split.channels,
-        exif=split.exif,
-    )
+    crop = crop or random_resized_crop
+    crop = functools.partial(crop, image_size=image_size, channels=split.channels, exif=split.exif)
     examples = _TrainingExamples(split, sampler, rows, crop)
     batches = _grain_batches(examples, rows.local_size, workers)
-    return Batches(batches, _BrokenImages(examples), extras)
+    return Batches(batches, examples, extras)
 
 
 def eval_batches(
@@ -216,21 +218,14 @@ def eval_batches(
 ) -> Batches:
     """This process's rows of the batches that hold every example once, in order.
 
-    Every process gets `ceil(n / batch_size)` batches; rows past the last example are zeros.
-
-    Args:
-      split: images in memory come whole, encoded ones as `decode.center_crop`.
-      batch_size: rows of the global batch.
-      image_size: height and width in pixels.
-      workers: as for `train_batches`.
-      crop_pct: as for `decode.center_crop`.
+    Every process gets `ceil(n / batch_size)` batches; rows past the last example are zeros. Images in memory come
+    whole, encoded ones as `decode.center_crop`. Arguments and errors are as for `train_batches`.
 
     Returns:
       Batches as of `train_batches` with `mask`, bool (b,), False for padding. Of a split with `multi_label` also
       `labels`, bool (b, classes), True for each correct class.
 
     Raises:
-      UserError: the batch does not divide by the processes, or the images in memory have another size.
       BrokenImage: while iterating, if an image cannot be read or decoded; it is named.
     """
     _check(split, batch_size, image_size, process_count)
@@ -238,15 +233,10 @@ def eval_batches(
     steps = -(-len(split) // batch_size)
     if isinstance(split, InMemory):
         return Batches(_gathered_in_order(split, rows, steps))
-    from cait_jax.data import decode
+    from cait_jax.data.decode import center_crop
 
-    crop = functools.partial(
-        decode.center_crop,
-        image_size=image_size,
-        crop_pct=crop_pct,
-        channels=split.channels,
-        exif=split.exif,
-    )
+    crop = functools.partial(center_crop, crop_pct=crop_pct)
+    crop = functools.partial(crop, image_size=image_size, channels=split.channels, exif=split.exif)
     shape = (*image_size, split.channels)
     examples = _EvaluationExamples(split, rows, steps, crop, shape)
     return Batches(_grain_batches(examples, rows.local_size, workers))
@@ -276,11 +266,9 @@ def _gathered_in_order(split: InMemory, rows: BatchSlice, steps: int) -> Iterato
     for step in range(steps):
         positions = rows.positions(step)
         mask = positions < len(split)
-        image = np.zeros((rows.local_size, *split.images.shape[1:]), np.uint8)
-        label = np.zeros(rows.local_size, np.int32)
-        image[mask] = split.images[positions[mask]]
-        label[mask] = split.labels[positions[mask]]
-        yield {"image": image, "label": label, "mask": mask}
+        index = np.where(mask, positions, 0)
+        image = np.where(mask[:, None, None, None], split.images[index], np.uint8(0))
+        yield {"image": image, "label": np.where(mask, split.labels[index], 0), "mask": mask}
 
 
 @dataclass(frozen=True)
@@ -316,48 +304,13 @@ class _TrainingExamples:
 
     def example(self, number: int, index: int) -> Batch:
         """Example `index` of the split, cropped as number `number` of this process."""
-        draws = philox(self.sampler.seed, self.rows.position(number), CROPPING)
-        rng = np.random.Generator(draws)
+        stream = philox(self.sampler.seed, self.rows.position(number), CROPPING)
+        rng = np.random.Generator(stream)
         return _example(self.split, index, lambda data: self.crop(data, rng))
 
-
-class _BrokenImages:
-    """Counts and names the broken images of training, in the process that receives the batches.
-
-    Workers send with each example how many broken ones it replaces. Which those were follows from the order, and
-    the reason is found by reading them again.
-    """
-
-    def __init__(self, examples: _TrainingExamples) -> None:
-        self._examples = examples
-        self._step = 0
-        self._named: set[int] = set()
-        self._last = ""
-        self.read = 0
-        self.broken = 0
-
-    def count(self, batch: Batch) -> None:
-        """Takes `skipped` out of the next batch, logs what is new, and raises if it is too much."""
-        skipped = np.asarray(batch.pop("skipped"))
-        for row in np.flatnonzero(skipped):
-            number = self._step * skipped.size + int(row)
-            for index in itertools.islice(self._examples.candidates(number), int(skipped[row])):
-                if index not in self._named:
-                    self._named.add(index)
-                    self._last = self._reason(number, index)
-                    _log.warning("%s; another stands in for it", self._last)
-        self._step += 1
-        self.broken += int(skipped.sum())
-        self.read += skipped.size + int(skipped.sum())
-        if self.read >= JUDGED_FROM and self.broken > MAX_BROKEN * self.read:
-            raise BrokenImage(
-                f"{self.broken} of {self.read} images read are broken, more than {MAX_BROKEN:.0%}, and "
-                f"are named in the log (the last: {self._last}); repair or replace the data set"
-            )
-
-    def _reason(self, number: int, index: int) -> str:
+    def why_broken(self, number: int, index: int) -> str:
         try:
-            self._examples.example(number, index)
+            self.example(number, index)
         except BrokenImage as error:
             return str(error)
         return f"image {index} could not be read a moment ago and now can"
@@ -383,14 +336,10 @@ class _EvaluationExamples:
                 return _example(self.split, position, self.crop) | {"mask": np.array(True)}
             except BrokenImage as error:
                 raise BrokenImage(f"{error}; remove or replace it") from error
-        padding: Batch = {
-            "image": np.zeros(self.shape, np.uint8),
-            "label": np.array(0, np.int32),
-            "mask": np.array(False),
-        }
+        padding: Batch = {"image": np.zeros(self.shape, np.uint8), "label": np.array(0, np.int32)}
         if self.split.multi_label:
             padding["labels"] = np.zeros(self.split.num_classes, np.bool_)
-        return padding
+        return padding | {"mask": np.array(False)}
 
 
 def _example(split: Encoded, index: int, crop: Crop) -> Batch:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from cait_jax.data.folder import existing_folder, load_folder, read_layout
+from cait_jax.data.folder import load_folder, read_layout
+from cait_jax.data.image_files import existing_folder
 from cait_jax.errors import UserError, nearest, setting, some
 from cait_jax.evaluation.labels import read_labels
 from cait_jax.models.cait import CaiT

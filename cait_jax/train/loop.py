@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.data.folder import left_out_of
+from cait_jax.data.image_files import left_out_of
 from cait_jax.data.loader import PrefetchIterator
 from cait_jax.errors import Way, advise
 from cait_jax.files import run_folder

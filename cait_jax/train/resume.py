@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cait_jax.data.folder import FolderRecords
+from cait_jax.data.image_files import FolderRecords
 from cait_jax.data.split import Encoded, Split
 from cait_jax.errors import UserError
 from cait_jax.files import atomic_replace

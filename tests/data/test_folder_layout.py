@@ -5,14 +5,8 @@ import os
 import pytest
 from test_folder import files_of, fill, message_of
 
-from cait_jax.data.folder import (
-    class_name,
-    folder_splits,
-    left_out_of,
-    load_folder,
-    purpose_of,
-    read_layout,
-)
+from cait_jax.data.folder import class_name, folder_splits, load_folder, purpose_of, read_layout
+from cait_jax.data.image_files import left_out_of
 from cait_jax.train.finetune import look_through
 
 CLASSES = ("cat", "dog")

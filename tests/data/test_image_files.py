@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from test_folder import fill, message_of
 
-from cait_jax.data.folder import left_out_of, load_folder
-from cait_jax.data.image_files import expand_images, find_images, left_out_in_words
+from cait_jax.data.folder import load_folder
+from cait_jax.data.image_files import expand_images, find_images, left_out_in_words, left_out_of
 
 
 def test_what_is_left_out_is_counted_by_suffix(tmp_path):
