@@ -63,8 +63,8 @@ def prepare_command(name: str, data_dir: str | None, dry_run: bool, json: bool) 
 def convert_command(directory: Path, json: bool) -> None:
     """Add array_record files to the tfrecord data set in DIR, without TensorFlow.
 
-    DIR is the folder of the data set's version, or one above it. Every record is checked by its sums. Files that
-    are there already are left, so a conversion that was stopped goes on. The tfrecord files stay.
+    DIR is the folder of the data set's version, or one above it. Checksums of every record are checked. Files that
+    exist already are kept, so a conversion that was stopped continues. The tfrecord files stay.
     """
     from tqdm import tqdm
 

@@ -6,7 +6,6 @@ CRC-32C of the data, all little-endian (tensorflow/core/lib/io/record_writer.h).
 
 import contextlib
 import json
-import os
 import shutil
 import struct
 import sys
@@ -22,9 +21,11 @@ from cait_jax.data.sources import (
     is_prepared,
     manual_folder,
     open_array_record,
+    shard_paths,
 )
 from cait_jax.data.split import first_line
 from cait_jax.errors import UserError
+from cait_jax.files import atomic_replace
 
 _FORMATS = "alternativeFileFormats"
 _HEADER = struct.Struct("<QI")
@@ -37,12 +38,12 @@ class Preparation:
     """What preparing a data set takes.
 
     Attributes:
-      folder: where it comes to lie.
-      prepared: whether it already lies there as array_record.
-      download_bytes: what is downloaded; None if TFDS does not say.
-      data_bytes: what the data set takes on disk; None if TFDS does not say.
-      free_bytes: what is free on that disk.
-      manual: where archives must be put by hand before; None if nothing must.
+      folder: of the data set.
+      prepared: whether it is there as array_record already.
+      download_bytes: None if TFDS does not say.
+      data_bytes: size of the data set on disk; None if TFDS does not say.
+      free_bytes: on that disk.
+      manual: where archives must be put by hand first; None if there are none.
     """
 
     folder: Path
@@ -54,11 +55,7 @@ class Preparation:
 
 
 def plan_preparation(name: str, data_dir: str | None) -> Preparation:
-    """Says what `prepare` would do.
-
-    Args:
-      name: as in `find_builder`.
-      data_dir: likewise.
+    """What `prepare` with the same arguments would do.
 
     Raises:
       UserError: the data set is unknown; or it is there, but not as array_record.
@@ -80,14 +77,7 @@ def plan_preparation(name: str, data_dir: str | None) -> Preparation:
 
 
 def prepare(name: str, data_dir: str | None) -> Path:
-    """Downloads a data set and writes it as array_record, by TFDS and TensorFlow.
-
-    Args:
-      name: as in `find_builder`.
-      data_dir: likewise.
-
-    Returns:
-      The folder of the data set.
+    """Downloads a data set and writes it as array_record, by TFDS and TensorFlow; returns its folder.
 
     Raises:
       UserError: as from `plan_preparation`; TensorFlow is missing, the disk is too small, archives have
@@ -102,7 +92,7 @@ def prepare(name: str, data_dir: str | None) -> Path:
             "GB free: make room, or name another folder by --data-dir"
         )
     builder = find_builder(name, data_dir)
-    if plan.manual is not None and not _holds_files(plan.manual):
+    if plan.manual is not None and not any(plan.manual.glob("[!.]*")):
         raise UserError(
             f"{name} cannot be downloaded by a program: {how_to_prepare(builder, name)}"
         )
@@ -115,39 +105,22 @@ def prepare(name: str, data_dir: str | None) -> Path:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where TFDS prints sentences of its own
             builder.download_and_prepare(file_format="array_record")
-    except (
-        Exception
-    ) as error:  # of the network, the archives, the disk; TFDS removes what is half done
+    except Exception as error:  # of network, archives or disk; TFDS removes what is half done
         raise UserError(f"TFDS could not prepare {name}: {first_line(error)}") from error
     open_array_record(plan.folder, name)
     return plan.folder
 
 
-def _holds_files(folder: Path) -> bool:
-    return folder.is_dir() and next(_files(folder), None) is not None
-
-
-def _files(folder: Path) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        yield from (entry.name for entry in entries if not entry.name.startswith("."))
-
-
 @dataclass(frozen=True)
 class Shard:
-    """One file of a data set.
-
-    Attributes:
-      source: the TFRecord file.
-      target: the array_record file.
-      records: how many records it holds.
-    """
+    """One file of a data set: its tfrecord `source`, its array_record `target`, and the number of records."""
 
     source: Path
     target: Path
     records: int
 
     def is_converted(self) -> bool:
-        """Whether the array_record file is there and whole."""
+        """Whether the array_record file exists and is whole."""
         from array_record.python.array_record_module import ArrayRecordReader
 
         if not self.target.exists():
@@ -163,27 +136,19 @@ class Shard:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What there is to convert.
-
-    Attributes:
-      folder: the folder of the data set.
-      shards: its files.
-    """
+    """The files of the data set in a folder."""
 
     folder: Path
     shards: tuple[Shard, ...]
 
     @property
     def records(self) -> int:
-        """How many records the data set holds."""
+        """The number of records of the data set."""
         return sum(shard.records for shard in self.shards)
 
 
 def plan_conversion(directory: str | Path) -> Conversion:
-    """Finds the TFRecord files of a data set.
-
-    Args:
-      directory: the folder that holds `dataset_info.json`, or one above it that holds only one such folder.
+    """Finds the tfrecord files of the data set in a directory, or of the only one below it.
 
     Raises:
       UserError: there is no data set, or more than one, or a damaged one, or a file of it is missing.
@@ -193,17 +158,12 @@ def plan_conversion(directory: str | Path) -> Conversion:
     folder = _data_set_folder(Path(directory).expanduser())
     try:
         info = tfds.builder_from_directory(folder).info
-        templates = {name: split.filename_template for name, split in info.splits.items()}
         shards = tuple(
             Shard(Path(source), Path(target), records)
-            for name, split in info.splits.items()
+            for split in info.splits.values()
             for source, target, records in zip(
-                templates[name]
-                .replace(filetype_suffix="tfrecord")
-                .sharded_filepaths(split.num_shards),
-                templates[name]
-                .replace(filetype_suffix="array_record")
-                .sharded_filepaths(split.num_shards),
+                shard_paths(split, "tfrecord"),
+                shard_paths(split, "array_record"),
                 split.shard_lengths,
                 strict=True,
             )
@@ -222,21 +182,20 @@ def plan_conversion(directory: str | Path) -> Conversion:
 
 
 def convert(plan: Conversion, progress: Callable[[int], None] | None = None) -> int:
-    """Writes the array_record files that are not there yet, and adds the format to the data set.
+    """Writes the array_record files that do not exist yet, and adds the format to the data set.
 
-    Each file gets its name when it is whole and on the disk, so a conversion that was stopped goes on with
-    the file it was in. The data set can be read as TFRecord as before.
+    Files appear when they are whole and synced, so a conversion that was stopped continues with the file it was
+    in. The data set can be read as tfrecord as before.
 
     Args:
-      plan: what to convert.
       progress: called with the number of records done since its last call.
 
     Returns:
       How many files were written.
 
     Raises:
-      UserError: the disk is too small, or a TFRecord file is damaged or holds another number of records than
-        the data set says.
+      UserError: the disk is too small, or a tfrecord file is damaged or has another number of records than the
+        data set says.
     """
     progress = progress or (lambda records: None)
     left = []
@@ -280,8 +239,7 @@ def _data_set_folder(directory: Path) -> Path:
 def _convert_shard(shard: Shard, progress: Callable[[int], None]) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    partial = shard.target.with_name(f".{shard.target.name}.partial")
-    try:
+    with atomic_replace(shard.target) as partial:
         # Records are read one by one in any order, so each is a group of its own.
         writer = ArrayRecordWriter(str(partial), "group_size:1")
         count = 0
@@ -298,11 +256,6 @@ def _convert_shard(shard: Shard, progress: Callable[[int], None]) -> None:
                 f"{shard.source} holds {count} records and the data set says {shard.records}: copy the file "
                 "again"
             )
-        _sync(partial)
-        partial.replace(shard.target)
-        _sync(shard.target.parent)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _add_format(path: Path) -> None:
@@ -312,30 +265,15 @@ def _add_format(path: Path) -> None:
     if "array_record" in (description.get("fileFormat"), *formats):
         return
     description[_FORMATS] = [*formats, "array_record"]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(description, indent=2))
-    _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with atomic_replace(path) as partial:
+        partial.write_text(json.dumps(description, indent=2))
 
 
 def read_tfrecord(path: Path) -> Iterator[bytes]:
-    """Yields the records of an uncompressed TFRecord file in order, each checked by its sums.
-
-    Args:
-      path: the file.
+    """The records of an uncompressed tfrecord file, each checked by its checksums.
 
     Raises:
-      UserError: while iterating, if the file is cut short or damaged, or is none.
+      UserError: while iterating, if the file is truncated or damaged, or is none.
     """
     with path.open("rb") as file:
         size = path.stat().st_size
@@ -346,7 +284,7 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
 
 
 def masked_crc(data: bytes) -> int:
-    """The CRC-32C of `data`, rotated right by 15 bits and shifted by a constant, as TFRecord stores it."""
+    """The CRC-32C of `data`, rotated right by 15 bits and shifted by a constant, as tfrecord stores it."""
     import google_crc32c
 
     crc = google_crc32c.value(data)
@@ -358,13 +296,17 @@ def _record(file: BinaryIO, header: bytes, size: int, which: str) -> bytes:
         raise _cut_short(which)
     length, of_length = _HEADER.unpack(header)
     if masked_crc(header[:8]) != of_length:
-        raise UserError(f"{which} is damaged (the sum of its length is wrong): copy the file again")
+        raise UserError(
+            f"{which} is damaged (the checksum of its length is wrong): copy the file again"
+        )
     if file.tell() + length + _FOOTER.size > size:
         raise _cut_short(which)
     data = file.read(length)
     (of_data,) = _FOOTER.unpack(file.read(_FOOTER.size))
     if masked_crc(data) != of_data:
-        raise UserError(f"{which} is damaged (the sum of its data is wrong): copy the file again")
+        raise UserError(
+            f"{which} is damaged (the checksum of its data is wrong): copy the file again"
+        )
     return data
 
 

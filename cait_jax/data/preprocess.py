@@ -1,4 +1,4 @@
-"""Photographs to what a network takes: decoded, resized, cropped in the middle, normalised."""
+"""Photographs to the input of a network: decoded, resized, cropped in the middle, normalised."""
 
 import dataclasses
 import math
@@ -21,8 +21,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Preprocessing:
     """How images become the input of a network, as in its evaluation.
 
-    An image is turned upright by its EXIF orientation, laid over white where it is transparent, resized (bicubic,
-    antialiased) to cover `image_size / crop_ratio`, cropped in the middle and normalised to
+    An image is turned upright by its EXIF orientation, composited over white, resized (bicubic, antialiased) to
+    cover `image_size / crop_ratio`, cropped in the middle and normalised to
     `(pixel / 255 - mean) / std`.
 
     Every method takes images as paths, as encoded bytes (the formats of `decode_image`; the first frame
@@ -31,9 +31,9 @@ class Preprocessing:
 
     Attributes:
       image_size: height and width in pixels.
-      crop_ratio: the part of the shorter side that the crop keeps, in (0, 1].
+      crop_ratio: the fraction of the shorter side that the crop keeps, in (0, 1].
       mean: of each channel, or one value for all, on a scale from 0 to 1.
-      std: likewise.
+      std: as `mean`.
       channels: 3 for RGB, 1 for luminance.
 
     Raises:
@@ -52,13 +52,10 @@ class Preprocessing:
             object.__setattr__(self, name, value)
 
     def __call__(self, images: Any) -> Float32[np.ndarray, "batch h w c"]:
-        """Prepares images for `model.apply`.
+        """The input of `model.apply`: float32 (batch, height, width, channels), normalised.
 
         Args:
           images: one image, or any number in a sequence, an iterator or an array (b, h, w, c).
-
-        Returns:
-          float32 (batch, height, width, channels), normalised; the batch of one image is 1.
 
         Raises:
           BrokenImage: an image cannot be decoded, or has more than `decode.MAX_PIXELS` pixels.
@@ -70,36 +67,14 @@ class Preprocessing:
         return (pixels / np.float32(255) - mean.reshape(shape)) / std.reshape(shape)
 
     def crops(self, images: Any) -> UInt8[np.ndarray, "batch h w c"]:
-        """Prepares images up to normalisation.
-
-        Args:
-          images: as for calling.
-
-        Returns:
-          uint8 (batch, height, width, channels).
-
-        Raises:
-          BrokenImage: as from calling.
-          UserError: as from calling.
-        """
+        """As a call, without normalisation: uint8 (batch, height, width, channels)."""
         if not _is_several(images):
             return self.crop(images)[None]
         crops = [self._crop(image, f"image {index}") for index, image in enumerate(images)]
         return np.array(crops, np.uint8).reshape(-1, *self.image_size, self.channels)
 
     def crop(self, image: Any) -> UInt8[np.ndarray, "h w c"]:
-        """Prepares one image up to normalisation.
-
-        Args:
-          image: the image.
-
-        Returns:
-          uint8 (height, width, channels).
-
-        Raises:
-          BrokenImage: as from calling.
-          UserError: as from calling.
-        """
+        """One image without normalisation: uint8 (height, width, channels)."""
         return self._crop(image, "the image")
 
     def _crop(self, image: Any, name: str) -> UInt8[np.ndarray, "h w c"]:
@@ -122,7 +97,7 @@ class Preprocessing:
             raise BrokenImage(f"{name} cannot be decoded: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the settings as what JSON can hold; `from_dict` undoes it."""
+        """The settings as values of JSON; `from_dict` is the inverse."""
         values = dataclasses.asdict(self)
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -131,10 +106,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "Preprocessing":
-        """Makes the settings that `to_dict` gave.
-
-        Args:
-          settings: every attribute by its name.
+        """The settings of `to_dict`: every attribute by its name.
 
         Raises:
           UserError: a name is missing or unknown, or a value is bad.

@@ -14,7 +14,7 @@ import numpy as np
 
 from cait_jax.data.decode import center_crop, decode_image, read_header
 from cait_jax.data.image_files import FolderRecords
-from cait_jax.data.sources import is_folder, load_split, prepared_builder, split_names
+from cait_jax.data.sources import is_folder, load_split, prepared_builder, shard_paths, split_names
 from cait_jax.data.split import BrokenImage, Encoded, InMemory, Split, read_record, record_name
 from cait_jax.errors import UserError, printable, some
 
@@ -30,15 +30,14 @@ class SplitSummary:
     """What one split holds.
 
     Attributes:
-      name: the split.
-      images: how many images.
-      bytes: what its files take; None if it has none.
-      broken: how many of those tried cannot be read or decoded.
-      decoded: how many images, evenly spread, were tried.
-      width: least, median and greatest width in pixels of those.
-      height: likewise.
-      left_out: of a folder, how many files are not read, by suffix.
-      broken_images: the names of those that are broken.
+      images: how many.
+      bytes: size of its files; None if it has none.
+      broken: how many of the decoded ones cannot be read or decoded.
+      decoded: how many images, evenly spread, were decoded.
+      width: least, median and greatest of the decoded ones in pixels.
+      height: as `width`.
+      left_out: how many files of a folder are not read, by suffix.
+      broken_images: their names.
     """
 
     name: str
@@ -53,29 +52,13 @@ class SplitSummary:
 
 
 def open_split(name: str, split: str, data_dir: str | None = None) -> Split:
-    """Opens a split as `load_split` does, encoded where it can be.
-
-    Args:
-      name: as in `load_split`.
-      split: likewise.
-      data_dir: likewise.
-
-    Raises:
-      UserError: as from `load_split`.
-    """
+    """Opens a split as `load_split` does, encoded where it can be."""
     fixed = {"digits": (8, 8), "synthetic": (224, 224)}
     return load_split(name, split, image_size=fixed.get(name, _ENCODED), data_dir=data_dir)
 
 
 def summarize(name: str, split_name: str, split: Split, data_dir: str | None) -> SplitSummary:
-    """Counts a split, and decodes up to 100 of its images.
-
-    Args:
-      name: the data set, as in `load_split`.
-      split_name: which split, or which part of one.
-      split: that, opened.
-      data_dir: as in `load_split`.
-    """
+    """Counts an opened split, or a part of one, and decodes up to 100 of its images."""
     if isinstance(split, InMemory):
         height, width = split.images.shape[1:3]
         return SplitSummary(
@@ -113,14 +96,7 @@ def spread(count: int, most: int) -> list[int]:
 def write_sheet(
     path: Path, split: Split, class_words: Sequence[str], *, images: int, columns: int = 8
 ) -> list[int]:
-    """Writes a contact sheet: images evenly spread over a split, each over the name of its class.
-
-    Args:
-      path: the PNG to write.
-      split: what to show.
-      class_words: what to call each class.
-      images: how many images at most.
-      columns: how many stand side by side.
+    """Writes a contact sheet as PNG: at most so many images, evenly spread over a split, with their class names.
 
     Returns:
       The indices of images that cannot be read or decoded, whose places stay grey.
@@ -186,8 +162,7 @@ def _bytes_of(name: str, split_name: str, split: Encoded, data_dir: str | None) 
     info = prepared_builder(name, data_dir).info.splits
     if split_name not in split_names(name, data_dir=data_dir):  # a part of one
         return None
-    template = info[split_name].filename_template.replace(filetype_suffix="array_record")
-    shards = template.sharded_filepaths(info[split_name].num_shards)
+    shards = shard_paths(info[split_name], "array_record")
     return sum(Path(shard).stat().st_size for shard in shards)
 
 
@@ -209,10 +184,8 @@ def check_images(
     Images in memory are not read again.
 
     Args:
-      split: the images.
       decode_all_within: seconds that decoding all may take.
-      may_be_broken: the part of the images that may be broken: 0 in evaluation, `pipeline.MAX_BROKEN` in training,
-        which replaces them.
+      may_be_broken: fraction of the images: 0 in evaluation, `loader.MAX_BROKEN` in training, which replaces them.
       progress: called in this thread with the number of images read since its last call.
 
     Returns:

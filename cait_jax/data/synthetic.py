@@ -29,10 +29,9 @@ _CLASS_NAMES = tuple(str(number) for number in range(NUM_CLASSES))
 
 @dataclass(frozen=True)
 class SyntheticJpegs:
-    """Records of JPEG files that hold noise with the spectrum of photographs.
+    """Records of JPEG files of noise with the spectrum of photographs; labels are 0 to 999 in turn.
 
-    Of `_PICTURES` different files, each is encoded once in a process that asks for it; record `i` has file
-    `i % _PICTURES`. Labels are 0 to 999 in turn.
+    Each of `_PICTURES` different files is encoded once in a process; record `i` has file `i % _PICTURES`.
     """
 
     count: int
@@ -96,14 +95,12 @@ def load_digits(split: str, image_size: tuple[int, int]) -> InMemory:
 def load_synthetic(
     name: str, split: str, image_size: tuple[int, int], max_bytes: int
 ) -> InMemory | Encoded:
-    """Makes a split of 1,000 classes.
+    """A split, `"train"` or `"validation"`, of 1,000 classes.
 
     Args:
-      name: `"synthetic"`: uniform noise of the size asked for, in memory; `"synthetic/jpeg"`: JPEG files
-        of ImageNet's usual size and number, to be decoded like it.
-      split: `"train"` or `"validation"`.
-      image_size: height and width in pixels of the images in memory.
-      max_bytes: what the images in memory may take; of very large ones there are fewer.
+      name: `"synthetic"`: uniform noise of `image_size`, in memory; `"synthetic/jpeg"`: JPEG files of ImageNet's
+        usual size and number, to be decoded like it.
+      max_bytes: limit for the images in memory; of very large ones there are fewer.
 
     Raises:
       UserError: the name or the split is unknown, or not one image fits.

@@ -111,7 +111,7 @@ def test_damage_leaves_nothing_half_done(folder):
     whole = shard.read_bytes()
     for content, sentence in (
         (whole[:-1], f"record 0 of {shard} is cut short"),
-        (b"junk" + whole, "the sum of its length is wrong"),
+        (b"junk" + whole, "the checksum of its length is wrong"),
         (whole * 2, f"{shard} holds 2 records and the data set says 1"),
         (b"", f"{shard} holds 0 records"),
     ):
