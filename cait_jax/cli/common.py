@@ -97,7 +97,7 @@ class LoadedModel:
     @property
     def class_words(self) -> list[str]:
         """A readable name of each class."""
-        from cait_jax.data.imagenet import class_words
+        from cait_jax.evaluation.labels import class_words
 
         if self.label_names is None:
             return [str(i) for i in range(self.model.num_classes)]
@@ -168,7 +168,7 @@ def load_model(
 
     Those of `weights` count where it is a directory.
     """
-    from cait_jax.data.imagenet import imagenet_classes
+    from cait_jax.evaluation.labels import imagenet_classes
     from cait_jax.models.zoo import VARIANTS
     from cait_jax.weights.pretrained import load_pretrained, load_settings, preprocessing
 

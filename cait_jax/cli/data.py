@@ -120,10 +120,9 @@ def show_command(
     """
     from tqdm import tqdm
 
-    from cait_jax.data.image_files import left_out_of
-    from cait_jax.data.imagenet import class_words
     from cait_jax.data.show import open_split, summarize, write_sheet
     from cait_jax.data.sources import split_names
+    from cait_jax.evaluation.labels import class_words
 
     check_writable(sheet)
     names = split_names(data, data_dir=data_dir) if split is None else (split,)
@@ -131,8 +130,8 @@ def show_command(
     for name in tqdm(names, desc=printable(data), unit="split", disable=None, leave=False):
         opened = open_split(data, name, data_dir)
         summaries.append(summarize(data, name, opened, data_dir))
-        if left_out := left_out_of(opened):
-            note(left_out)
+        if opened.left_out:
+            note(opened.left_out)
         if summaries[-1].broken_images:
             note(f"broken in {name}: {some(summaries[-1].broken_images)}")
         if name == names[0]:

@@ -100,7 +100,6 @@ def command(
     ImageNet-ReaL any of an image's labels is right, and images without labels do not count. Of a model without
     a head --knn and --probe alone are measured.
     """
-    from cait_jax.data.image_files import left_out_of
     from cait_jax.data.sources import load_split
     from cait_jax.evaluation.scores import find_benchmark, with_channels
 
@@ -123,8 +122,8 @@ def command(
 
     def open_split(name: str) -> Any:
         opened = load_split(found.data, name, image_size=prepare.image_size, data_dir=data_dir)
-        if left_out := left_out_of(opened):
-            note(left_out)
+        if opened.left_out:
+            note(opened.left_out)
         return with_channels(opened, prepare.channels)
 
     examples = open_split(found.split)
@@ -276,8 +275,8 @@ def _write_logits(
 def _draw_confusion(path: Path, result: dict[str, Any]) -> None:
     import numpy as np
 
-    from cait_jax.data.imagenet import class_words
     from cait_jax.evaluation.confusion import save_confusion
+    from cait_jax.evaluation.labels import class_words
 
     title = f"{result['model']} on {result['data']} {result['split']}"
     matrix = np.asarray(result["confusion"])
@@ -311,7 +310,7 @@ def _report(result: dict[str, Any]) -> str:
         columns = (result["class_accuracy"], result["class_names"], result["class_images"])
         per_class = [row for row in zip(*columns, strict=True) if row[2]]
     if per_class:
-        from cait_jax.data.imagenet import class_words
+        from cait_jax.evaluation.labels import class_words
 
         title = "by class"
         if len(per_class) > _FEW_CLASSES:

@@ -267,7 +267,8 @@ def load_folder(root: str | Path, split: str | None = None, *, channels: int = 3
         left_out["./"] = loose
     kept = tuple(itertools.compress(files, chosen))
     records = FolderRecords(part, kept, np.array(labels, np.int32)[chosen], left_out)
-    return Encoded(records, found.class_names, channels, exif=True)
+    said = left_out_in_words(left_out, part)
+    return Encoded(records, found.class_names, channels, exif=True, left_out=said)
 
 
 def path_fraction(path: str) -> float:

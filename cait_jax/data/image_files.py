@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from cait_jax.data.split import Split
 from cait_jax.errors import UserError, composed, nearest, printable
 
 SUFFIXES = {
@@ -189,14 +188,6 @@ def left_out_in_words(left_out: Mapping[str, int], where: str | Path) -> str | N
     total = sum(left_out.values())
     files = "1 file" if total == 1 else f"{total:,} files"
     return printable(f"left out of {where}: {files} ({counts_in_words(left_out)})")
-
-
-def left_out_of(split: Split) -> str | None:
-    """A sentence on the files of a `load_folder` that are not read; None where there are none."""
-    records = getattr(split, "records", None)
-    if not isinstance(records, FolderRecords):
-        return None
-    return left_out_in_words(records.left_out, records.root)
 
 
 def counts_in_words(left_out: Mapping[str, int]) -> str:

@@ -175,23 +175,22 @@ def _high_efficiency(data: bytes, check: _Check) -> Image.Image:
             raise BrokenImage(f"AVIF needs a newer Pillow: {missing}")
         from PIL import AvifImagePlugin
 
-        return _by(AvifImagePlugin.AvifImageFile)(data, check)
+        return _by_plugin(AvifImagePlugin.AvifImageFile, data, check)
     if not brands & _HEIF:
         raise BrokenImage(_NO_IMAGE)
     if missing := missing_decoder(".heif"):
         raise BrokenImage(f"HEIF needs pillow-heif: {missing}")
     from pillow_heif import HeifImageFile
 
-    return _by(HeifImageFile)(data, check)
+    return _by_plugin(HeifImageFile, data, check)
 
 
-def _by(reader: Callable[[io.BytesIO], Image.Image]) -> _Reader:
-    def read(data: bytes, check: _Check) -> Image.Image:
-        image = reader(io.BytesIO(data))
-        check(image.size)
-        return image
-
-    return read
+def _by_plugin(
+    plugin: Callable[[io.BytesIO], Image.Image], data: bytes, check: _Check
+) -> Image.Image:
+    image = plugin(io.BytesIO(data))
+    check(image.size)
+    return image
 
 
 def _tiff(data: bytes, check: _Check) -> Image.Image:
@@ -366,10 +365,10 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 _READERS: tuple[tuple[bytes, _Reader], ...] = (
     (rb"\x89PNG\r\n\x1a\n", _png),
-    (rb"RIFF.{4}WEBP", _by(WebPImagePlugin.WebPImageFile)),
-    (rb"GIF8[79]a", _by(GifImagePlugin.GifImageFile)),
-    (rb"BM", _by(BmpImagePlugin.BmpImageFile)),
+    (rb"RIFF.{4}WEBP", functools.partial(_by_plugin, WebPImagePlugin.WebPImageFile)),
+    (rb"GIF8[79]a", functools.partial(_by_plugin, GifImagePlugin.GifImageFile)),
+    (rb"BM", functools.partial(_by_plugin, BmpImagePlugin.BmpImageFile)),
     (rb"II[*+]\0|MM\0[*+]", _tiff),
-    (rb"P[1-6]\s", _by(PpmImagePlugin.PpmImageFile)),
+    (rb"P[1-6]\s", functools.partial(_by_plugin, PpmImagePlugin.PpmImageFile)),
     (rb".{4}ftyp", _high_efficiency),
 )

@@ -32,6 +32,7 @@ class InMemory:
     images: UInt8[np.ndarray, "n h w c"]
     labels: Int32[np.ndarray, "n"]
     class_names: tuple[str, ...]
+    left_out = None
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -58,6 +59,7 @@ class Encoded:
       channels: 3 for RGB, 1 for luminance.
       multi_label: whether a record has, beside `label`, any number of correct classes in `labels`.
       exif: whether the EXIF orientation is applied, as for photographs.
+      left_out: a sentence on the files beside the records that are not read, of a folder.
     """
 
     records: Records
@@ -65,6 +67,7 @@ class Encoded:
     channels: int
     multi_label: bool = False
     exif: bool = False
+    left_out: str | None = None
 
     def __len__(self) -> int:
         """The number of examples."""

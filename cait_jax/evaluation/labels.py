@@ -1,6 +1,8 @@
 """Matching the labels of a data set to the classes of a model, and the classes that compete."""
 
 import dataclasses
+import functools
+import importlib.resources
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from cait_jax.data.imagenet import class_words, imagenet_classes
 from cait_jax.data.split import InMemory, Split
 from cait_jax.errors import Literal, UserError, Way, advise, composed, nearest, some
 from cait_jax.evaluation.evaluate import Batch, MetricFn
@@ -21,6 +22,25 @@ _CHUNK = 512
 
 class LabelError(UserError):
     """Labels that cannot be scored as they are."""
+
+
+@functools.cache
+def imagenet_classes() -> tuple[tuple[str, str], ...]:
+    """WordNet ID and words of ImageNet-1k's classes in the order of their labels, which is that of the IDs.
+
+    The words are the lemmas of the synset in WordNet 3.0, such as `"tench, Tinca tinca"`; two classes are a
+    `"crane"`.
+    """
+    table = importlib.resources.files("cait_jax.evaluation").joinpath("imagenet_classes.tsv")
+    lines = table.read_text(encoding="utf-8").splitlines()
+    rows = (line.split("\t") for line in lines if not line.startswith("#"))
+    return tuple((wnid, words) for wnid, words in rows)
+
+
+def class_words(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, with the words of `imagenet_classes` in place of its IDs."""
+    words = dict(imagenet_classes())
+    return tuple(words.get(name, name) for name in names)
 
 
 @dataclasses.dataclass(frozen=True)

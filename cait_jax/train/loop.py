@@ -14,7 +14,6 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.data.image_files import left_out_of
 from cait_jax.data.loader import PrefetchIterator
 from cait_jax.errors import Way, advise
 from cait_jax.files import run_folder
@@ -111,10 +110,8 @@ def train(
                 return Run(trainer.model, state, metrics, finished=True)
             if start < trainer.total_steps:
                 writer.message(_greeting(trainer, state, workdir, start))
-            left_out = map(left_out_of, (trainer.train_split, trainer.eval_split))
-            for message in dict.fromkeys(
-                filter(None, left_out)
-            ):  # once for both splits of a folder
+            left_out = (trainer.train_split.left_out, trainer.eval_split.left_out)
+            for message in dict.fromkeys(filter(None, left_out)):  # once of a folder for both
                 writer.message(message)
             return _run(trainer, state, start, metrics, data, checkpoints, writer, evaluated)
 

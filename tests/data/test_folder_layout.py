@@ -6,7 +6,6 @@ import pytest
 from test_folder import files_of, fill, message_of
 
 from cait_jax.data.folder import class_name, folder_splits, load_folder, purpose_of, read_layout
-from cait_jax.data.image_files import left_out_of
 from cait_jax.train.finetune import look_through
 
 CLASSES = ("cat", "dog")
@@ -111,7 +110,7 @@ def test_what_lies_beside_splits_is_said(tmp_path):
     (root / "empty").mkdir()
     layout = read_layout(root)
     assert (layout.names, layout.beside) == (("train", "val"), ("images to predict",))
-    said = left_out_of(load_folder(root, "val"))
+    said = load_folder(root, "val").left_out
     assert said == f"left out of {root / 'val'}: 5 files (5 images in images to predict/)"
 
 
@@ -147,7 +146,7 @@ def test_folders_and_files_of_systems_are_neither_classes_nor_left_out(tmp_path)
     assert folder_splits(root) == ("train", "val")
     training = load_folder(root, "train")
     assert (training.class_names, len(training)) == (CLASSES, 5)
-    assert left_out_of(training) is None
+    assert training.left_out is None
     fill(root, "train/MISC/1.jpg")
     assert load_folder(root, "train").class_names == ("MISC", *CLASSES)
 

@@ -8,7 +8,7 @@ import pytest
 from test_folder import fill, message_of
 
 from cait_jax.data.folder import load_folder
-from cait_jax.data.image_files import expand_images, find_images, left_out_in_words, left_out_of
+from cait_jax.data.image_files import expand_images, find_images, left_out_in_words
 
 
 def test_what_is_left_out_is_counted_by_suffix(tmp_path):
@@ -26,7 +26,7 @@ def test_what_is_left_out_is_counted_by_suffix(tmp_path):
     found = load_folder(tmp_path)
     assert len(found) == 3
     assert found.records.left_out == {".heic": 2, ".avif2": 1, "": 1}
-    said = left_out_of(found)
+    said = found.left_out
     assert said.startswith(f"left out of {tmp_path}: 4 files (2 .heic")
     assert said.endswith("1 without a suffix, 1 .avif2)")
     assert 'read after pip install "cait-jax[heif]"' in said
@@ -63,10 +63,7 @@ def test_images_outside_the_class_folders_are_said(tmp_path):
     fill(tmp_path, "a/1.jpg", "b/2.jpg", "loose.jpg", "other.PNG", "labels.csv")
     found = load_folder(tmp_path)
     assert (len(found), found.records.left_out) == (2, {"./": 2})
-    assert (
-        left_out_of(found)
-        == f"left out of {tmp_path}: 2 files (2 images outside the class folders)"
-    )
+    assert found.left_out == f"left out of {tmp_path}: 2 files (2 images outside the class folders)"
 
 
 def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):

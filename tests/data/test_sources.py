@@ -9,6 +9,7 @@ from tfds_files import encode, noise, numbered_jpeg, write_cifar10, write_imagen
 
 from cait_jax.data import Encoded, InMemory, load_split, sources
 from cait_jax.errors import UserError
+from cait_jax.evaluation.labels import imagenet_classes
 
 PICTURES = [noise(seed, 32, 32) for seed in range(9)]
 TRAIN = [(encode(picture), seed % 10) for seed, picture in enumerate(PICTURES)]
@@ -265,3 +266,8 @@ def test_real_imagenet(real_data_dir):
     assert split.num_classes == 1000
     assert split.class_names[0] == "n01440764"
     assert split.records[0]["image"][:2] == b"\xff\xd8"
+
+
+def test_real_classes_are_in_the_order_of_their_ids(real_data_dir):
+    split = load_split("imagenet2012", "validation", image_size=(224, 224), data_dir=real_data_dir)
+    assert split.class_names == tuple(wnid for wnid, _ in imagenet_classes())

@@ -7,7 +7,6 @@ from tfds_files import write_imagenet2012
 
 from cait_jax import UserError
 from cait_jax.cli.common import command_options
-from cait_jax.data.imagenet import imagenet_classes
 from cait_jax.data.sources import load_split
 from cait_jax.data.split import Encoded, InMemory
 from cait_jax.errors import config_flags, python_arguments, speaking
@@ -16,6 +15,7 @@ from cait_jax.evaluation.labels import (
     LabelError,
     choose_classes,
     choose_rule,
+    imagenet_classes,
     labels_among,
     match_classes,
     match_positions,

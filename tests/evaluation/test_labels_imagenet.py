@@ -1,6 +1,6 @@
 import importlib.resources
 
-from cait_jax.data.imagenet import class_words, imagenet_classes
+from cait_jax.evaluation.labels import class_words, imagenet_classes
 
 
 def test_there_are_a_thousand_classes_in_the_order_of_their_ids():
@@ -23,13 +23,6 @@ def test_the_words_are_those_of_the_label():
     assert not any("_" in each or each != each.strip() for each in words)
 
 
-def test_real_labels_are_in_this_order(real_data_dir):
-    from cait_jax.data import load_split
-
-    split = load_split("imagenet2012", "validation", image_size=(224, 224), data_dir=real_data_dir)
-    assert split.class_names == tuple(wnid for wnid, _ in imagenet_classes())
-
-
 def test_ids_become_words_and_other_names_stay():
     names = class_words(["n02099601", "dog", "n00000000", "n03126707"])
     assert names == ("golden retriever", "dog", "n00000000", "crane")
@@ -37,7 +30,7 @@ def test_ids_become_words_and_other_names_stay():
 
 
 def test_the_table_and_its_licence_lie_in_the_package():
-    package = importlib.resources.files("cait_jax.data")
+    package = importlib.resources.files("cait_jax.evaluation")
     table = package.joinpath("imagenet_classes.tsv").read_text(encoding="utf-8")
     licence = package.joinpath("LICENSE.wordnet").read_text(encoding="utf-8")
     assert "LICENSE.wordnet" in table
