@@ -66,5 +66,10 @@ def current_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {_last(f"model.{name}"): value for name, value in attributes.items()}
 
 
+def current_preprocessing(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved model's preprocessing under the names of today."""
+    return {_last(f"eval.{name}"): value for name, value in settings.items()}
+
+
 def _last(key: str) -> str:
     return OLD_KEYS.get(key, key).rpartition(".")[2]

@@ -12,6 +12,7 @@ from jaxtyping import Float32, UInt8
 from cait_jax.data.image_files import nearest_path
 from cait_jax.data.split import BrokenImage
 from cait_jax.errors import UserError, nearest
+from cait_jax.renamed import current_preprocessing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -22,7 +23,7 @@ class Preprocessing:
     """How images become the input of a network, as in its evaluation.
 
     An image is turned upright by its EXIF orientation, composited over white, resized (bicubic, antialiased) to
-    cover `image_size / crop_ratio`, cropped in the middle and normalised to
+    cover `image_size / crop_pct`, cropped in the middle and normalised to
     `(pixel / 255 - mean) / std`.
 
     Every method takes images as paths, as encoded bytes (the formats of `decode_image`; the first frame
@@ -31,7 +32,7 @@ class Preprocessing:
 
     Attributes:
       image_size: height and width in pixels.
-      crop_ratio: the fraction of the shorter side that the crop keeps, in (0, 1].
+      crop_pct: the fraction of the shorter side that the crop keeps, in (0, 1].
       mean: of each channel, or one value for all, on a scale from 0 to 1.
       std: as `mean`.
       channels: 3 for RGB, 1 for luminance.
@@ -41,7 +42,7 @@ class Preprocessing:
     """
 
     image_size: tuple[int, int]
-    crop_ratio: float = 1.0
+    crop_pct: float = 1.0
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     channels: int = 3
@@ -89,7 +90,7 @@ class Preprocessing:
             return center_crop(
                 opened,
                 image_size=self.image_size,
-                crop_pct=self.crop_ratio,
+                crop_pct=self.crop_pct,
                 channels=self.channels,
                 exif=True,
             )
@@ -111,6 +112,7 @@ class Preprocessing:
         Raises:
           UserError: a name is missing or unknown, or a value is bad.
         """
+        settings = current_preprocessing(settings)
         names = [field.name for field in dataclasses.fields(cls)]
         for name in settings:
             if name not in names:
@@ -168,23 +170,23 @@ def _read(path: Path) -> bytes:
 
 
 def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    size, crop_ratio, channels = (settings[key] for key in ("image_size", "crop_ratio", "channels"))
+    size, crop_pct, channels = (settings[key] for key in ("image_size", "crop_pct", "channels"))
     size = tuple(size) if isinstance(size, Iterable) else (size,)
     if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         raise UserError(
             "image_size must be height and width in whole pixels, such as (224, 224), not "
             f"{settings['image_size']!r}"
         )
-    crop_ratio = _number("crop_ratio", crop_ratio)
-    if not 0 < crop_ratio <= 1:
-        raise UserError(f"crop_ratio must be above 0 and at most 1, not {crop_ratio}")
+    crop_pct = _number("crop_pct", crop_pct)
+    if not 0 < crop_pct <= 1:
+        raise UserError(f"crop_pct must be above 0 and at most 1, not {crop_pct}")
     if channels not in (1, 3):
         raise UserError(f"channels must be 3 (RGB) or 1 (luminance), not {channels!r}")
     mean, std = (_by_channel(name, settings[name], channels) for name in ("mean", "std"))
     if min(std) <= 0:
         raise UserError(f"std must be above 0, not {std}")
     return {
-        "image_size": size, "crop_ratio": crop_ratio, "mean": mean, "std": std, "channels": channels,
+        "image_size": size, "crop_pct": crop_pct, "mean": mean, "std": std, "channels": channels,
     }  # fmt: skip
 
 

@@ -199,7 +199,7 @@ def batches_of(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=workers,
-        crop_pct=preprocessing.crop_ratio,
+        crop_pct=preprocessing.crop_pct,
     )
 
 

@@ -223,7 +223,7 @@ def _begin_from(
     with config.ignore_type():  # one number where it is square
         config.image_size = height if height == width else (height, width)
     config.data.mean, config.data.std = prepare.mean, prepare.std
-    config.eval.crop_pct = prepare.crop_ratio
+    config.eval.crop_pct = prepare.crop_pct
     return network
 
 

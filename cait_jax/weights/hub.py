@@ -23,7 +23,7 @@ class Released:
       name: of the model.
       hub_id: repository on the Hugging Face hub, which holds `model.safetensors`.
       image_size: side in pixels of the images it was evaluated on.
-      crop_ratio: side of the centre crop over the short side of the resized image.
+      crop_pct: side of the centre crop over the short side of the resized image.
       top1: on ImageNet-1k's validation images in percent, with this size and crop; None if not published.
       source: of `top1`.
       mean: of each channel, on a scale from 0 to 1.
@@ -35,7 +35,7 @@ class Released:
     name: str
     hub_id: str
     image_size: int
-    crop_ratio: float
+    crop_pct: float
     top1: float | None
     source: str
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -47,7 +47,7 @@ class Released:
         """The settings of its preprocessing."""
         return {
             "image_size": [self.image_size, self.image_size],
-            "crop_ratio": self.crop_ratio,
+            "crop_pct": self.crop_pct,
             "mean": list(self.mean),
             "std": list(self.std),
             "channels": 3,

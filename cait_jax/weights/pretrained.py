@@ -45,7 +45,7 @@ class Settings:
 
     Attributes:
       label_names: the classes in the order of the logits; None for released weights, which have ImageNet-1k's.
-      preprocessing: `image_size` [height, width] in pixels, `crop_ratio`, `mean` and `std` of each channel
+      preprocessing: `image_size` [height, width] in pixels, `crop_pct`, `mean` and `std` of each channel
         on a scale from 0 to 1, and `channels`.
     """
 
@@ -218,7 +218,7 @@ def _preprocessing(name_or_path: str | os.PathLike[str]) -> Preprocessing:
         if settings is not None:
             return Preprocessing.from_dict(settings)
     if in_python():
-        fix = "make a cait_jax.Preprocessing of its image_size, crop_ratio, mean, std and channels"
+        fix = "make a cait_jax.Preprocessing of its image_size, crop_pct, mean, std and channels"
     else:
         fix = advise(
             Way("give {}, a directory saved with its preprocessing", "weights", Literal("DIR")),

@@ -52,7 +52,7 @@ def run_settings(path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
     config = current_config(meta["config"])
     preprocessing = {
         "image_size": list(_image_size(config)),
-        "crop_ratio": config["eval"]["crop_pct"],
+        "crop_pct": config["eval"]["crop_pct"],
         "mean": list(config["data"]["mean"]),
         "std": list(config["data"]["std"]),
         "channels": _channels(meta, params),

@@ -17,7 +17,7 @@ from cait_jax.files import sha256
 from cait_jax.models.cait import CaiT
 from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import VisionTransformer, float_dtype, misfit
-from cait_jax.renamed import current_attributes
+from cait_jax.renamed import current_attributes, current_preprocessing
 from cait_jax.sharding import leaf_shapes
 from cait_jax.weights.state_dicts import (
     check_finite,
@@ -32,7 +32,7 @@ CONFIG = "config.json"
 # Our section of config.json, beside those of other libraries.
 SECTION = "cait_jax"
 _FORMAT = 1
-_PREPROCESSING = ("image_size", "crop_ratio", "mean", "std", "channels")
+_PREPROCESSING = ("image_size", "crop_pct", "mean", "std", "channels")
 # The networks that can be saved, by their names in config.json.
 FAMILIES: Mapping[str, type[nn.Module]] = {
     network.__name__: network for network in (CaiT, VisionTransformer, RegNetY)
@@ -47,7 +47,7 @@ class SavedModel:
     Attributes:
       model: the module.
       label_names: the classes in the order of the logits, or None.
-      preprocessing: `image_size`, `crop_ratio`, `mean`, `std` and `channels`, or None.
+      preprocessing: `image_size`, `crop_pct`, `mean`, `std` and `channels`, or None.
       sha256: of the file of weights.
     """
 
@@ -72,7 +72,7 @@ def save_pretrained(
       model: a model of this package.
       variables: in the model's `param_dtype`.
       label_names: the classes in the order of the logits.
-      preprocessing: `image_size` (height, width) in pixels, `crop_ratio`, `mean` and `std` of each channel
+      preprocessing: `image_size` (height, width) in pixels, `crop_pct`, `mean` and `std` of each channel
         on a scale from 0 to 1, `channels`.
 
     Raises:
@@ -147,11 +147,11 @@ def read_saved(directory: Path) -> SavedModel:
             "newer cait-jax"
         )
     try:
-        labels = section["label_names"]
+        labels, settings = section["label_names"], section["preprocessing"]
         return SavedModel(
             model=model_from_dict(section),
             label_names=None if labels is None else tuple(labels),
-            preprocessing=section["preprocessing"],
+            preprocessing=None if settings is None else current_preprocessing(settings),
             sha256=section["weights_sha256"],
         )
     except (KeyError, TypeError) as error:
@@ -281,6 +281,7 @@ def _refuse_unknown(family: str, attributes: Mapping[str, Any], known: set[str])
 
 
 def _as_json(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    preprocessing = current_preprocessing(preprocessing)
     for name in preprocessing:
         if name not in _PREPROCESSING:
             raise UserError(

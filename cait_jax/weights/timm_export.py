@@ -266,7 +266,7 @@ def _timm_config(model: Any, call: TimmModel, section: Mapping[str, Any]) -> dic
     preprocessing = section["preprocessing"]
     if preprocessing is not None:
         pretrained_cfg |= {
-            "crop_pct": preprocessing["crop_ratio"],
+            "crop_pct": preprocessing["crop_pct"],
             "mean": _each_channel(preprocessing["mean"], model.in_channels),
             "std": _each_channel(preprocessing["std"], model.in_channels),
         }
@@ -341,7 +341,7 @@ def _images(model: Any, preprocessing: Mapping[str, Any] | None) -> str:
     if preprocessing is None:
         return f"{size}; how they were normalised is not recorded"
     return (
-        f"{size}, resized (bicubic, antialiased) to cover that over {preprocessing['crop_ratio']}, then "
+        f"{size}, resized (bicubic, antialiased) to cover that over {preprocessing['crop_pct']}, then "
         f"cropped in the middle; mean {tuple(preprocessing['mean'])} and std "
         f"{tuple(preprocessing['std'])} on a scale from 0 to 1"
     )

@@ -26,7 +26,7 @@ def saved(network, tmp_path_factory):
     directory = tmp_path_factory.mktemp("saved") / "small"
     settings = {
         "image_size": [8, 8],
-        "crop_ratio": 0.9,
+        "crop_pct": 0.9,
         "mean": [0.5, 0.4, 0.3],
         "std": [0.2, 0.3, 0.4],
         "channels": 3,

@@ -48,7 +48,7 @@ def places(network, saved, tmp_path_factory):
     (root / "foreign").mkdir()
     (root / "foreign" / "config.json").write_text(json.dumps({"architecture": "x"}))
     grey = create_model("cait_nano4_patch4_8", depth=1, num_classes=3)
-    settings = {"image_size": [8, 8], "crop_ratio": 1.0, "mean": [0.5], "std": [0.5], "channels": 1}
+    settings = {"image_size": [8, 8], "crop_pct": 1.0, "mean": [0.5], "std": [0.5], "channels": 1}
     params = jax.tree.map(np.asarray, grey.init(jax.random.key(0), np.zeros((1, 8, 8, 1))))
     save_pretrained(root / "grey", grey, params, preprocessing=settings)
     for i in range(48):

@@ -272,7 +272,7 @@ def test_weights_without_a_network_need_its_name(saved, tmp_path):
 
 def test_named_models_have_preprocessing_and_small_ones_say_why_not():
     assert preprocessing("cait_m48_448").image_size == (448, 448)
-    assert preprocessing("deit_tiny_patch16_224").crop_ratio == 0.9
+    assert preprocessing("deit_tiny_patch16_224").crop_pct == 0.9
     assert preprocessing("vit_base_patch16_224").mean == (0.5, 0.5, 0.5)
     assert preprocessing("cait_s48", image_size=384).image_size == (384, 384)
     with pytest.raises(ValueError, match="no preprocessing is known for cait_nano4_patch4_8"):

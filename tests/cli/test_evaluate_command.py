@@ -10,7 +10,7 @@ from cait_jax import load_pretrained, preprocessing, save_pretrained
 from cait_jax.evaluation import knn_accuracy
 
 SETTINGS = {
-    "image_size": [8, 8], "crop_ratio": 0.9, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "channels": 3
+    "image_size": [8, 8], "crop_pct": 0.9, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "channels": 3
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from cait_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from cait_jax.data.split import BrokenImage
 from cait_jax.errors import UserError
 
-SMALL = Preprocessing((24, 32), crop_ratio=0.9)
+SMALL = Preprocessing((24, 32), crop_pct=0.9)
 JPEG = numbered_jpeg(0, 60, 80)
 
 
@@ -98,14 +98,16 @@ def test_settings_survive_json():
     again = Preprocessing.from_dict(json.loads(json.dumps(settings.to_dict())))
     assert again == settings
     assert hash(again) == hash(settings)
-    whole = {"image_size": [8, 8], "crop_ratio": 1, "mean": [0], "std": [1], "channels": 3}
+    whole = {"image_size": [8, 8], "crop_pct": 1, "mean": [0], "std": [1], "channels": 3}
     assert Preprocessing.from_dict(whole) == Preprocessing((8, 8), mean=(0.0,), std=(1.0,))
+    old = {"crop_ratio" if name == "crop_pct" else name: value for name, value in whole.items()}
+    assert Preprocessing.from_dict(old) == Preprocessing.from_dict(whole)
 
 
 def test_settings_are_read_strictly():
     settings = SMALL.to_dict()
-    assert "no setting 'crop_pct'; nearest: crop_ratio" in message_of(
-        Preprocessing.from_dict, settings | {"crop_pct": 0.9}
+    assert "no setting 'crop'; nearest: crop_pct" in message_of(
+        Preprocessing.from_dict, settings | {"crop": 0.9}
     )
     del settings["std"], settings["channels"]
     assert "lacks std, channels" in message_of(Preprocessing.from_dict, settings)
@@ -120,10 +122,10 @@ def test_settings_are_read_strictly():
         ({"image_size": (224,)}, "such as (224, 224)"),
         ({"image_size": (0, 8)}, "such as (224, 224)"),
         ({"image_size": (8.0, 8)}, "such as (224, 224)"),
-        ({"crop_ratio": 0}, "above 0 and at most 1"),
-        ({"crop_ratio": 1.1}, "above 0 and at most 1"),
-        ({"crop_ratio": "1"}, "takes finite numbers, not '1'"),
-        ({"crop_ratio": float("nan")}, "takes finite numbers"),
+        ({"crop_pct": 0}, "above 0 and at most 1"),
+        ({"crop_pct": 1.1}, "above 0 and at most 1"),
+        ({"crop_pct": "1"}, "takes finite numbers, not '1'"),
+        ({"crop_pct": float("nan")}, "takes finite numbers"),
         ({"channels": 4}, "channels must be 3 (RGB) or 1"),
         ({"channels": 1}, "mean has 3 values, but images have 1 channel;"),
         ({"mean": (0.5, 0.5)}, "mean has 2 values, but images have 3 channels;"),

@@ -106,7 +106,7 @@ def test_what_cannot_be_is_a_sentence(options, sentence):
     assert "\n" not in str(caught.value)
 
 
-SETTINGS = {"image_size": [8, 8], "crop_ratio": 0.5, "mean": [0.4], "std": [0.3], "channels": 3}
+SETTINGS = {"image_size": [8, 8], "crop_pct": 0.5, "mean": [0.4], "std": [0.3], "channels": 3}
 
 
 @pytest.mark.parametrize(

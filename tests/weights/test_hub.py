@@ -24,9 +24,9 @@ def test_every_row_is_a_model_at_its_own_resolution():
 
 
 def test_evaluation_settings_by_family():
-    assert {row.crop_ratio for name, row in RELEASED.items() if name.startswith("cait")} == {1.0}
-    assert {row.crop_ratio for name, row in RELEASED.items() if name.startswith("deit")} == {0.9}
-    assert find_released("regnety_160").crop_ratio == 0.875
+    assert {row.crop_pct for name, row in RELEASED.items() if name.startswith("cait")} == {1.0}
+    assert {row.crop_pct for name, row in RELEASED.items() if name.startswith("deit")} == {0.9}
+    assert find_released("regnety_160").crop_pct == 0.875
     assert find_released("vit_base_patch16_224").mean == (0.5, 0.5, 0.5)
     assert find_released("cait_m48_448").std == (0.229, 0.224, 0.225)
 
@@ -47,11 +47,11 @@ CSV = {
 def test_accuracy_and_crop_are_of_one_source():
     for name, expected in CSV.items():
         row = RELEASED[name]
-        assert (row.top1, row.image_size, row.crop_ratio) == expected
+        assert (row.top1, row.image_size, row.crop_pct) == expected
         assert row.source == "timm's measurement"
     # Not in that table at 224 pixels: the paper's figure with the crop of its code, 224 of 256 pixels.
     teacher = RELEASED["regnety_160"]
-    assert (teacher.top1, teacher.crop_ratio) == (82.9, 0.875)
+    assert (teacher.top1, teacher.crop_pct) == (82.9, 0.875)
     assert teacher.source == "DeiT paper, arXiv 2012.12877"
 
 

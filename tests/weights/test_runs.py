@@ -109,7 +109,7 @@ def test_settings_come_from_the_runs_config(tmp_path, model, meta, label_names):
     settings = load_settings(tmp_path)
     assert settings.label_names == label_names
     assert settings.preprocessing == {
-        "image_size": [8, 8], "crop_ratio": 0.875, "mean": [0.5], "std": [0.5], "channels": 1,
+        "image_size": [8, 8], "crop_pct": 0.875, "mean": [0.5], "std": [0.5], "channels": 1,
     }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def test_a_run_saved_under_old_keys_is_read(tmp_path, model):
             2, create_state(random_params(model), optax.adamw(1e-3), False), {"config": config}
         )
     assert load_pretrained(tmp_path)[0] == model
-    assert load_settings(tmp_path).preprocessing["crop_ratio"] == 0.875
+    assert load_settings(tmp_path).preprocessing["crop_pct"] == 0.875
 
 
 def test_a_run_without_a_checkpoint_yet(tmp_path):

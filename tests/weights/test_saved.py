@@ -16,7 +16,7 @@ from cait_jax.weights.timm_names import abstract_variables
 
 PREPROCESSING = {
     "image_size": (8, 8),
-    "crop_ratio": 0.875,
+    "crop_pct": 0.875,
     "mean": (0.5,),
     "std": (0.25,),
     "channels": 1,
@@ -131,8 +131,11 @@ def test_labels_and_preprocessing_come_back(tmp_path, model, variables):
     settings = load_settings(tmp_path)
     assert settings.label_names == ("a", "b", "ü")
     assert settings.preprocessing == {
-        "image_size": [8, 8], "crop_ratio": 0.875, "mean": [0.5], "std": [0.25], "channels": 1,
+        "image_size": [8, 8], "crop_pct": 0.875, "mean": [0.5], "std": [0.25], "channels": 1,
     }  # fmt: skip
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"crop_pct"', '"crop_ratio"'))  # of older versions
+    assert load_settings(tmp_path) == settings
     save_pretrained(tmp_path, model, variables)
     assert load_settings(tmp_path).label_names is None
     assert load_settings(tmp_path).preprocessing is None
@@ -142,8 +145,8 @@ def test_labels_and_preprocessing_come_back(tmp_path, model, variables):
     ("options", "sentence"),
     [
         ({"label_names": ["a", "b"]}, "2 label names and the model has 3 classes"),
-        ({"preprocessing": {"crop": 1.0}}, "no preprocessing setting 'crop'; nearest: crop_ratio"),
-        ({"preprocessing": {"crop_ratio": 1.0}}, "preprocessing lacks image_size, mean"),
+        ({"preprocessing": {"crop": 1.0}}, "no preprocessing setting 'crop'; nearest: crop_pct"),
+        ({"preprocessing": {"crop_pct": 1.0}}, "preprocessing lacks image_size, mean"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, model, variables, options, sentence):

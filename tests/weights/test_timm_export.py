@@ -18,7 +18,7 @@ from cait_jax.weights.timm_export import export_timm, timm_constructor
 from cait_jax.weights.timm_names import abstract_variables
 
 PREPROCESSING = {
-    "image_size": [8, 8], "crop_ratio": 0.9, "mean": [0.5], "std": [0.25], "channels": 1,
+    "image_size": [8, 8], "crop_pct": 0.9, "mean": [0.5], "std": [0.25], "channels": 1,
 }  # fmt: skip
 
 

@@ -211,7 +211,7 @@ def test_two_phases_free_the_last_blocks_after_the_head():
 def test_a_config_names_its_teacher(tmp_path):
     teacher = create_model("cait_nano4_patch4_8", depth=1, width=16, num_heads=2, num_classes=10)
     settings = {
-        "image_size": [8, 8], "crop_ratio": 1.0, "mean": [0.5], "std": [0.5], "channels": 1
+        "image_size": [8, 8], "crop_pct": 1.0, "mean": [0.5], "std": [0.5], "channels": 1
     }  # fmt: skip
     save_pretrained(
         tmp_path / "t", teacher, {"params": random_params(teacher)}, preprocessing=settings
