@@ -54,7 +54,7 @@ def decode_image(data: bytes, *, channels: int = 3) -> UInt8[np.ndarray, "h w c"
       channels: 3 for RGB, 1 for luminance.
 
     Raises:
-      BrokenImage: the bytes cannot be decoded, or hold more than `MAX_PIXELS` pixels; of all functions here.
+      BrokenImage: the bytes cannot be decoded, or hold more than `MAX_PIXELS` pixels.
     """
     with _broken_image():
         return _pixels(_decoded(_open(data), channels))
@@ -86,6 +86,9 @@ def center_crop(
       crop_pct: the fraction of the shorter side that the crop keeps, in (0, 1].
       channels: 3 for RGB, 1 for luminance.
       exif: whether the EXIF orientation is applied, as for photographs. TIFF and HEIF are always upright.
+
+    Raises:
+      BrokenImage: as of `decode_image`.
     """
     height, width = image_size
     with _broken_image():
@@ -121,12 +124,13 @@ def random_resized_crop(
     JPEG that is shrunk by 4 or more is shrunk by 2, 4 or 8 while it is decoded. In 224-pixel crops of ImageNet it
     is 1.0 grey level from exact on average, 7 at the 99th percentile and 50 at most.
 
-    Args as for `center_crop`, and:
+    Args:
       scale: least and greatest fraction of the image's area that the box covers, drawn uniformly.
       ratio: least and greatest width over height of the box, drawn uniformly in the logarithm.
       resize: one of `RESIZES`.
 
     Raises:
+      BrokenImage: as of `decode_image`.
       UserError: `resize` is unknown.
     """
     _check_resize(resize)

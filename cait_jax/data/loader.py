@@ -33,8 +33,7 @@ MAX_BROKEN = 0.01
 JUDGED_FROM = 100
 """How many images are read before that fraction is judged; as many broken ones in a row are too many at once."""
 
-# Grain's message.
-_WORKER_ENDED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")
+_WORKER_ENDED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")  # Grain's message
 _MAX_THREADS = 16
 _log = logging.getLogger(__name__)
 
@@ -79,8 +78,8 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
                 ) from error
             raise
         # Workers' arrays are in shared memory that lives no longer than Grain's own array class.
-        whole = {k: v if type(v) is np.ndarray else np.array(v) for k, v in batch.items()}
-        return whole | {name: rows[np.asarray(index)] for name, rows in self._extras.items()}
+        copied = {k: v if type(v) is np.ndarray else np.array(v) for k, v in batch.items()}
+        return copied | {name: rows[np.asarray(index)] for name, rows in self._extras.items()}
 
     def _count_broken(self, examples: "_TrainingExamples", skipped: np.ndarray) -> None:
         for row in np.flatnonzero(skipped):
@@ -132,7 +131,7 @@ class PrefetchIterator(Iterator[Batch], AbstractContextManager["PrefetchIterator
         return next(self._batches) if first is None else first.result()
 
     def close(self) -> None:
-        """Starts to end the threads and processes behind the batches; calling it again does nothing."""
+        """Starts to close the batches; calling it again does nothing."""
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.submit(self._batches.close)
@@ -161,8 +160,8 @@ def train_batches(
 ) -> Batches:
     """This process's rows of the training batches from `start_step` on, without end.
 
-    An image that cannot be read or decoded is replaced by the next in the epoch's order, with its own label, and
-    named once in the log. Images in memory come whole, encoded ones cropped.
+    A broken image is replaced by the next in the epoch's order, with its own label, and named once in the log.
+    Images in memory come whole, encoded ones cropped.
 
     Args:
       seed: decides order and crops.
