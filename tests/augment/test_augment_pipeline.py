@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
 from scipy import ndimage
 
 from cait_jax.augment.geometric import affine, random_pad_crop
@@ -127,7 +128,7 @@ RECIPE = Augmentation(hflip=True, rand_augment=RandAugment())
 DEIT3 = Augmentation(hflip=True, three_augment=True, color_jitter=0.3)
 
 
-@pytest.mark.parametrize("settings", [RECIPE, DEIT3])
+@pytest.mark.parametrize("settings", [slow(RECIPE), DEIT3])
 def test_recipes_are_the_same_on_one_device_and_eight(settings):
     batch, ids, key = jnp.round(images(16)), jnp.arange(16), jax.random.key(5)
     one = jax.jit(augment, static_argnums=3)(key, batch, ids, settings)

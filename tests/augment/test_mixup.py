@@ -163,6 +163,7 @@ def test_one_device_and_eight_mix_alike(settings):
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "local"), [(4, True), (8, True), (16, False), (0, False)])
 def test_groups_within_a_device_are_mixed_without_communication(rows, local):
     mesh = make_mesh()

@@ -76,6 +76,7 @@ def test_draws():
     assert abs((size < 8.5).mean() - 0.1587) < 6 * 0.37 / 6000**0.5
 
 
+@pytest.mark.slow
 def test_a_cpu_in_turn_and_other_devices_at_once_give_the_same():
     image = np.load(FIXTURE)["image"][:12, :10]
     images = jnp.stack([jnp.asarray(np.roll(image, i, axis=1)) for i in range(24)])

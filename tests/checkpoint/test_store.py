@@ -640,6 +640,7 @@ with Checkpoints(sys.argv[1], keep=1) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_leaves_the_newest_committed_step(tmp_path):
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}

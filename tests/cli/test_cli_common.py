@@ -179,6 +179,7 @@ def test_without_a_network_the_fix_is_an_option(command, offline, places, tmp_pa
     check(found, options, places)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_begun_otherwise_names_the_options(places, tmp_path):
     begun = f"finetune {{pictures}} -m {{saved}} --workdir {tmp_path}/run --epochs"
     result = CliRunner().invoke(main, f"{begun} 1".format(**places).split(), prog_name="cait")

@@ -43,6 +43,7 @@ def test_every_command_explains_itself_with_an_example(command):
     assert command in cait("--help")[0]
 
 
+@pytest.mark.slow
 def test_python_m_is_the_same_program_and_a_pipe_closed_early_is_no_traceback():
     result = subprocess.run(
         f"{sys.executable} -m cait_jax models 'cait_x*' | head -n 1",
@@ -76,6 +77,7 @@ def test_mistakes_are_sentences(arguments, status, sentence):
 # models
 
 
+@pytest.mark.slow
 def test_models_lists_the_zoo_with_what_each_costs():
     rows = json.loads(cait("models", "--json")[0])
     assert [row["name"] for row in rows] == list_models()
@@ -155,6 +157,7 @@ def test_predict_takes_globs_and_another_resolution(saved, photographs):
 # evaluate
 
 
+@pytest.mark.slow
 def test_evaluate_scores_a_folder_exactly(saved, photographs, tmp_path):
     good = tmp_path / "good"
     for path in photographs.rglob("[0-9].png"):

@@ -49,6 +49,7 @@ def predicted(saved, images):
     return [int(probabilities(saved, path).argmax()) for path in images]
 
 
+@pytest.mark.slow
 def test_a_model_without_names_needs_them_or_the_order(nameless, saved, images, tmp_path):
     """Folders are named so that every answer is right; as text they are in another order than the classes."""
     names = ("zebra", "ant", "bee")
@@ -103,6 +104,7 @@ def test_files_of_names_that_do_not_do(saved, images, tmp_path, text, sentence):
     assert sentence in err
 
 
+@pytest.mark.slow
 def test_how_many_classes_compete_is_said(saved, images, tmp_path):
     two = sort_images(tmp_path / "two", images, ["teapot", "sparrow"] * 3 + ["teapot"])
     out, _ = cait("evaluate", "-m", saved, "--data", two)
@@ -137,6 +139,7 @@ def features_of(directory, paths):
     return np.asarray(model.apply(variables, preprocessing(directory)(paths)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Some donated buffers")
 def test_features_of_a_network_without_a_head_are_measured(headless, images, tmp_path):
     data = divided(tmp_path / "d", images)
@@ -169,6 +172,7 @@ def test_what_needs_a_head_is_refused_without_one(headless, images, tmp_path, op
     assert sentence in cait("evaluate", "-m", headless, "--data", data, *options, status=1)[1]
 
 
+@pytest.mark.slow
 def test_weights_without_a_head_do_for_features(saved, headless, images, tmp_path):
     weights = ["--weights", headless / "model.safetensors"]
     targets = []

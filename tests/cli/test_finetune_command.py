@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from marks import slow
 from PIL import Image
 from run_files import untimed
 
@@ -47,6 +48,7 @@ def colours(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_folder_is_learnt_stopped_resumed_and_used(colours, saved, tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole run", tmp_path / "halves"
     arguments = ["finetune", colours, "--model", saved, "--epochs", "60", "--workdir"]
@@ -89,7 +91,7 @@ def test_a_folder_is_learnt_stopped_resumed_and_used(colours, saved, tmp_path, m
     assert "seed was 0 and is now 1" in err
 
 
-@pytest.mark.parametrize("epochs", ["1", "0.01"])
+@pytest.mark.parametrize("epochs", [slow("1"), "0.01"])
 def test_the_shortest_run_of_two_phases_trains(colours, saved, tmp_path, epochs):
     """As a first try of a new folder is: each phase has a step at least."""
     out, err = cait(
@@ -100,6 +102,7 @@ def test_the_shortest_run_of_two_phases_trains(colours, saved, tmp_path, epochs)
     assert "on the 18 images of val" in out
 
 
+@pytest.mark.slow
 def test_a_run_may_be_where_another_starts(colours, saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = [

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from marks import slow
 from tfds_files import numbered_jpeg, write_imagenet2012
 
 from cait_jax.data import Encoded, InMemory, eval_batches, load_split, loader, train_batches
@@ -156,11 +157,12 @@ def test_processes_divide_the_same_batches(split, processes):
     assert_same(joined(parts), take(split, 9))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, slow(2)])
 def test_workers_do_not_change_the_batches(encoded, workers):
     assert_same(take(encoded, 5, workers=workers, start_step=3), take(encoded, 5, start_step=3))
 
 
+@pytest.mark.slow
 def test_workers_need_no_parsed_flags():
     code = textwrap.dedent(f"""
         from cait_jax.data import Encoded, train_batches
@@ -251,6 +253,7 @@ def test_evaluation_crops_the_middle(encoded, in_memory):
     np.testing.assert_array_equal(narrow["image"][7], expected)
 
 
+@pytest.mark.slow
 def test_evaluation_with_workers(encoded):
     options = {"batch_size": 10, "image_size": SIZE}
     assert_same(
@@ -351,6 +354,7 @@ def test_in_training_the_next_in_order_stands_in_for_a_broken_image(encoded, cap
     assert messages[3].startswith(f"image {cut} ({cut}.jpg) cannot be decoded: ")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_workers_and_processes_replace_alike_and_tell_the_parent(encoded, caplog):
     holed = damaged(encoded, BROKEN)
@@ -423,7 +427,7 @@ def test_nothing_comes_after_close(split):
     assert list(batches) == []
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, slow(2)])
 def test_real_imagenet_batches(real_data_dir, workers):
     split = load_split("imagenet2012", "train[:20]", image_size=(64, 64), data_dir=real_data_dir)
     with train_batches(

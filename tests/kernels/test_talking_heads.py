@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
+from marks import slow, slow_unless
 
 from cait_jax.kernels import (
     IMPLEMENTATIONS,
@@ -86,7 +87,9 @@ def test_images_are_looped_over_where_maps_are_large(tokens, loops):
     assert (f"f32[3,4,{tokens},{tokens}]" in text) == (not loops)
 
 
-@pytest.mark.parametrize(("tokens", "heads"), ZOO + RAGGED)
+@pytest.mark.parametrize(
+    ("tokens", "heads"), slow_unless(lambda tokens, heads: tokens < 200, ZOO + RAGGED)
+)
 @pytest.mark.parametrize(
     "implementation", ["xla", "xla_remat", "xla_by_image", "pallas_tpu_interpreted"]
 )
@@ -118,7 +121,7 @@ def gradients(implementation, given, cotangent, precision="highest"):
     return jax.jit(back)(*given)
 
 
-@pytest.mark.parametrize(("tokens", "heads"), [(196, 4), *RAGGED])
+@pytest.mark.parametrize(("tokens", "heads"), [slow(196, 4), *RAGGED])
 @pytest.mark.parametrize("implementation", ["xla_remat", "xla_by_image", *KERNELS])
 def test_every_gradient_is_that_of_the_definition(implementation, tokens, heads, no_map_is_small):
     given = arguments(tokens, heads, batch=2)
@@ -192,6 +195,7 @@ def test_each_device_does_its_own_images(implementation, no_map_is_small):
     assert "all-to-all(" not in text
 
 
+@pytest.mark.slow
 def test_a_network_computes_the_same():
     """Stacked, with recomputation of what is elementwise: logits and gradients."""
     plain = create_model(

@@ -1,9 +1,12 @@
 """Properties of the network: sizes, dtypes, initialisation, invariances, what is recorded."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_unless
 from trees import random_params, stack_blocks, unstack_blocks
 
 import cait_jax
@@ -197,6 +200,7 @@ def test_a_constant_on_proj_l_or_a_key_bias_changes_nothing(model, params):
         assert moved(edit) > 100 * noise, edit.__name__
 
 
+@pytest.mark.slow
 def test_gradients_of_the_invariant_biases_vanish(model, params):
     gradient = jax.grad(lambda p: (model.apply({"params": p}, images(model)) ** 2).mean())(params)
     block = gradient["blocks"]["attn"]
@@ -305,6 +309,7 @@ def test_training_without_rates_draws_nothing(params):
     )
 
 
+@pytest.mark.slow
 def test_rates_apply_in_training_only_and_spare_class_attention(params):
     model = small(num_classes=10, depth=2, drop_path_rate=0.5, precision="highest")
     x = images(model)
@@ -377,6 +382,7 @@ def test_drop_path_is_one_rate_a_sample_scaled_and_drawn_twice_a_block():
     assert np.abs(correlation - np.eye(4)).max() < 6 / np.sqrt(batch)
 
 
+@pytest.mark.slow
 def test_draws_belong_to_the_examples_position():
     model = small(num_classes=10, depth=2, drop_path_rate=0.3, dropout=0.2)
     params = random_params(model)
@@ -397,9 +403,20 @@ def test_keep_mask_keeps_the_rate_asked_for():
 # Forms
 
 
-@pytest.mark.parametrize("remat", ["none", "elementwise", "attention", "block"])
-@pytest.mark.parametrize("stacked", [True, False])
-def test_remat_changes_no_gradient_with_dropout_on(params, remat, stacked):
+@pytest.fixture(scope="module")
+def gradients_without_remat():
+    """Of the next test, by whether blocks are stacked: computed when one is asked for."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("remat", "stacked"),
+    slow_unless(
+        lambda remat, stacked: remat == "elementwise" and stacked,
+        itertools.product(["none", "elementwise", "attention", "block"], [True, False]),
+    ),
+)
+def test_remat_changes_no_gradient_with_dropout_on(params, gradients_without_remat, remat, stacked):
     model = small(
         num_classes=10, depth=2, drop_path_rate=0.3, dropout=0.2, precision="highest",
         remat=remat, stacked=stacked,
@@ -411,10 +428,16 @@ def test_remat_changes_no_gradient_with_dropout_on(params, remat, stacked):
     def loss(p, model):
         return (model.apply({"params": p}, x, train=True, rngs=rngs) ** 2).mean()
 
-    expected = jax.jit(jax.grad(lambda p: loss(p, model.clone(remat="none"))))(given)
-    found = jax.jit(jax.grad(lambda p: loss(p, model)))(given)
+    def gradients(model):
+        return jax.jit(jax.grad(lambda p: loss(p, model)))(given)
+
+    if stacked not in gradients_without_remat:
+        gradients_without_remat[stacked] = gradients(model.clone(remat="none"))
+    found = gradients(model)
     for (path, ours), theirs in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+        jax.tree_util.tree_leaves_with_path(found),
+        jax.tree.leaves(gradients_without_remat[stacked]),
+        strict=True,
     ):
         scale = float(jnp.abs(theirs).max())
         np.testing.assert_allclose(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
 from trees import random_params
 
 from cait_jax import UserError, create_model, forward_intermediates
@@ -42,7 +43,7 @@ def same(a, b, atol=2e-6):
 
 
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("scheme", ["plain", "rezero", "fixup", "t_fixup"])
+@pytest.mark.parametrize("scheme", ["plain", slow("rezero"), slow("fixup"), slow("t_fixup")])
 def test_norms_can_be_left_out(scheme, norm):
     params = started(small(residual=scheme, block_norm=norm))["params"]
     assert {"blocks/norm1/scale", "blocks_token_only_0/norm2/bias"} <= names(params) or not norm

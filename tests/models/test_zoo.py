@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
 from trees import random_params
 
 from cait_jax import create_model, list_models
@@ -147,12 +148,12 @@ REGNETY = {
     ("name", "attributes"),
     [
         ("cait_nano4_patch4_8", CAIT),
-        ("cait_nano4_patch4_8", CAIT | {"patch_size": 1, "num_heads": 4}),
-        ("cait_nano4_patch4_8", CAIT | {"stacked": False}),
-        ("cait_nano4_patch4_8", CAIT | {"class_token": 1}),
+        slow("cait_nano4_patch4_8", CAIT | {"patch_size": 1, "num_heads": 4}),
+        slow("cait_nano4_patch4_8", CAIT | {"stacked": False}),
+        slow("cait_nano4_patch4_8", CAIT | {"class_token": 1}),
         ("vit_6x256", CAIT),
-        ("deit_tiny_distilled", CAIT),
-        ("regnety_160", REGNETY),
+        slow("deit_tiny_distilled", CAIT),
+        slow("regnety_160", REGNETY),
     ],
 )
 def test_one_exported_program_takes_every_batch_size(name, attributes):

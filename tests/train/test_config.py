@@ -209,6 +209,7 @@ def test_every_key_has_a_meaning_and_a_line_of_its_own():
     assert [line.split('"')[1] for line in lines if ": Key(" in line] == list(KEYS)
 
 
+@pytest.mark.slow
 def test_no_key_goes_unread(tmp_path, monkeypatch):
     config = digits.get_config()
     config.epochs = 1 / 1437

@@ -92,7 +92,7 @@ def wait_for(workdir, step, processes):
         rows = read_metrics(workdir / "metrics.jsonl")
         if rows and rows[-1]["step"] >= step:
             break
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def finish(processes, status=0):
@@ -101,6 +101,7 @@ def finish(processes, status=0):
     return said
 
 
+@pytest.mark.slow
 def test_two_processes_read_and_learn_what_one_does_and_resume(tmp_path, environment, data_dir):
     """Stopped by a SIGTERM to one of them, then killed; once with decoding in yet other processes."""
     divided = {"mesh.data": 1, "mesh.fsdp": 2}

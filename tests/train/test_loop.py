@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tfds_files
+from marks import slow
 from run_files import untimed
 from trees import assert_same_bits
 
@@ -77,7 +78,7 @@ def test_a_finished_run_says_so_and_trains_no_more(finished, capsys):
     assert re.search(r"is finished \(6 steps, .*\): to start anew, give another --workdir", said)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [slow(signal.SIGTERM), signal.SIGINT])
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monkeypatch, number):
     _, workdir, run = finished
     progress = MetricWriter.progress
@@ -100,7 +101,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monk
     assert untimed(tmp_path) == untimed(workdir)
 
 
-@pytest.mark.parametrize("failing", [4, 6])
+@pytest.mark.parametrize("failing", [4, slow(6)])
 def test_a_state_is_saved_before_an_evaluation_that_fails(
     finished, config, tmp_path, monkeypatch, failing
 ):
@@ -132,6 +133,7 @@ def test_a_state_is_saved_before_an_evaluation_that_fails(
     assert untimed(tmp_path) == untimed(workdir)
 
 
+@pytest.mark.slow
 def test_a_stop_does_not_wait_for_the_evaluation_that_is_due(
     finished, config, tmp_path, monkeypatch
 ):
@@ -189,6 +191,7 @@ def test_nothing_is_saved_of_a_step_whose_loss_is_found_bad_in_its_evaluation(co
     assert all(row["step"] < 2 for row in read_metrics(tmp_path / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_metrics_of_a_step_are_read_when_the_devices_have_other_work(config, tmp_path, monkeypatch):
     """Before them the next step is dispatched, unless the step is saved."""
     order = []
@@ -222,6 +225,7 @@ def test_metrics_of_a_step_are_read_when_the_devices_have_other_work(config, tmp
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_evaluation_loads_while_the_steps_before_it_run(config, tmp_path, monkeypatch):
     """And what a stopped run had begun to load is closed."""
     order, opened = [], []
@@ -247,6 +251,7 @@ def test_an_evaluation_loads_while_the_steps_before_it_run(config, tmp_path, mon
     assert all(next(batches, None) is None for batches in opened)
 
 
+@pytest.mark.slow
 def test_an_evaluation_reads_its_batches_once_for_all_weights(config, tmp_path):
     """And says of each what an evaluation of it alone says."""
     config.optimizer.ema_decay = 0.5
@@ -265,6 +270,7 @@ def test_ema_is_kept_and_evaluated_beside_the_raw_weights(config, tmp_path):
     assert run.metrics["eval/ema_loss"] != run.metrics["eval/loss"]
 
 
+@pytest.mark.slow
 def test_imagenet_streams_and_resumes(tmp_path, monkeypatch):
     """The paper's recipe at a small size, on JPEGs of several sizes and modes."""
     for number, split in enumerate(("train", "validation")):
@@ -307,6 +313,7 @@ def stop_after(step, monkeypatch):
     monkeypatch.setattr(MetricWriter, "progress", stop)
 
 
+@pytest.mark.slow
 def test_cifar10_trains_in_memory(tmp_path):
     rng = np.random.default_rng(0)
     examples = [
