@@ -78,12 +78,9 @@ def layer_ids(params: Any) -> Any:
     Embeddings and tokens are 0, self-attention blocks 1 to `depth`, heads `depth + 1`. Class-attention blocks
     share the last ids of self-attention, the last of them `depth`; so does the last norm.
 
-    Args:
-      params: arrays or their shapes, stacked or not.
-
     Returns:
-      The same tree of int64 numpy arrays, of shape () or, in stacked blocks, (depth, 1, ..., 1) with the rank of
-      the parameter.
+      The tree of `params` with int64 numpy arrays, of shape () or, in stacked blocks, (depth, 1, ..., 1) with the
+      rank of the parameter.
 
     Raises:
       UserError: for a network of other layers.
@@ -142,9 +139,7 @@ def layer_decay(params: Any, rate: float) -> Any:
 
     Equal to the `lr_scale` of timm's `param_groups_layer_decay`.
 
-    Args:
-      params: stacked or not.
-      rate: of a layer over that of the one above, in (0, 1]; 0.65 to 0.9 for fine-tuning.
+    `rate` is that of a layer over that of the one above, in (0, 1]; 0.65 to 0.9 for fine-tuning.
 
     Returns:
       `rate ** (largest id - id)` as float64 numpy arrays shaped as in `layer_ids`; 1 for the heads.
@@ -165,7 +160,7 @@ def trainable(params: Any, part: str | int) -> Any:
     """True for what is trained while the rest is frozen.
 
     Args:
-      params: stacked or not.
+      params: of a transformer.
       part: `"all"`; `"head"`: the heads; `"class_attention"`: class token, class-attention blocks, last norm and
         heads; a number k: the last k blocks, norm and heads. Class-attention blocks are the last blocks.
 
@@ -216,9 +211,8 @@ def scaled_by_group(
     A frozen parameter's update is exactly 0, whatever weight decay and moments say, and with
     `cait_jax.train.step.apply_updates` it keeps its bits. Its gradient does not count towards clipping.
 
-    Args:
-      optimizer: clipping, decay and learning rate included; `update` needs the parameters.
-      factors: `layer_decay` or `trainable` with their other arguments bound, or a product of both.
+    `optimizer` includes clipping, decay and learning rate; `factors` is `layer_decay` or `trainable` with their
+    other arguments bound, or a product of both.
     """
 
     def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -246,11 +240,8 @@ def stop_frozen(params: Any, mask: Any) -> Any:
     """The parameters, behind `stop_gradient` where the mask is False.
 
     In a loss this also keeps frozen parameters out of the gradient's norm. Only arrays that are frozen as a whole
-    save time: stacked blocks are one scan, whose backward pass runs through all of them or none.
-
-    Args:
-      params: stacked or not.
-      mask: of `trainable`, or traced bool arrays that broadcast against the parameters.
+    save time: stacked blocks are one scan, whose backward pass runs through all of them or none. `mask` is that of
+    `trainable`, or traced bool arrays that broadcast against the parameters.
     """
 
     def stop(leaf: Any, trained: Any) -> Any:
@@ -332,12 +323,7 @@ def phase_rates(phases: Sequence[Phase]) -> optax.Schedule:
 
 
 def phase_mask(phases: Sequence[Phase], params: Any, step: Int[Array, ""] | int) -> Any:
-    """What is trained in a step.
-
-    Args:
-      phases: of the run.
-      params: stacked or not.
-      step: counted from 0; may be traced.
+    """What is trained in a step, which is counted from 0 and may be traced.
 
     Returns:
       Bool arrays that broadcast against the parameters; numpy arrays, known while tracing, for parameters
@@ -360,11 +346,8 @@ def in_phases(make: MakeOptimizer, phases: Sequence[Phase]) -> optax.GradientTra
     """An optimiser whose state is reset at the start of every phase, with the phase's rate and part.
 
     Reset, because moments and bias corrections that counted through earlier phases would make the first updates of
-    a newly trained parameter several times too large. Updates of frozen parameters are exactly 0.
-
-    Args:
-      make: from a schedule to an optimiser, such as `make_optimizer` with its other arguments bound.
-      phases: of the run.
+    a newly trained parameter several times too large. Updates of frozen parameters are exactly 0. `make` is from a
+    schedule to an optimiser, such as `make_optimizer` with its other arguments bound.
 
     Raises:
       UserError: without phases, or for one of no steps; while tracing, for a part that the network does not have.

@@ -204,7 +204,8 @@ def _run(
 def _steps_to_evaluation(trainer: Trainer, step: int) -> int:
     """Steps from a step to the next whose state is evaluated; 0 if its own is."""
     every = max(1, round(trainer.config.eval.every_epochs * trainer.steps_per_epoch))
-    return min(-step % every, trainer.total_steps - step)
+    remaining: int = min(-step % every, trainer.total_steps - step)
+    return remaining
 
 
 def _evaluate(trainer: Trainer, state: TrainState, batches: PrefetchIterator) -> dict[str, float]:

@@ -190,7 +190,7 @@ class Decay:
         if epochs < self.warmup_epochs:
             return self.warmup_from + epochs * (self.peak - self.warmup_from) / self.warmup_epochs
         if self.kind == "step":
-            return self.peak * self.decay_rate ** (epochs // self.decay_epochs)
+            return self.peak * float(self.decay_rate ** (epochs // self.decay_epochs))
         progress = min(epochs / self.epochs, 1.0)
         return self.final + (self.peak - self.final) * (1 + math.cos(math.pi * progress)) / 2
 

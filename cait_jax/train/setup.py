@@ -71,7 +71,7 @@ class Trainer:
     objective: Objective
     optimizer: Optimizer
     state_sharding: TrainState
-    step: Any
+    step: Any  # a jitted function, which has no type
     evaluate: Evaluate
     recorded_logits: np.ndarray | None = None
 
@@ -88,7 +88,7 @@ class Trainer:
     @property
     def steps_per_epoch(self) -> float:
         """Training examples over batch size, not rounded."""
-        return len(self.train_split) / self.config.batch_size
+        return len(self.train_split) / int(self.config.batch_size)
 
     def init_state(self) -> TrainState:
         """The state before the first step: from the weights that the config names, or from the seed."""
@@ -98,11 +98,13 @@ class Trainer:
 
             params = params_from_config(self.config, self.model)
         init = functools.partial(_init, self.config, self.objective, self.optimizer)
-        return jax.jit(init, out_shardings=self.state_sharding)(params)
+        state: TrainState = jax.jit(init, out_shardings=self.state_sharding)(params)
+        return state
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """The next state and metrics; see `make_train_step`."""
-        return self.step(state, batch, self.objective)
+        stepped: tuple[TrainState, dict[str, Any]] = self.step(state, batch, self.objective)
+        return stepped
 
     def train_batches(self, start_step: int = 0) -> Batches:
         """This process's training batches from `start_step` on, without end."""
@@ -147,7 +149,8 @@ class Trainer:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
         shapes = jax.eval_shape(lambda: _init(self.config, self.objective, self.optimizer))
-        return with_shardings(shapes, self.state_sharding)
+        state: TrainState = with_shardings(shapes, self.state_sharding)
+        return state
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch."""
@@ -158,7 +161,11 @@ class Trainer:
         }
         if self.config.distill.logits is not None:
             shapes["teacher"] = jax.ShapeDtypeStruct((count, model.num_classes), jnp.float32)
-        return with_shardings(shapes, dict.fromkeys(shapes, batch_sharding(self.mesh)))
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            for name, x in shapes.items()
+        }
 
     def trace(self) -> Any:
         """The step, traced from abstract values: its jaxpr, and what lowers and compiles it."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ Batch = dict[str, Array]
 Keys = dict[str, Array]
 Aux = dict[str, Any]
 Metrics = dict[str, Array]
+Tree = TypeVar("Tree")
 GradientOf = Callable[..., tuple[Any, Params]]
 Evaluate = Callable[..., dict[str, dict[str, float]]]
 
@@ -137,7 +138,7 @@ def make_train_step(
         prepared = objective.prepare(batch, keys)
 
         def loss_and_gradient(params: Params) -> tuple[tuple[Array, Aux], Params]:
-            of_micro_batch = jax.value_and_grad(loss, has_aux=True)
+            of_micro_batch: GradientOf = jax.value_and_grad(loss, has_aux=True)
             return mean_over_micro_batches(
                 lambda micro: of_micro_batch(params, micro), prepared, config.grad_accum
             )
@@ -160,7 +161,7 @@ def make_train_step(
     return train_step
 
 
-def mean_over_micro_batches(function: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
+def mean_over_micro_batches(function: Callable[[Batch], Tree], batch: Batch, count: int) -> Tree:
     """The mean of `function` over `count` micro batches, in a scan: the activations of one are live at a time.
 
     Micro batch i holds the examples i, i + count, i + 2 * count, ...: each device cuts its own rows, and nothing
@@ -184,7 +185,8 @@ def mean_over_micro_batches(function: Callable[[Batch], Any], batch: Batch, coun
     first = jax.tree.map(lambda array: array[0], micros)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, first))
     total, _ = jax.lax.scan(accumulate, zeros, micros)
-    return jax.tree.map(lambda leaf: leaf / count, total)
+    mean: Tree = jax.tree.map(lambda leaf: leaf / count, total)
+    return mean
 
 
 def sharpness_aware(gradient_of: GradientOf, rho: float) -> GradientOf:

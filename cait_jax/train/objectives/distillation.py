@@ -49,7 +49,8 @@ def hard_distillation(
     """
     chosen = jnp.argmax(teacher_logits, axis=-1)
     distillation = optax.softmax_cross_entropy_with_integer_labels(logits, chosen)
-    return (1 - weight) * label_loss + weight * distillation
+    losses: Losses = (1 - weight) * label_loss + weight * distillation
+    return losses
 
 
 def soft_distillation(
@@ -68,7 +69,8 @@ def soft_distillation(
     student = jax.nn.log_softmax(logits / temperature)
     teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits) / temperature)
     divergence = optax.losses.kl_divergence_with_log_targets(student, teacher)
-    return (1 - weight) * label_loss + weight * temperature**2 * divergence
+    losses: Losses = (1 - weight) * label_loss + weight * temperature**2 * divergence
+    return losses
 
 
 def teacher_from_config(config: ConfigDict, model: Any) -> Teacher | None:
@@ -201,8 +203,9 @@ def make_teacher(
         size = (images.shape[0], *network.image_size, images.shape[-1])
         if images.shape != size and not any_size:
             images = jax.image.resize(images, size, "cubic", antialias=True)
-        logits: Any = network.apply(variables, images)
-        return jax.lax.stop_gradient(logits)
+        applied: Any = network.apply(variables, images)
+        logits: Logits = jax.lax.stop_gradient(applied)
+        return logits
 
     return jax.tree_util.Partial(logits_of, variables)
 
@@ -210,7 +213,8 @@ def make_teacher(
 def _affine(images: Any, scale: np.ndarray, shift: np.ndarray) -> Array:
     shape = (1, 1, 1, -1)
     factor, offset = (jnp.asarray(v, images.dtype).reshape(shape) for v in (scale, shift))
-    return images * factor + offset
+    scaled: Array = images * factor + offset
+    return scaled
 
 
 def both_heads(

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
@@ -82,7 +83,7 @@ class Supervised:
         if "teacher" in batch:  # of unmixed images: the mixture of the probabilities
             probabilities = jax.nn.softmax(batch["teacher"].astype(jnp.float32))
             _, probabilities = mixup.mix(keys["mix"], images, probabilities, self.mixing)
-            tiny = jnp.finfo(probabilities.dtype).tiny
+            tiny = np.finfo(np.float32).tiny
             prepared["teacher"] = jnp.log(jnp.maximum(probabilities, tiny))
         return prepared
 
@@ -139,12 +140,9 @@ class Supervised:
 def from_config(
     config: ConfigDict, split: Split, teacher: Callable[..., Any] | None = None
 ) -> Supervised:
-    """The objective of a config.
+    """The objective of a config for a training split.
 
-    Args:
-      config: see `cait_jax.train.keys`.
-      split: of training.
-      teacher: from config and model to the teacher; by default it is loaded from the weights the config names.
+    `teacher` is from config and model to the teacher; by default it has the weights that the config names.
 
     Raises:
       UserError: for a network that cannot be trained, or a teacher that does not fit.
@@ -200,7 +198,8 @@ def loss_from_config(config: ConfigDict) -> Callable[..., Array]:
 
 def cross_entropy(logits: Logits, targets: Targets) -> Float[Array, "batch"]:
     """Softmax cross-entropy in nats against distributions over classes, such as smoothed or mixed labels."""
-    return optax.softmax_cross_entropy(logits, targets)
+    losses: Array = optax.softmax_cross_entropy(logits, targets)
+    return losses
 
 
 def binary_cross_entropy(
@@ -216,7 +215,7 @@ def binary_cross_entropy(
     """
     if threshold is not None:
         targets = (targets > threshold).astype(logits.dtype)
-    losses = optax.sigmoid_binary_cross_entropy(logits, targets)
+    losses: Array = optax.sigmoid_binary_cross_entropy(logits, targets)
     return losses.sum(axis=-1) if sum_classes else losses.mean(axis=-1)
 
 
