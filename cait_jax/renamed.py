@@ -47,6 +47,13 @@ def current_file(path: Path) -> str | None:
     return None
 
 
+def renamed_in(message: str) -> str:
+    """What a `ConfigDict`'s message about a missing key leaves out: the key's new name, if it has one."""
+    missing = re.match(r"""["']*(?:Key )?["']?(\w+)""", message)
+    new = [now for old, now in OLD_KEYS.items() if missing and old.endswith(f".{missing[1]}")]
+    return f"; the key is {new[0]} now" if new else ""
+
+
 def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A saved run's config, a mapping for each section, under the keys of today."""
     current = {

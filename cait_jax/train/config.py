@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, can_set, nearest, setting, some
-from cait_jax.renamed import OLD_KEYS, current_config, current_file
+from cait_jax.renamed import OLD_KEYS, current_config, current_file, renamed_in
 from cait_jax.train.keys import CONFLICTS, FLAG, KEYS
 
 # What may differ when a run is resumed: it changes no number of the run.
@@ -137,7 +137,8 @@ def _failure(path: Path, error: Exception) -> str:
     line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
     where = f"{path}, line {line}" if line else str(path)
     reason = error.msg if isinstance(error, SyntaxError) else error
-    return f"{where}: {type(error).__name__}: {' '.join(str(reason).split())}"
+    hint = renamed_in(str(error)) if isinstance(error, AttributeError | KeyError) else ""
+    return f"{where}: {type(error).__name__}: {' '.join(str(reason).split())}{hint}"
 
 
 def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:

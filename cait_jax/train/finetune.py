@@ -1,13 +1,12 @@
-"""The recipe for one's own photographs: settings of a fine-tuning run, chosen by how many there are.
+"""Fine-tuning on a folder of images: a config chosen by the number of images.
 
-| training images | what learns | augmentation | batch | epochs |
+| training images | trained | augmentation | batch | epochs |
 |---|---|---|---|---|
-| under 1,000, or under 10 a class | the head, then the last 4 blocks too | crops, mirror | 32 | 5 + 15 |
-| up to 20,000 | all layers, the lower the slower (0.75) | RandAugment and erasing too | 64 | 30 |
-| more | all layers alike | mixup and CutMix too | 128 | 20 |
+| under 1,000, or under 10 a class | the head, then the last 4 blocks too | crops, flips | 32 | 5 + 15 |
+| up to 20,000 | all layers, layer decay 0.75 | RandAugment and erasing too | 64 | 30 |
+| more | all layers | mixup and CutMix too | 128 | 20 |
 
-Few images cannot move many parameters to a good place, so the fewer there are, the more stays as it was trained
-before. A run has at least 100 steps (in two phases 400), and more epochs for that where these are short.
+A run has at least 100 steps (in two phases 400), and more epochs for that where these are short.
 """
 
 import dataclasses
@@ -30,29 +29,23 @@ from cait_jax.weights.hub import find_released
 from cait_jax.weights.pretrained import load_pretrained, preprocessing
 
 PARTS = ("all", "head", "two-phase")
-"""What can learn: everything, the new head alone, or first the head and then the last blocks with it."""
+"""What is trained: everything, the new head alone, or first the head and then the last blocks with it."""
 
 _FEW_IMAGES = 1_000
 _FEW_PER_CLASS = 10
 _MANY_IMAGES = 20_000
 _HEAD_SHARE = 0.25  # of a run in two phases
-_LEAST_STEPS = 100
+_MIN_STEPS = 100
 _STEPS_BETWEEN_EVALUATIONS = 50
-# What computes the same network in another way is the run's to choose, not the saved model's.
+# Attributes that are the run's to choose, not the saved model's: they compute the same network in another way.
 _NUMERICS = ("name", "dtype", "param_dtype", "precision", "remat", "attention", "stacked")
 
 
 @dataclasses.dataclass(frozen=True)
 class Photographs:
-    """What a folder holds for a run.
+    """The splits of a folder: an absolute path, numbers of images, and the classes in the order of their labels.
 
-    Attributes:
-      directory: the folder, absolute.
-      eval_split: name of the split that accuracy is measured on: the one for validation, else the one for testing.
-      images: number of images to learn from.
-      eval_images: number of images to measure on.
-      class_names: the classes in the order of their labels.
-      train_split: name of the split that is learnt from.
+    `eval_split` is the one for validation, else the one for testing.
     """
 
     directory: Path
@@ -64,22 +57,20 @@ class Photographs:
 
     @property
     def size(self) -> str:
-        """`"few"`, `"middle"` or `"many"`, by the table of this module."""
+        """`"few"`, `"middle"` or `"many"`: the row of this module's table."""
         if self.images < max(_FEW_IMAGES, _FEW_PER_CLASS * len(self.class_names)):
             return "few"
         return "middle" if self.images <= _MANY_IMAGES else "many"
 
 
 def look_through(directory: str | Path) -> Photographs:
-    """Counts the images of a folder and finds its splits. No image is opened.
+    """Finds the splits of a folder (see `load_folder`) and counts its images, of which none is opened.
 
-    Args:
-      directory: as `cait_jax.data.folder.load_folder` takes it. Where it is not divided, a tenth of the images, by
-        the hash of their paths, is kept for measuring.
+    Without splits a tenth of the images, by the hash of their paths, is held out.
 
     Raises:
-      UserError: there is no such folder, it has fewer than two classes, a class has no image to learn from, or
-        there is nothing to measure on.
+      UserError: there is no such folder, it has fewer than two classes, a class has no image to train on, or no
+        image is held out.
     """
     folder = existing_folder(directory).absolute()
     layout = read_layout(folder)
@@ -127,25 +118,23 @@ def folder_config(
     seed: int = 0,
     devices: int = 1,
 ) -> ConfigDict:
-    """The config of a run that fine-tunes a model on a folder of images.
+    """The config of a run that fine-tunes a model on a folder of images; the module's table has what is not given.
 
     Args:
       photographs: the folder, or what `look_through` found in it.
       model: a model's name, or the directory of a saved model or of a training run.
       weights: instead of the model's own, as `cait_jax.load_pretrained` takes them.
-      what: one of `PARTS`; by the table of this module if not given.
-      epochs: passes over the training images, of both phases together; by the table if not given.
-      batch_size: images a step; by the table, but never more than there are, if not given.
-      image_size: side in pixels; that of the model's own preprocessing if not given.
-      seed: of the run.
+      what: one of `PARTS`.
+      epochs: of both phases together.
+      image_size: that of the model's own preprocessing by default.
       devices: that share a batch evenly.
 
     Returns:
-      A config for `cait_jax.train.train`, with the mean, deviation and crop of the model's own preprocessing and a
-      new head. No average of the parameters is kept: these runs are shorter than what it looks back on.
+      A config for `cait_jax.train.train`, with the model's own mean, deviation and crop, a new head, and no EMA:
+      these runs are shorter than its time constant.
 
     Raises:
-      UserError: the folder does not do (see `look_through`), the model or its weights do not exist or see no
+      UserError: the folder does not do (see `look_through`), the model or its weights do not exist or take no
         colour, or a number does not fit the folder.
     """
     if not isinstance(photographs, Photographs):
@@ -158,7 +147,7 @@ def folder_config(
 
     config = get_config()
     config.seed = seed
-    network = _begin_from(config, model, weights, image_size)
+    network = _set_model(config, model, weights, image_size)
     config.data.name = str(photographs.directory)
     config.data.train_split = photographs.train_split
     config.data.eval_split = photographs.eval_split
@@ -175,19 +164,19 @@ def folder_config(
     config.report.every_steps = 10 if size == "few" else 50
     if epochs is None:
         usual, least = {
-            "head": (20, _LEAST_STEPS),
-            "two-phase": (20, _LEAST_STEPS / _HEAD_SHARE),
-            "all": (20 if size == "many" else 30, _LEAST_STEPS),
+            "head": (20, _MIN_STEPS),
+            "two-phase": (20, _MIN_STEPS / _HEAD_SHARE),
+            "all": (20 if size == "many" else 30, _MIN_STEPS),
         }[what]
         epochs = max(usual, math.ceil(least / steps_per_epoch))
     config.epochs = float(epochs)
 
-    _augment(config, size)
-    _learn(config, what, size, network.depth + network.class_depth)
+    _set_augmentation(config, size)
+    _set_optimizer(config, what, size, network.depth + network.class_depth)
     return config
 
 
-def _begin_from(
+def _set_model(
     config: ConfigDict, model: str, weights: str | Path | None, image_size: int | None
 ) -> Any:
     """Sets model, weights and preprocessing, and gives the network."""
@@ -268,7 +257,7 @@ def _batch_size(photographs: Photographs, wanted: int | None, devices: int) -> i
     return fitting
 
 
-def _augment(config: ConfigDict, size: str) -> None:
+def _set_augmentation(config: ConfigDict, size: str) -> None:
     augment = config.augment
     if size == "few":
         augment.scale = (0.35, 1.0)
@@ -278,7 +267,7 @@ def _augment(config: ConfigDict, size: str) -> None:
         augment.mixup = augment.cutmix = 0.0
 
 
-def _learn(config: ConfigDict, what: str, size: str, blocks: int) -> None:
+def _set_optimizer(config: ConfigDict, what: str, size: str, blocks: int) -> None:
     optimizer, phases = config.optimizer, config.phases
     optimizer.ema_decay = 0.0
     optimizer.grad_clip_norm = 1.0

@@ -76,9 +76,7 @@ def number(
 def _range(low: int | float, high: int | float, above: bool, below: bool, whole: bool) -> str:
     if low == -math.inf:
         return ""
-    first, last = (
-        f"{int(x):,}" if math.isfinite(x) and x == int(x) else f"{x:g}" for x in (low, high)
-    )
+    first, last = (f"{int(x):,}" if x % 1 == 0 else f"{x:g}" for x in (low, high))
     if high == math.inf or (whole and high == INT32):
         return f" above {first}" if above else f" of {first} or more"
     if whole:
@@ -101,9 +99,8 @@ def several(each: Rule, counts: tuple[int, ...], example: str, *, increasing: bo
         )
 
     count = " or ".join(map(str, counts)) + " increasing" * increasing
-    wanted = (
-        f"{count} finite numbers{each.wanted.removeprefix('a finite number')}, such as {example}"
-    )
+    within = each.wanted.removeprefix("a finite number")
+    wanted = f"{count} finite numbers{within}, such as {example}"
     return Rule(tuple, wanted, fits, lambda text: tuple(each.read(part) for part in _parts(text)))
 
 
@@ -155,11 +152,8 @@ TEXT = Rule(str, "text", lambda value: isinstance(value, str), str)
 FLAG = Rule(bool, "True or False", lambda value: isinstance(value, bool), _read_flag)
 COUNT, FROM_0 = number(1, INT32, whole=True), number(0, INT32, whole=True)
 SIZE = size(number(1, 2**14, whole=True))
-NOT_NEGATIVE, POSITIVE, POSITIVE_EPOCHS = (
-    number(0),
-    number(0, above=True),
-    number(0, 1e6, above=True),
-)
+NOT_NEGATIVE, POSITIVE = number(0), number(0, above=True)
+EPOCHS = number(0, 1e6, above=True)
 BELOW_1, SHARE, PART = number(0, 1, below=True), number(0, 1), number(0, 1, above=True)
 DTYPE = words(FLOAT_DTYPES)
 DEVICES = number(1, INT32, whole=True, also=-1)
@@ -183,7 +177,7 @@ class Key(NamedTuple):
 KEYS: Mapping[str, Key] = {
     "seed": Key(0, number(0, 2**32 - 1, whole=True), "every random draw of the run follows from it and the step"),
     "batch_size": Key(1024, COUNT, "images a step, over all devices and processes"),
-    "epochs": Key(400.0, POSITIVE_EPOCHS, "passes over the training split"),
+    "epochs": Key(400.0, EPOCHS, "passes over the training split"),
     "steps": Key(None, COUNT, "length of the run in steps instead"),
     "image_size": Key(224, SIZE, "side in pixels, or height and width"),
     "model.name": Key("cait_xs24", words(tuple(VARIANTS)), "a name of cait_jax.list_models()"),
@@ -261,7 +255,7 @@ KEYS: Mapping[str, Key] = {
     "optimizer.warmup_learning_rate": Key(1e-6, NOT_NEGATIVE, "learning rate of step 0"),
     "optimizer.schedule": Key("cosine", words(SCHEDULES), "after the warm-up"),
     "optimizer.final_learning_rate": Key(1e-5, NOT_NEGATIVE, "where the cosine ends"),
-    "optimizer.decay_epochs": Key(None, POSITIVE_EPOCHS, "of step: epochs between drops; None: 30"),
+    "optimizer.decay_epochs": Key(None, EPOCHS, "of step: epochs between drops; None: 30"),
     "optimizer.decay_rate": Key(None, PART, "of step: factor of a drop; None: 0.1"),
     "optimizer.per_epoch": Key(False, FLAG, "one rate an epoch, as in DeiT's published code"),
     "optimizer.weight_decay": Key(0.05, NOT_NEGATIVE, "of kernels only, times the learning rate"),
@@ -280,7 +274,7 @@ KEYS: Mapping[str, Key] = {
     "phases.head_epochs": Key(0.0, number(0, 1e6), "0: no phases; else these keys are rate, schedule and length"),
     "phases.head_learning_rate": Key(1e-3, NOT_NEGATIVE, "constant in the first phase"),
     "phases.blocks": Key(4, FROM_0, "last blocks that are trained in the second phase"),
-    "phases.blocks_epochs": Key(15.0, POSITIVE_EPOCHS, "length of the second phase"),
+    "phases.blocks_epochs": Key(15.0, EPOCHS, "length of the second phase"),
     "phases.blocks_learning_rate": Key(1e-5, NOT_NEGATIVE, "constant in the second phase"),
     # the devices, whose number is the product
     "mesh.data": Key(-1, DEVICES, "devices with other images and the same parameters; -1: the rest"),

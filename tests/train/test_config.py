@@ -66,6 +66,16 @@ def test_a_missing_config_file_names_the_nearest():
             "  config.batch_size = 6.5\n  return config",
             "line 4: TypeError",
         ),
+        (
+            "from configs import common\ndef get_config():\n  config = common.get_config()\n"
+            "  config.augment.erase = 0.5\n  return config",
+            r"line 4: AttributeError.*; the key is augment\.reprob now",
+        ),
+        (
+            "from configs import common\ndef get_config():\n"
+            "  return common.get_config().optimizer.accumulate",
+            r"line 3: AttributeError.*; the key is optimizer\.grad_accum now",
+        ),
         ("def get_config():\n  return {'seed': 1}", "is a dict, not a ConfigDict: start from "),
         ("def get_config():\n  pass", "is a NoneType, not a ConfigDict: start from "),
         (
