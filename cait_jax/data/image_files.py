@@ -2,6 +2,7 @@
 
 import functools
 import glob
+import hashlib
 import importlib.util
 import itertools
 import os
@@ -226,6 +227,13 @@ class FolderRecords:
     def __len__(self) -> int:
         """The number of files."""
         return len(self.files)
+
+    @property
+    def files_sha256(self) -> str:
+        """A checksum of the names and labels of the files, in order."""
+        pairs = zip(self.files, self.labels, strict=True)
+        listed = "".join(f"{name}\0{label}\0" for name, label in pairs)
+        return hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
         """The encoded `image`, its `label` and its `file_name` relative to `root`."""

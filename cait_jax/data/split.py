@@ -82,6 +82,17 @@ class Encoded:
 Split = InMemory | Encoded
 
 
+def identity(split: Split) -> dict[str, Any]:
+    """What must not change when a run is resumed, as JSON values.
+
+    Class names in the order of the labels, the number of examples and, where examples are files, `files_sha256`.
+    """
+    found: dict[str, Any] = {"class_names": list(split.class_names), "examples": len(split)}
+    if isinstance(split, Encoded) and hasattr(split.records, "files_sha256"):
+        found["files_sha256"] = split.records.files_sha256
+    return found
+
+
 def read_record(split: Encoded, index: int) -> Mapping[str, Any]:
     """Reads one record.
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.data.loader import PrefetchIterator
+from cait_jax.data.split import identity
 from cait_jax.errors import Way, advise
 from cait_jax.files import run_folder
 from cait_jax.sharding import batch_sharding, put_batch
@@ -22,7 +23,7 @@ from cait_jax.train.config import as_json
 from cait_jax.train.distributed import check_shared
 from cait_jax.train.metric_writer import MetricWriter
 from cait_jax.train.objectives import supervised
-from cait_jax.train.resume import check_resumed, describe_data, rewind
+from cait_jax.train.resume import check_resumed, rewind
 from cait_jax.train.setup import MakeObjective, Trainer, build
 from cait_jax.train.step import TrainState
 
@@ -78,7 +79,8 @@ def train(
     with Checkpoints(
         workdir / "checkpoints", keep=config.checkpoint.keep, best_metric="eval/accuracy"
     ) as checkpoints:
-        data = describe_data(trainer.train_split, trainer.eval_split)
+        splits = {"train": trainer.train_split, "eval": trainer.eval_split}
+        data = {name: identity(split) for name, split in splits.items()}
         if checkpoints.latest_step() is not None:
             check_resumed(checkpoints.meta(), config, data, str(workdir))
         meta: dict[str, Any] = {}

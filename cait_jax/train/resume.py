@@ -1,39 +1,17 @@
-"""What a run's checkpoint records of its data, and the check that a resumed run still has the same."""
+"""Checks that a resumed run has the settings and the data of its checkpoint; cuts its metrics to it."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from cait_jax.data.image_files import FolderRecords
-from cait_jax.data.split import Encoded, Split
 from cait_jax.errors import UserError
 from cait_jax.files import atomic_replace
 from cait_jax.train.config import as_json, check_resumable
 from cait_jax.train.metric_writer import metric_lines
 
 _OF_SPLITS = ("name", "train_split", "eval_split")
-
-
-def describe_data(train: Split, evaluation: Split) -> dict[str, Any]:
-    """What identifies the data of a run, in what JSON can hold.
-
-    Returns:
-      Of each split the class names in the order of their labels, the number of examples and, where examples are
-      files, the SHA-256 of their names and labels in order.
-    """
-    return {"train": _describe(train), "eval": _describe(evaluation)}
-
-
-def _describe(split: Split) -> dict[str, Any]:
-    found: dict[str, Any] = {"class_names": list(split.class_names), "examples": len(split)}
-    if isinstance(split, Encoded) and isinstance(split.records, FolderRecords):
-        pairs = zip(split.records.files, split.records.labels, strict=True)
-        listed = "".join(f"{name}\0{label}\0" for name, label in pairs)
-        found["files_sha256"] = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
-    return found
 
 
 def check_resumed(
@@ -47,7 +25,7 @@ def check_resumed(
     Args:
       meta: of the checkpoint.
       config: of the run now.
-      now: of `describe_data`.
+      now: `identity` of the splits `train` and `eval`.
       workdir: of the run.
 
     Raises:
@@ -68,7 +46,7 @@ def check_same_data(meta: Mapping[str, Any], now: Mapping[str, Any], workdir: st
 
     Args:
       meta: of the checkpoint. One of before `data` was recorded has the class names of training alone.
-      now: of `describe_data`.
+      now: `identity` of the splits `train` and `eval`.
       workdir: of the run.
 
     Raises:

@@ -10,11 +10,11 @@ from PIL import Image
 
 from cait_jax import UserError
 from cait_jax.data.folder import load_folder
-from cait_jax.data.split import InMemory
+from cait_jax.data.split import InMemory, identity
 from cait_jax.train import keys
 from cait_jax.train.config import as_json
 from cait_jax.train.metric_writer import MetricWriter, read_metrics
-from cait_jax.train.resume import check_resumed, check_same_data, describe_data, rewind
+from cait_jax.train.resume import check_resumed, check_same_data, rewind
 
 
 def pictures(root, *classes, count=2):
@@ -25,7 +25,10 @@ def pictures(root, *classes, count=2):
 
 
 def described(root):
-    return describe_data(load_folder(root, "train"), load_folder(root, "val"))
+    return {
+        "train": identity(load_folder(root, "train")),
+        "eval": identity(load_folder(root, "val")),
+    }
 
 
 @pytest.fixture
@@ -83,7 +86,7 @@ def test_a_run_of_before_knows_its_class_names():
     def split(*names):
         return InMemory(np.zeros((3, 1, 1, 1), np.uint8), np.zeros(3, np.int32), names)
 
-    now = describe_data(split("a", "b"), split("a", "b"))
+    now = {name: identity(split("a", "b")) for name in ("train", "eval")}
     check_same_data({"class_names": ["a", "b"]}, now, "runs/a")
     with pytest.raises(UserError, match="class 1 was 'c' and is 'b' now"):
         check_same_data({"class_names": ["a", "c"]}, now, "runs/a")
