@@ -19,6 +19,7 @@ from cait_jax.data.image_files import (
     existing_folder,
     has_images,
     images_below,
+    left_out_in_words,
     readable_suffixes,
     subfolders,
 )

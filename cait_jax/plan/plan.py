@@ -31,6 +31,7 @@ from cait_jax.train.setup import (
     with_shardings,
 )
 from cait_jax.weights.pretrained import preprocessing
+from cait_jax.weights.timm_names import abstract_variables
 
 _EXAMPLES = 1_281_167  # of ImageNet-1k; the length of the schedule hangs on it, no shape does
 
@@ -173,7 +174,7 @@ def _abstract_teacher(config: ConfigDict, model: Any) -> Any:
     name = config.distill.teacher
     teacher = create_model(name)
     return make_teacher_for(
-        config, model, teacher, variables_template(teacher), preprocessing(name)
+        config, model, teacher, abstract_variables(teacher), preprocessing(name)
     )
 
 

@@ -273,11 +273,12 @@ def test_ema_is_kept_and_evaluated_beside_the_raw_weights(config, tmp_path):
 @pytest.mark.slow
 def test_imagenet_streams_and_resumes(tmp_path, monkeypatch):
     """The paper's recipe at a small size, on JPEGs of several sizes and modes."""
+    splits = {}
     for number, split in enumerate(("train", "validation")):
         examples = [
             (tfds_files.numbered_jpeg(100 * number + i, 40 + 7 * i % 30, 50), i) for i in range(20)
         ]
-        splits = {split: examples} if number == 0 else {**splits, split: examples[:11]}
+        splits[split] = examples[: 20 if number == 0 else 11]
     tfds_files.write_imagenet2012(tmp_path, splits)
     config = cait_xs24.get_config()
     config.data.data_dir = str(tmp_path)
