@@ -114,6 +114,14 @@ def test_in_bfloat16_the_maps_are_still_float32(implementation):
     assert distance(found, reference(*given)) < 6e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "heads"), [(196, 4), (576, 8), *RAGGED])
+def test_a_gpu_computes_what_is_interpreted_elsewhere(tokens, heads):
+    given = arguments(tokens, heads, batch=2, dtype=jnp.bfloat16)
+    found = jax.jit(attention("pallas_gpu", None))(*given)
+    assert distance(found, reference(*given)) < 6e-3
+
+
 def gradients(implementation, given, cotangent, precision="highest"):
     def back(*given):
         return jax.vjp(attention(implementation, precision), *given)[1](cotangent)
