@@ -13,12 +13,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from cait_jax.errors import UserError, can_set, nearest, setting, some
-from cait_jax.renamed import OLD_KEYS, current_config, current_file, renamed_in
+from cait_jax.errors import UserError, nearest, setting, some
+from cait_jax.renamed import OLD_KEYS, current_file, renamed_in
 from cait_jax.train.keys import CONFLICTS, FLAG, KEYS
-
-# What may differ when a run is resumed: it changes no number of the run.
-FREE_KEYS = ("report", "mesh", "data.data_dir", "data.workers")
 
 _FILE = re.compile(r"--?config(=(?P<path>.*))?")
 _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<text>.*))?", re.DOTALL)
@@ -207,31 +204,3 @@ def _wrong(name: str, value: Any) -> UserError:
     none = ", or None" if KEYS[name].default is None else ""
     written = setting(f"config.{name}")
     return UserError(f"{written} is {shown} and must be {rule.wanted}{none}{rule.hint(value)}")
-
-
-def check_resumable(saved: Mapping[str, Any], current: ConfigDict, workdir: str) -> None:
-    """Refuses to resume a run under settings that would make it another run, listing the keys that differ.
-
-    `saved` is the config in the run's checkpoint, as `as_json` gave it; keys may have their old names.
-    """
-    before, now = flatten(current_config(saved)), flatten(as_json(current))
-    changed = [
-        key
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not f"{key}.".startswith(tuple(f"{free}." for free in FREE_KEYS))
-    ]
-    # Of a command that has options for some, the others follow from these.
-    own = [key for key in changed if can_set(f"config.{key}")] or changed
-    clauses = [f"{_bare(key)} was {before.get(key)!r} and is now {now.get(key)!r}" for key in own]
-    if changed:
-        raise UserError(
-            f"the run in {workdir} was started with other settings: {'; '.join(clauses)}: take them back "
-            "to resume it, or give another --workdir to start anew"
-        )
-
-
-def _bare(key: str) -> str:
-    """The key where it is how the user sets it, else the command's option."""
-    written = setting(f"config.{key}")
-    return key if written == f"--config.{key}" or not written.startswith("-") else written

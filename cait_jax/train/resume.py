@@ -6,11 +6,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cait_jax.errors import UserError
+from cait_jax.errors import UserError, can_set, setting
 from cait_jax.files import atomic_replace
-from cait_jax.train.config import as_json, check_resumable
+from cait_jax.renamed import current_config
+from cait_jax.train.config import as_json, flatten
 from cait_jax.train.metric_writer import metric_lines
 
+# What may differ when a run is resumed: it changes no number of the run.
+FREE_KEYS = ("report", "mesh", "data.data_dir", "data.workers")
 _OF_SPLITS = ("name", "train_split", "eval_split")
 
 
@@ -24,12 +27,10 @@ def check_resumed(
 
     Args:
       meta: of the checkpoint.
-      config: of the run now.
-      now: `identity` of the splits `train` and `eval`.
-      workdir: of the run.
+      now: `data.split.identity` of the splits `train` and `eval`.
 
     Raises:
-      UserError: as `check_resumable` and `check_same_data` do.
+      UserError: naming the settings that differ, or the first difference of the data.
     """
     saved, current = dict(meta["config"]), as_json(config)
     recorded = meta.get("data", {})
@@ -41,13 +42,39 @@ def check_resumed(
     check_same_data(meta, now, workdir)
 
 
+def check_resumable(saved: Mapping[str, Any], current: ConfigDict, workdir: str) -> None:
+    """Refuses to resume a run under settings that would make it another run, listing the keys that differ.
+
+    `saved` is the config in the run's checkpoint, as `as_json` gave it; keys may have their old names.
+    """
+    before, now = flatten(current_config(saved)), flatten(as_json(current))
+    changed = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not f"{key}.".startswith(tuple(f"{free}." for free in FREE_KEYS))
+    ]
+    # Of a command that has options for some, the others follow from these.
+    own = [key for key in changed if can_set(f"config.{key}")] or changed
+    clauses = [f"{_bare(key)} was {before.get(key)!r} and is now {now.get(key)!r}" for key in own]
+    if changed:
+        raise UserError(
+            f"the run in {workdir} was started with other settings: {'; '.join(clauses)}: take them back "
+            "to resume it, or give another --workdir to start anew"
+        )
+
+
+def _bare(key: str) -> str:
+    """The key where it is how the user sets it, else the command's option."""
+    written = setting(f"config.{key}")
+    return key if written == f"--config.{key}" or not written.startswith("-") else written
+
+
 def check_same_data(meta: Mapping[str, Any], now: Mapping[str, Any], workdir: str) -> None:
     """Refuses to resume a run on data that would make it another run.
 
     Args:
       meta: of the checkpoint. One of before `data` was recorded has the class names of training alone.
-      now: `identity` of the splits `train` and `eval`.
-      workdir: of the run.
 
     Raises:
       UserError: naming the first difference.

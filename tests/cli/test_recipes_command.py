@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from cait_jax.cli import main
 from cait_jax.cli.recipes import recipes
-from cait_jax.train.config import FREE_KEYS
+from cait_jax.train.resume import FREE_KEYS
 from cait_jax.weights.hub import published_result
 
 ROOT = Path(__file__).parents[2]

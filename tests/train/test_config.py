@@ -9,8 +9,6 @@ from ml_collections import ConfigDict
 from cait_jax import UserError
 from cait_jax.train import train
 from cait_jax.train.config import (
-    as_json,
-    check_resumable,
     check_values,
     default_workdir,
     flatten,
@@ -206,11 +204,6 @@ def test_a_wrong_value_is_told_what_it_must_be(key, text, wanted):
     with pytest.raises(UserError) as caught:
         load_config(str(CONFIGS / "digits.py"), {key: text})
     assert str(caught.value) == f"--config.{key} is {text} and must be {wanted}"
-
-
-def test_a_tuple_survives_the_checkpoint():
-    config = common.get_config()
-    check_resumable(as_json(config), config, "runs/x")
 
 
 def test_every_key_has_a_meaning_and_a_line_of_its_own():

@@ -14,7 +14,8 @@ from cait_jax.data.split import InMemory, identity
 from cait_jax.train import keys
 from cait_jax.train.config import as_json
 from cait_jax.train.metric_writer import MetricWriter, read_metrics
-from cait_jax.train.resume import check_resumed, check_same_data, rewind
+from cait_jax.train.resume import check_resumable, check_resumed, check_same_data, rewind
+from configs import common
 
 
 def pictures(root, *classes, count=2):
@@ -97,6 +98,11 @@ def config_of(root, batch_size=4):
     config.data.name, config.data.eval_split = str(root), "val"
     config.eval.batch_size = batch_size
     return config
+
+
+def test_a_tuple_survives_the_checkpoint():
+    config = common.get_config()
+    check_resumable(as_json(config), config, "runs/x")
 
 
 def test_changed_data_are_named_before_the_settings_that_follow_from_them(root):
