@@ -1,4 +1,4 @@
-"""What a model is worth: exact scores of any checkpoint on any data set."""
+"""Exact scores of a model on any data set, and k-NN and linear probes of its features."""
 
 from cait_jax.evaluation.confusion import save_confusion
 from cait_jax.evaluation.features import (
