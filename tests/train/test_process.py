@@ -167,6 +167,7 @@ def test_layer_scale_grows_under_lamb(tmp_path, environment):
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["eval/accuracy"] >= 0.90
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_at_the_end_and_the_run_goes_on_afterwards(
     tmp_path, environment
 ):

@@ -39,6 +39,7 @@ def same(a, b):
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
+@pytest.mark.slow
 def test_given_weights_come_before_the_seed_and_the_runs_own_before_them(config, weights, tmp_path):
     path, params = weights
     config.init.weights = str(path)

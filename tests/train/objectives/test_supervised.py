@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
 from trees import random_params
 
 from cait_jax import UserError, create_model, save_pretrained
@@ -100,7 +101,7 @@ def teacher_and_its_choice():
     return teacher, np.argmax(model.apply(variables, seen), axis=-1)
 
 
-@pytest.mark.parametrize("two_heads", [False, True])
+@pytest.mark.parametrize("two_heads", [slow(False), True])
 def test_a_student_learns_label_and_teacher_in_equal_parts(two_heads):
     options = (
         {"class_token": "input", "residual": "plain", "talking_heads": False, "distilled": True}
@@ -124,6 +125,7 @@ def test_a_student_learns_label_and_teacher_in_equal_parts(two_heads):
     assert metrics["accuracy"] == (of_label.argmax(-1) == batch["label"]).mean()
 
 
+@pytest.mark.slow
 def test_recorded_logits_teach_as_their_teacher_would_and_mix_with_the_images():
     model = small(precision="highest")
     teacher, chosen = teacher_and_its_choice()
@@ -179,6 +181,7 @@ def moved(before, after):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_keeps_its_bits_and_slow_layers_move_less():
     (before, after), _ = steps_of(config_of(optimizer__train="head"), 1)
     assert moved(before, after) == {"head"}
@@ -194,6 +197,7 @@ def test_a_frozen_backbone_keeps_its_bits_and_slow_layers_move_less():
     assert distance(("head",)) > 5 * distance(("blocks", "mlp", "fc1")) > 0
 
 
+@pytest.mark.slow
 def test_two_phases_free_the_last_blocks_after_the_head():
     steps_per_epoch = 1437 / 64
     config = config_of(
