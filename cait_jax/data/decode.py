@@ -35,7 +35,7 @@ _JPEG_MARGIN = 2
 _PADDING = 4
 _SILENT = ("ignore", None, UserWarning, re.compile(r"PIL\."), 0)
 _DAMAGED = "it is damaged or cut short"
-# What Pillow says without saying anything.
+# Messages of Pillow that do not help.
 _REASONS = {
     "not identified by this driver": "its header is damaged or cut short",
     "could not create decoder object": _DAMAGED,

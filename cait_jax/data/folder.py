@@ -34,7 +34,7 @@ _WORDS = {
 }
 _PURPOSE = {word: purpose for purpose, words in _WORDS.items() for word in words}
 _FILLING = frozenset({"set", "split", "data", "dataset", "images", "imgs"})
-# What lies in a folder of images and annotations, none of it a class.
+# Folders of images and annotations, none of them a class.
 _WRAPPERS = frozenset({"images", "image", "imgs", "img", "jpegimages"})
 _ANNOTATIONS = frozenset({"labels", "label", "annotations", "masks"})
 _DEEPEST = 4
@@ -49,7 +49,7 @@ class Layout:
     """How a folder is divided.
 
     `splits` maps `"train"`, `"val"` and `"test"`, in this order, to relative paths; it is empty where the folder
-    holds the classes itself. `beside` are other folders with images.
+    holds the classes itself. `beside` are other folders that hold images.
     """
 
     splits: Mapping[str, str]
@@ -71,7 +71,7 @@ def purpose_of(name: str) -> str | None:
 
 
 def class_name(folder: str) -> str:
-    """The class that a folder's name stands for: composed (NFC), bytes that are not UTF-8 as `\\xNN`."""
+    """The class of a folder's name: composed (NFC), bytes that are not UTF-8 as `\\xNN`."""
     return composed(os.fsencode(folder).decode("utf-8", "backslashreplace"))
 
 
@@ -90,7 +90,7 @@ def read_layout(folder: Path) -> Layout:
     such as the trains among vehicles, or images without labels. A split's only folder may be called as it is.
 
     Raises:
-      UserError: it cannot be told what is a split and what is a class; what was found is named.
+      UserError: splits and classes cannot be told apart; what was found is named.
     """
     names = subfolders(folder)
     splits = {name: purpose for name in names if (purpose := purpose_of(name))}
@@ -126,7 +126,7 @@ def read_layout(folder: Path) -> Layout:
 
 
 def _check_classes(part: Path, names: Sequence[str]) -> None:
-    """Refuses a folder whose folders `names` are no classes; it says what is meant instead, where it is known."""
+    """Refuses a folder whose folders `names` are no classes; the error names those that are meant, if known."""
     if all(purpose_of(name) for name in names):
         bare = part / names[0] if names else part
         raise UserError(
@@ -249,7 +249,7 @@ def load_folder(root: str | Path, split: str | None = None, *, channels: int = 3
 
     Raises:
       UserError: the folder or the split does not exist, holds no classes, or a class no image; no image falls
-        in the part; or it cannot be told which folders are splits and which are classes.
+        in the part; or splits and classes cannot be told apart.
     """
     folder = existing_folder(root)
     name, percents = _parsed(split)
@@ -268,8 +268,8 @@ def load_folder(root: str | Path, split: str | None = None, *, channels: int = 3
         left_out["./"] = loose
     kept = tuple(itertools.compress(files, chosen))
     records = FolderRecords(part, kept, np.array(labels, np.int32)[chosen], left_out)
-    said = left_out_in_words(left_out, part)
-    return Encoded(records, found.class_names, channels, exif=True, left_out=said)
+    message = left_out_in_words(left_out, part)
+    return Encoded(records, found.class_names, channels, exif=True, left_out=message)
 
 
 def path_fraction(path: str) -> float:
@@ -287,7 +287,7 @@ def folder_splits(root: str | Path) -> tuple[str, ...]:
     """The names of the folders that a folder of images is divided into; `"all"` if it holds the classes itself.
 
     Raises:
-      UserError: the folder does not exist, or it cannot be told what in it is a split.
+      UserError: the folder does not exist, or splits and classes cannot be told apart.
     """
     return read_layout(existing_folder(root)).names or _UNDIVIDED
 

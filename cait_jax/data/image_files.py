@@ -62,7 +62,7 @@ def readable_suffixes() -> tuple[str, ...]:
     return tuple(suffix for suffix in SUFFIXES if missing_decoder(suffix) is None)
 
 
-# What file systems, NAS, cameras and editors leave beside pictures, casefolded. Hidden names count as such too.
+# What file systems, NAS, cameras and editors leave among pictures, casefolded. Hidden names count as such too.
 _SYSTEM = frozenset(
     {
         "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot", "$recycle.bin",
@@ -92,7 +92,7 @@ class Images:
 
 
 def images_below(folder: str | Path) -> Images:
-    """Lists the images at any depth. Links to folders are followed once; files of systems count for nothing.
+    """The images at any depth. Links to folders are followed once; files of systems count for nothing.
 
     Raises:
       OSError: a folder cannot be listed.
@@ -150,12 +150,12 @@ def subfolders(folder: str | Path) -> list[str]:
 
 
 def has_images(folder: str | Path) -> bool:
-    """Whether images lie right in a folder."""
+    """Whether a folder itself holds images."""
     return count_images(folder) > 0
 
 
 def count_images(folder: str | Path) -> int:
-    """How many images lie right in a folder."""
+    """The number of images in a folder itself."""
     with os.scandir(folder) as entries:
         return sum(is_image(entry.name) and not entry.is_dir() for entry in entries)
 
@@ -216,7 +216,7 @@ class FolderRecords:
     Attributes:
       root: the folder that `files` are relative to.
       files: paths with forward slashes, in the order of the records.
-      left_out: how many files and images of folders beside `files` are not read, as for `left_out_in_words`.
+      left_out: how many other files and images of folders are not read, as for `left_out_in_words`.
     """
 
     root: Path
@@ -369,7 +369,7 @@ def _why_nothing(argument: Path, left_out: Mapping[str, int]) -> str:
 
 
 def nearest_path(path: Path) -> str:
-    """Names what beside a missing `path` is most like it, as the end of a sentence."""
+    """The end of a sentence that names the most similar neighbour of a missing `path`."""
     if not path.parent.is_dir():
         return f"; its folder {path.parent} does not exist either"
     beside = itertools.islice(path.parent.iterdir(), _NAMES_COMPARED)

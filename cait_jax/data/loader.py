@@ -88,7 +88,7 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
                 if index not in self._named:
                     self._named.add(index)
                     self._last = examples.why_broken(number, index)
-                    _log.warning("%s; another stands in for it", self._last)
+                    _log.warning("%s; it is replaced", self._last)
         self._step += 1
         self.broken += int(skipped.sum())
         self._read += skipped.size + int(skipped.sum())

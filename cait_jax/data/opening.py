@@ -2,7 +2,7 @@
 
 As with JPEG, chunks that hold no pixels never reach Pillow, which refuses a picture for a bad checksum in one.
 Of TIFF, Pillow refuses most depths above 8 bits, and of some gives wrong levels without an error: 12 bits, 16 bits
-in separate planes or with white as zero, signed integers. OpenCV decodes those, to be scaled by what the tags say.
+in separate planes or with white as zero, signed integers. OpenCV decodes those, to be scaled as the tags state.
 """
 
 import contextlib
@@ -213,7 +213,7 @@ def _tiff(data: bytes, check: _Check) -> Image.Image:
 
 @functools.cache
 def _silence_libtiff() -> None:
-    """Drops what Pillow's libtiff and its reader write, which name no file; both raise errors beside."""
+    """Drops what Pillow's libtiff and its reader write, which name no file; both raise errors as well."""
     logging.getLogger(TiffImagePlugin.__name__).setLevel(logging.CRITICAL)
     with contextlib.suppress(OSError, AttributeError):  # linked into Pillow without its symbols
         library = ctypes.CDLL(Image.core.__file__)
@@ -311,7 +311,7 @@ def _white(levels: np.ndarray, tags: Mapping[int, Any]) -> int | float:
 def to_uint8(
     levels: Any, white: int | float, *, inverted: bool = False
 ) -> UInt8[np.ndarray, "..."]:
-    """Scales levels from [0, white] to [0, 255]; what lies outside is clipped, NaN is 0.
+    """Scales levels from [0, white] to [0, 255]; values outside are clipped, NaN is 0.
 
     Args:
       levels: of any dtype and shape.
@@ -326,7 +326,7 @@ def to_uint8(
 
 
 def usual_white(levels: Any) -> int | float:
-    """The white of integers of 32 bits and of floats, which do not say: the least usual one that holds all."""
+    """The white of 32-bit integers and of floats, which is not stored: the least usual one that holds all."""
     peak = levels.max(initial=0, where=np.isfinite(levels))
     usual = (1, 255, 65535) if levels.dtype.kind == "f" else (255, 65535)
     return next((white for white in usual if peak <= white), float(peak))

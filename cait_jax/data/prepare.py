@@ -40,10 +40,10 @@ class Preparation:
     Attributes:
       folder: of the data set.
       prepared: whether it is there as array_record already.
-      download_bytes: None if TFDS does not say.
-      data_bytes: size of the data set on disk; None if TFDS does not say.
+      download_bytes: None if TFDS does not know.
+      data_bytes: size of the data set on disk; None if TFDS does not know.
       free_bytes: on that disk.
-      manual: where archives must be put by hand first; None if there are none.
+      manual: where archives must be put manually first; None if there are none.
     """
 
     folder: Path
@@ -194,8 +194,8 @@ def convert(plan: Conversion, progress: Callable[[int], None] | None = None) -> 
       How many files were written.
 
     Raises:
-      UserError: the disk is too small, or a tfrecord file is damaged or has another number of records than the
-        data set says.
+      UserError: the disk is too small, or a tfrecord file is damaged or has another number of records than
+        the data set states.
     """
     progress = progress or (lambda records: None)
     left = []
@@ -259,7 +259,7 @@ def _convert_shard(shard: Shard, progress: Callable[[int], None]) -> None:
 
 
 def _add_format(path: Path) -> None:
-    """Adds array_record to the formats that the data set says it has."""
+    """Adds array_record to the formats that the data set lists."""
     description = json.loads(path.read_text())
     formats = description.get(_FORMATS, [])
     if "array_record" in (description.get("fileFormat"), *formats):

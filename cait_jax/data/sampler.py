@@ -1,4 +1,4 @@
-"""Which example stands at which position of training: a function of seed and step alone.
+"""The order of training examples as a function of seed and step alone.
 
 Positions count the rows of all global batches: position `p` is example `order(p // n)[p % n // repeats]` of a
 split of `n` examples.

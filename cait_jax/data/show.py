@@ -254,7 +254,7 @@ def _header(split: Encoded, index: int) -> None:
                 read_header(file.read(_HEAD_BYTES))
             return
         except (OSError, BrokenImage):
-            pass  # the header is longer, or the whole says what is wrong
+            pass  # the header is longer, or the error comes with the whole file
     read_header(read_record(split, index)["image"])
 
 

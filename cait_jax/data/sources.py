@@ -78,7 +78,7 @@ def is_generated(name: str) -> bool:
 
 
 def is_folder(name: str) -> bool:
-    """Whether `name` is a path to a folder of images, and not a TFDS name, whatever lies here under it."""
+    """Whether `name` is a path to a folder of images, and not a TFDS name, even if a folder here has that name."""
     if name.startswith((os.sep, ".", "~")):
         return True
     if not Path(name).is_dir():

@@ -57,9 +57,9 @@ class Encoded:
       records: the examples in the order of the data set; picklable if worker processes read them.
       class_names: in the order of the labels.
       channels: 3 for RGB, 1 for luminance.
-      multi_label: whether a record has, beside `label`, any number of correct classes in `labels`.
+      multi_label: whether records have any number of correct classes in `labels`, as well as a `label`.
       exif: whether the EXIF orientation is applied, as for photographs.
-      left_out: a sentence on the files beside the records that are not read, of a folder.
+      left_out: of a folder: a sentence on its files that are not read.
     """
 
     records: Records

@@ -345,10 +345,10 @@ def test_in_training_the_next_in_order_stands_in_for_a_broken_image(encoded, cap
     messages = [record.getMessage() for record in caplog.records][:4]
     by_reading, by_decoding, empty, cut = (int(order[place]) for place in (5, 6, 40, 459))
     assert messages == [
-        f"image {by_reading} cannot be read: chunk data hash mismatch; another stands in for it",
+        f"image {by_reading} cannot be read: chunk data hash mismatch; it is replaced",
         f"image {by_decoding} ({by_decoding}.jpg) cannot be decoded: not a JPEG, PNG or WebP image, nor a "
-        "GIF, BMP, TIFF, PPM, AVIF or HEIF; another stands in for it",
-        f"image {empty} cannot be read: its record is empty; another stands in for it",
+        "GIF, BMP, TIFF, PPM, AVIF or HEIF; it is replaced",
+        f"image {empty} cannot be read: its record is empty; it is replaced",
         messages[3],
     ]
     assert messages[3].startswith(f"image {cut} ({cut}.jpg) cannot be decoded: ")
