@@ -91,7 +91,7 @@ def _draw(workdirs: list[Path], run: Run, test, svc_accuracy: float):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(12, 3.2), layout="constrained")
+    figure = plt.figure(figsize=(12, 2.5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 2.4])
     axes = left.subplots()
     for seed, workdir in enumerate(workdirs):
@@ -112,7 +112,7 @@ def _draw(workdirs: list[Path], run: Run, test, svc_accuracy: float):
     )
     side = run.model.image_size[0] // run.model.patch_size
     attention = np.asarray(inside["blocks_token_only"]["softmax"])[:, :, :, 0, 1:].mean((0, 2))
-    grid = right.subplots(2, 10)
+    grid = right.subplots(2, 10, gridspec_kw={"hspace": 0.0})
     for i, (above, below) in enumerate(grid.T):
         above.imshow(images[i, ..., 0], cmap="gray_r")
         probability = jax.nn.softmax(logits[i]).max()

@@ -9,7 +9,7 @@ COMMIT = "c" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """`server.files` maps a repository to the bytes of its `model.safetensors`, or to a function that gives them.
+    """`server.files` maps a repository to the bytes of its `model.safetensors`.
 
     `server.fault` is what goes wrong: a status, or `"cut"`, or `"cut once"`.
     """
@@ -32,9 +32,6 @@ class Hub(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        with server.lock:
-            if callable(server.files[repository]):
-                server.files[repository] = server.files[repository]()
         body = server.files[repository]
         self.send_response(200)
         self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
@@ -56,7 +53,6 @@ def serve_hub(files):
     """The running server; its address is `http://127.0.0.1:{server.server_port}`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files, server.fault, server.requests = files, None, []
-    server.lock = threading.Lock()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

@@ -13,20 +13,23 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
 from pathlib import Path
 
 import click
+import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from hub_server import serve_hub
 from PIL import Image
+from trees import random_params
 
+import cait_jax
 from cait_jax.cli import main
 from cait_jax.train.config import check_values, flatten, load_config, parse_command_line
 from cait_jax.train.keys import get_config
+from cait_jax.weights.hub import RELEASED
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -235,24 +238,12 @@ def test_every_name_of_the_api_page_exists():
             assert hasattr(importlib.import_module(module), attribute), name
 
 
-def released_weights(name):
-    """The bytes of a released model's file, with random weights."""
-    import jax
-    import jax.numpy as jnp
-
-    import cait_jax
-    from cait_jax.weights.hub import RELEASED
-
-    def make():
-        model = cait_jax.create_model(name)
-        images = jnp.zeros((1, *model.image_size, 3))
-        variables = jax.jit(model.init)(jax.random.key(0), images)
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "model.safetensors"
-            cait_jax.export_timm(file, model, variables)
-            return file.read_bytes()
-
-    return RELEASED[name].hub_id, make
+def released_weights(name, folder):
+    """A released model's repository, and the bytes of a file of its shapes with random weights."""
+    model = cait_jax.create_model(name)
+    params = jax.tree.map(lambda leaf: leaf / 10, random_params(model))
+    cait_jax.export_timm(folder / f"{name}.safetensors", model, {"params": params})
+    return RELEASED[name].hub_id, (folder / f"{name}.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="session")
@@ -264,7 +255,7 @@ def environment(tmp_path_factory):
     for name, call in {"python": "", "cait": " -m cait_jax"}.items():
         (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)}{call} "$@"\n')
         (programs / name).chmod(0o755)
-    with serve_hub(dict([released_weights("cait_xs24_384")])) as server:
+    with serve_hub(dict([released_weights("cait_xs24_384", folder)])) as server:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         yield kept | {
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
