@@ -183,22 +183,28 @@ def read_benchmark(script, *arguments):
             runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-@pytest.mark.parametrize(
-    ("page", "arguments"),
-    [
-        ("README.md", ["models", "cait_*", "--pretrained", "--markdown"]),
-        ("docs/models.md", ["models", "--markdown"]),
-    ],
-)
-def test_a_table_of_models_is_the_output_of_its_command(page, arguments):
-    result = CliRunner().invoke(main, arguments, prog_name="cait")
+TABLES = {
+    ("README.md", "cait models 'cait_*' --pretrained --markdown"),
+    ("docs/models.md", "cait models --markdown"),
+    ("docs/results.md", "cait recipes --markdown"),
+    ("docs/training.md", "cait recipes --keys --markdown"),
+}
+
+
+@pytest.mark.parametrize(("page", "name"), sorted(TABLES))
+def test_a_table_is_what_its_command_prints(page, name):
+    """`python tests/test_docs.py` writes the tables."""
+    assert PAGES[page] == with_table(PAGES[page], name)
+
+
+def with_table(text, name):
+    """The page with the table between the comment `name` and the next comment `end` made anew."""
+    before, rest = text.split(f"<!-- {name} -->\n")
+    _, after = rest.split("<!-- end -->", 1)
+    result = CliRunner().invoke(main, shlex.split(name)[1:], prog_name="cait")
     assert result.exit_code == 0
-    assert shown(page, shlex.join(["cait", *arguments])) == result.stdout.rstrip("\n")
-
-
-def shown(page, what):
-    """What stands between the comment `what` and the next comment `end`."""
-    return PAGES[page].split(f"<!-- {what} -->\n")[1].split("\n<!-- end -->")[0]
+    table = result.stdout.rstrip("\n")
+    return f"{before}<!-- {name} -->\n{table}\n<!-- end -->{after}"
 
 
 def test_readme_is_short():
@@ -319,3 +325,8 @@ def test_the_blocks_of_a_page_run(page, environment, trained, tmp_path):
             program = ""
         if block is not None and block.language == "bash":
             execute(["bash", "-euo", "pipefail", "-c", block.code], tmp_path, environment)
+
+
+if __name__ == "__main__":
+    for page, name in sorted(TABLES):
+        (ROOT / page).write_text(with_table((ROOT / page).read_text(), name))
