@@ -41,10 +41,7 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
-    """Gives a path to write to; on leaving, what is there is synced and takes the place of `path`.
-
-    After an error, or a crash at any moment, `path` is as it was or is the new file. For one writer at a time.
-    """
+    """A path to write to, by one writer at a time; on leaving without error it is synced and replaces `path`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -71,11 +68,7 @@ def to_json(value: Any, **options: Any) -> str:
 
 
 def commit(directory: Path, fields: Mapping[str, Any]) -> None:
-    """Syncs everything under a directory, then writes its manifest: size and SHA-256 of each file, and `fields`.
-
-    Raises:
-      OSError: there is no manifest then.
-    """
+    """Syncs all files under a directory, then writes its manifest: their sizes and SHA-256, and `fields`."""
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} was not written")
     files = {}
@@ -90,12 +83,7 @@ def commit(directory: Path, fields: Mapping[str, Any]) -> None:
 
 
 def amend(directory: Path, fields: Mapping[str, Any]) -> None:
-    """Replaces fields of a manifest.
-
-    Raises:
-      DamagedError: there is no valid manifest.
-      OSError: the manifest is as it was then.
-    """
+    """Replaces fields of a valid manifest."""
     _write_manifest(directory, {**read_manifest(directory), **fields})
 
 
@@ -110,11 +98,7 @@ def _checksum(body: Mapping[str, Any]) -> str:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """A manifest, checked against its own checksum.
-
-    Raises:
-      DamagedError: it is missing, unreadable or changed.
-    """
+    """The manifest; `DamagedError` if it is missing, unreadable or differs from its own checksum."""
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         checksum = manifest.pop("sha256")
@@ -133,11 +117,7 @@ def run_folder_name(name: str) -> str:
 
 
 def run_folder(workdir: str | Path) -> Path:
-    """The folder of a run.
-
-    Raises:
-      UserError: it is the address of a bucket, or a path that Orbax would take for a pattern.
-    """
+    """The folder of a run; not the address of a bucket, nor a path that Orbax would take for a pattern."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(workdir)):
         raise UserError(
             f"--workdir={workdir} is an address, and a run is kept in a folder: mount the bucket (gs:// with "

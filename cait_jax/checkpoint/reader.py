@@ -120,11 +120,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
-    """The state, with the types and shardings of `template`, and the metadata.
-
-    Raises:
-      UserError: the saved state differs from the template.
-    """
+    """The state, with the types and shardings of `template`, and the metadata."""
     targets = jax.tree.map(_target, template)
     handlers = {STATE: ocp.StandardCheckpointHandler(), META: ocp.JsonCheckpointHandler()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
@@ -141,11 +137,7 @@ def read_state(path: Path, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
 
 
 def read_part(path: Path, part: str, template: PyTree | None) -> tuple[PyTree, dict[str, Any]]:
-    """One field of the state in numpy arrays, and the metadata.
-
-    Raises:
-      UserError: there is no such field, it is empty, or it differs from the template.
-    """
+    """One field of the state in numpy arrays, and the metadata; refused if it is missing or empty."""
     handlers = {STATE: ocp.PyTreeCheckpointHandler(), META: ocp.JsonCheckpointHandler()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
         stored = reader.metadata(path).item_metadata[STATE].tree

@@ -35,9 +35,8 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run under `directory`, which all processes share.
 
-    Every process makes the same calls in the same order; process 0 commits, verifies and decides. Construction
-    changes nothing on disk, so that a run in progress can be read: the first `save` makes the directory and
-    clears away what a killed run left. Left without `close` or a `with` statement, the save in flight is lost.
+    Every process makes the same calls in the same order. Nothing on disk changes before the first `save`, which
+    also moves away what a killed run left. Left without `close` or `with`, the save in flight is lost.
     """
 
     def __init__(
@@ -92,11 +91,11 @@ class Checkpoints:
 
         Args:
           state: pytree of arrays of any dtype but PRNG keys.
-          meta: what JSON can hold; a number that is not finite becomes null.
-          metrics: of this step. Without a finite `best_metric` among them it cannot be the best.
+          meta: JSON, where numbers that are not finite become null.
+          metrics: of this step; without a finite `best_metric` it cannot be the best.
 
         Raises:
-          UserError: the save before this one failed, this one did, or `step` is already saved.
+          UserError: this save or the one before failed, or `step` is already saved.
         """
         self.wait()
         snapshot = json.loads(files.to_json(meta))
@@ -150,11 +149,7 @@ class Checkpoints:
         return self._best(self._committed())
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
-        """The `meta` of a step, by default the newest good one; of its arrays only the files' sizes are checked.
-
-        Raises:
-          UserError: there is no such step, or none that is good.
-        """
+        """The `meta` of a step, by default the newest good one; of its arrays only the sizes are checked."""
         self._join()
         chosen = self._choose(step, prefix=f"{reader.META}/")
         if step is None:
@@ -196,11 +191,8 @@ class Checkpoints:
     ) -> tuple[int, PyTree, dict[str, Any]] | None:
         """Restores one field of a saved state, such as `"params"`, to numpy arrays; the others are not loaded.
 
-        As `restore`, but a run may go on saving in the meantime: when it deletes the newest step while that is
-        read, the next one is taken. Without a template the part comes as it was saved, in dicts and lists.
-
-        Raises:
-          UserError: as `restore` does, and if the state has no such part or the part is empty.
+        As `restore`, but when a run deletes the newest step while it is read, the next one is taken. Without a
+        template the part comes as it was saved, in dicts and lists.
         """
         self._join()
         while True:
@@ -216,11 +208,7 @@ class Checkpoints:
                     raise
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk and committed.
-
-        Raises:
-          UserError: that failed. Raised once; the next `save` starts afresh.
-        """
+        """Returns when what was saved is committed. A failure is raised once; the next `save` starts afresh."""
         self._join()
         if self._failure is not None:
             step, error = self._failure

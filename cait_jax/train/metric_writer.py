@@ -59,17 +59,7 @@ class MetricWriter:
         primary: bool = True,
         stream: TextIO | TextIOBase | None = None,
     ) -> None:
-        """Opens the files, to append.
-
-        Args:
-          workdir: made if missing.
-          start_step: the step resumed from.
-          tensorboard: whether to write event files to `workdir`/tensorboard.
-          stream: standard error by default.
-
-        Raises:
-          UserError: tensorboardX is asked for and missing, or `workdir` cannot be written to.
-        """
+        """Opens `metrics.jsonl` to append, and files in `tensorboard/`; `stream` is standard error by default."""
         self._primary = primary
         if not primary:
             return
@@ -102,11 +92,7 @@ class MetricWriter:
         """Appends a line to `metrics.jsonl`, and to TensorBoard.
 
         It is a JSON object of `step`, `time` (seconds since 1970), `values` in full precision (null where not
-        finite) and, beside `train/` values, `train/images_per_second`. It reaches the operating system in one
-        call; `sync` brings it to the disk.
-
-        Raises:
-          UserError: the file cannot be written to.
+        finite) and, beside `train/` values, `train/images_per_second`.
         """
         if not self._primary:
             return
@@ -127,11 +113,7 @@ class MetricWriter:
                 self._board.add_scalar(key, value, step, walltime=now)
 
     def sync(self) -> None:
-        """Returns when every line is on the disk. For before a checkpoint is saved.
-
-        Raises:
-          UserError: the disk refuses.
-        """
+        """Returns when every line is on the disk; to be called before a checkpoint is saved."""
         if not self._primary:
             return
         with self._explaining():
@@ -148,10 +130,7 @@ class MetricWriter:
             self._draw(self._bar, step, values)
 
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Shows `values`, throughput and the time left, as a line or in the bar.
-
-        Without `train/` values, as of an evaluation, it is always a line, without throughput.
-        """
+        """Shows `values`: of training with throughput and the time left, others always as a line."""
         if not self._primary:
             return
         fields = [f"step {step:>{len(str(self._total))}}/{self._total}", *_fields(values)]
