@@ -164,7 +164,8 @@ def constrain_replicated(tree: Any) -> Any:
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, Any]:
     """Global arrays from this process's rows, which are in the order of its devices."""
     if jax.process_count() == 1:  # a third of the time that the general way takes
-        return jax.device_put(dict(batch), sharding)
+        on_devices: dict[str, Any] = jax.device_put(dict(batch), sharding)
+        return on_devices
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()

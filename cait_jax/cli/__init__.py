@@ -35,7 +35,8 @@ class Commands(click.Group):
         del ctx
         if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(f"cait_jax.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"cait_jax.cli.{cmd_name}").command
+        return command
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the program, escaping characters that the terminal lacks."""

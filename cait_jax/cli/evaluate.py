@@ -1,5 +1,6 @@
 """`cait evaluate`: how good a model is on a data set."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,9 @@ def command(
         echo(_report(result))
 
 
-def _load(load: Any, dtype_policy: dict[str, Any], *, headless: bool) -> LoadedModel:
+def _load(
+    load: Callable[..., LoadedModel], dtype_policy: dict[str, Any], *, headless: bool
+) -> LoadedModel:
     """The model; without a head where its weights do not match one and --knn or --probe is given."""
     try:
         return load(**dtype_policy)

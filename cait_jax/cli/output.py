@@ -76,7 +76,9 @@ def table(rows: Sequence[Mapping[str, Any]], *, markdown: bool = False) -> str:
     style = "github" if markdown else "simple"
     # Numbers are formatted already.
     right = ["right" if _is_number(column) else "left" for column in zip(*cells, strict=True)]
-    return tabulate(cells, heads, tablefmt=style, disable_numparse=True, colalign=right or None)
+    return str(
+        tabulate(cells, heads, tablefmt=style, disable_numparse=True, colalign=right or None)
+    )
 
 
 def as_json(value: Mapping[str, Any] | Sequence[Any]) -> str:

@@ -216,7 +216,7 @@ def _silence_libtiff() -> None:
     """Drops what Pillow's libtiff and its reader write, which name no file; both raise errors as well."""
     logging.getLogger(TiffImagePlugin.__name__).setLevel(logging.CRITICAL)
     with contextlib.suppress(OSError, AttributeError):  # linked into Pillow without its symbols
-        library = ctypes.CDLL(Image.core.__file__)
+        library = ctypes.CDLL(Image.core.__file__)  # type: ignore[attr-defined] # Pillow exports it untyped
         for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
             function = getattr(library, name)
             function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p
@@ -247,7 +247,7 @@ def _for_pillow(tags: Mapping[int, Any]) -> bool:
 
 
 def _in_planes(tags: Mapping[int, Any]) -> bool:
-    return tags.get(_PLANES, 1) != 1 and tags.get(_SAMPLES, 1) > 1
+    return bool(tags.get(_PLANES, 1) != 1 and tags.get(_SAMPLES, 1) > 1)
 
 
 def _levels(data: bytes, tags: Mapping[int, Any]) -> np.ndarray:
@@ -295,12 +295,12 @@ def _white(levels: np.ndarray, tags: Mapping[int, Any]) -> int | float:
     kind, bits = levels.dtype.kind, levels.dtype.itemsize * 8
     if kind == "f":
         return usual_white(levels)
-    stored = _first(tags, _BITS, bits)
+    stored: int = _first(tags, _BITS, bits)
     if stored < bits:  # shifted up
-        return (2**stored - 1) << (bits - stored)
+        return ((1 << stored) - 1) << (bits - stored)
     # A greatest value of all ones states the depth; any other is a statistic of the image.
     for tag in (_S_MAX_SAMPLE, _MAX_SAMPLE):
-        stated = _first(tags, tag, 0)
+        stated: int = _first(tags, tag, 0)
         if stated in {2**depth - 1 for depth in range(8, bits)} and levels.max() <= stated:
             return stated
     if bits == 32:
@@ -309,7 +309,7 @@ def _white(levels: np.ndarray, tags: Mapping[int, Any]) -> int | float:
 
 
 def to_uint8(
-    levels: Any, white: int | float, *, inverted: bool = False
+    levels: np.ndarray, white: int | float, *, inverted: bool = False
 ) -> UInt8[np.ndarray, "..."]:
     """Scales levels from [0, white] to [0, 255]; values outside are clipped, NaN is 0.
 

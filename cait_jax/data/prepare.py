@@ -127,7 +127,7 @@ class Shard:
             return False
         try:
             reader = ArrayRecordReader(str(self.target))
-            count = reader.num_records()
+            count: int = reader.num_records()
             reader.close()
         except Exception:  # array_record reports damage in any type
             return False
@@ -287,7 +287,7 @@ def masked_crc(data: bytes) -> int:
     """The CRC-32C of `data`, rotated right by 15 bits and shifted by a constant, as tfrecord stores it."""
     import google_crc32c
 
-    crc = google_crc32c.value(data)
+    crc: int = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 

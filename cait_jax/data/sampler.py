@@ -101,7 +101,8 @@ def class_balanced_order(
 
     turns = permutation(seed, _CLASS_STREAMS, streams).tolist()
     indices = np.concatenate([drawn(turn, which) for turn, which in enumerate(turns)])
-    return indices[permutation(seed, epoch, len(labels))]
+    order: np.ndarray = indices[permutation(seed, epoch, len(labels))]
+    return order
 
 
 @functools.lru_cache(maxsize=4)

@@ -172,7 +172,8 @@ def open_array_record(folder: Path, name: str) -> "tfds.core.DatasetBuilder":
 def shard_paths(split: "tfds.core.SplitInfo", file_format: str) -> list[str]:
     """The files of a split in a format such as `"array_record"`."""
     template = split.filename_template.replace(filetype_suffix=file_format)
-    return template.sharded_filepaths(split.num_shards)
+    paths: list[str] = template.sharded_filepaths(split.num_shards)
+    return paths
 
 
 def how_to_prepare(builder: "tfds.core.DatasetBuilder", name: str) -> str:

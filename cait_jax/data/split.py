@@ -46,7 +46,7 @@ class InMemory:
     @property
     def channels(self) -> int:
         """3 for RGB, 1 for luminance."""
-        return self.images.shape[-1]
+        return int(self.images.shape[-1])
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,13 @@ def load_digits(split: str, image_size: tuple[int, int]) -> InMemory:
     digits = sklearn.datasets.load_digits()
 
     def divide(indices: np.ndarray, seed: int) -> list[np.ndarray]:
-        return train_test_split(
+        parts: list[np.ndarray] = train_test_split(
             indices,
             test_size=_DIGITS_HELD_OUT,
             stratify=digits.target[indices],
             random_state=seed,
         )
+        return parts
 
     indices = {}
     indices["train"], indices["test"] = divide(np.arange(len(digits.target)), seed=0)
@@ -146,4 +147,5 @@ def _picture(number: int) -> UInt8[np.ndarray, "h w 3"]:
         noise = Image.fromarray((words >> 56).astype(np.uint8).reshape(shape))
         grown = noise.resize((width, height), Image.Resampling.BICUBIC)
         total += (np.asarray(grown, np.float32) - 127.5) / _FADING**octave
-    return np.clip(total / 1.5 + 127.5, 0, 255).astype(np.uint8)
+    levels: np.ndarray = np.clip(total / 1.5 + 127.5, 0, 255)
+    return levels.astype(np.uint8)

@@ -203,7 +203,8 @@ def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> 
 
 
 def _useful(trainer: Trainer, topology: Topology) -> float:
-    return 3 * 2 * macs(trainer.model) * trainer.config.batch_size / topology.chips
+    images: int = trainer.config.batch_size
+    return 3 * 2 * macs(trainer.model) * images / topology.chips
 
 
 def local_bytes(tree: Any) -> int:

@@ -204,7 +204,7 @@ def exchange_seconds(exchanged: Iterable[Collective], chips: int, rate: float) -
     """
     if chips == 1:
         return 0.0
-    hops = chips**0.5  # half of each of two sides, there and back
+    hops: float = chips**0.5  # half of each of two sides, there and back
     return sum(
         each.times
         * (

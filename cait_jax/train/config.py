@@ -171,7 +171,8 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
     """The config as JSON gives it back: tuples become lists."""
-    return json.loads(json.dumps(config.to_dict(), allow_nan=False))
+    read_back: dict[str, Any] = json.loads(json.dumps(config.to_dict(), allow_nan=False))
+    return read_back
 
 
 def check_keys(config: Any) -> None:

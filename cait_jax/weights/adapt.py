@@ -80,7 +80,7 @@ def resize_patch_embed(
     )
     inverse = np.linalg.pinv(np.asarray(one_side, np.float64))
     # The map is the same along both sides, so its pseudo-inverse is that of one side, applied twice.
-    resized = np.einsum("in,jm,ijcd->nmcd", inverse, inverse, array.astype(np.float64))
+    resized: np.ndarray = np.einsum("in,jm,ijcd->nmcd", inverse, inverse, array.astype(np.float64))
     return resized.astype(array.dtype)
 
 

@@ -102,7 +102,8 @@ def read_weights(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str
     if other and not ema:
         how = advise(Way("load it by {}", "ema", True))
         _log.warning("%s also holds averaged weights (%s)%s", path, other, f": {how}" * bool(how))
-    return inner.content
+    weights: dict[str, np.ndarray] = inner.content
+    return weights
 
 
 def write_safetensors(path: str | os.PathLike[str], weights: Mapping[str, np.ndarray]) -> None:
@@ -229,8 +230,8 @@ def _to_numpy(torch: types.ModuleType, tensor: Any) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:  # which NumPy has no name for
         import ml_dtypes
 
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+        return np.asarray(tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16))
+    return np.asarray(tensor.numpy())
 
 
 def unwrap(content: Any, *, ema: bool, is_weight: type) -> Unwrapped:

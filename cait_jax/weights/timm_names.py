@@ -63,7 +63,7 @@ def from_timm(weights: Mapping[str, Any], model: Network) -> dict[str, Any]:
         whole = arrays[0] if blocks is None else np.stack(arrays)
         return jnp.asarray(whole, leaf.dtype)
 
-    variables = jax.tree_util.tree_map_with_path(fill, template)
+    variables: dict[str, Any] = jax.tree_util.tree_map_with_path(fill, template)
     for name in sorted(weights.keys() - unused):
         dtype = np.asarray(weights[name]).dtype
         if not jnp.issubdtype(dtype, jnp.floating) and not name.endswith(_COUNTER):
@@ -120,7 +120,8 @@ def timm_names(model: Network) -> frozenset[str]:
 def abstract_variables(model: Network) -> dict[str, Any]:
     """Shapes and dtypes of a model's variables, as `jax.ShapeDtypeStruct`s."""
     images = jax.ShapeDtypeStruct((1, *model.image_size, model.in_channels), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
+    variables: dict[str, Any] = jax.eval_shape(model.init, jax.random.key(0), images)
+    return variables
 
 
 def _has_class_attention(variables: Mapping[str, Any]) -> bool:
