@@ -16,6 +16,7 @@ from cait_jax.train.config import (
     parse_command_line,
 )
 from cait_jax.train.keys import KEYS, TEXT
+from cait_jax.train.setup import build
 from configs import common, digits
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -214,26 +215,40 @@ def test_every_key_has_a_meaning_and_a_line_of_its_own():
 
 @pytest.mark.slow
 def test_no_key_goes_unread(tmp_path, monkeypatch):
+    """Of a short run, and of one that starts from it, learns from it and is in phases."""
     config = digits.get_config()
-    config.epochs = 1 / 1437
+    config.steps = 2
     config.batch_size = 8
     config.model.depth = config.model.class_depth = 1
     config.model.width = 8
     config.model.num_heads = 1
+    other = config.copy_and_resolve_references()
+    other.init.weights = other.distill.teacher = str(tmp_path)
+    other.distill.kind = "soft"
+    other.phases.head_epochs, other.phases.blocks = 1.0, 1
 
-    sections = {id(config): ""} | {
-        id(value): f"{key}." for key, value in config.items() if isinstance(value, ConfigDict)
+    sections = {
+        id(section): f"{name}." * bool(name)
+        for whole in (config, other)
+        for name, section in {"": whole, **whole}.items()
+        if isinstance(section, ConfigDict)
     }
     read = set()
-    getattr_ = ConfigDict.__getattr__
 
-    def watched(self, name):
-        if id(self) in sections:
-            read.add(sections[id(self)] + name)
-        return getattr_(self, name)
+    def watch(method):
+        original = getattr(ConfigDict, method)
 
-    monkeypatch.setattr(ConfigDict, "__getattr__", watched)
+        def watched(self, name):
+            if id(self) in sections:
+                read.add(sections[id(self)] + name)
+            return original(self, name)
+
+        monkeypatch.setattr(ConfigDict, method, watched)
+
+    watch("__getattr__")
+    watch("__getitem__")
     train(config, tmp_path)
+    build(other).init_state()
     # The model's keys are arguments of create_model, which refuses one that it does not know.
     unread = {key for key in flatten(config) if not key.startswith("model.")} - read
     assert unread == set()
