@@ -169,10 +169,10 @@ def open_array_record(folder: Path, name: str) -> "tfds.core.DatasetBuilder":
     return prepared
 
 
-def shard_paths(split: "tfds.core.SplitInfo", file_format: str) -> list[str]:
+def shard_paths(split: "tfds.core.SplitInfo", file_format: str) -> list[os.PathLike[str]]:
     """The files of a split in a format such as `"array_record"`."""
     template = split.filename_template.replace(filetype_suffix=file_format)
-    paths: list[str] = template.sharded_filepaths(split.num_shards)
+    paths: list[os.PathLike[str]] = template.sharded_filepaths(split.num_shards)
     return paths
 
 
