@@ -47,10 +47,9 @@ from safetensors.numpy import load_file, save_file
 from tabulate import tabulate
 
 from cait_jax import UserError, create_model, export_timm
-from cait_jax.kernels import default_implementation
-from cait_jax.models.cait import CaiT
+from cait_jax.models.cait import DEFAULT_ATTENTION, CaiT
 from cait_jax.models.cost import macs
-from cait_jax.models.zoo import VARIANTS
+from cait_jax.models.variants import VARIANTS
 from cait_jax.sharding import batch_sharding, constrain_batch, make_mesh, replicated
 from cait_jax.train.optimizer import make_optimizer
 from cait_jax.weights.timm_names import abstract_variables, from_timm, to_timm
@@ -93,7 +92,7 @@ class Variant:
 
     def network(self, case: Case) -> CaiT:
         exact = case.dtype == "float32" and jax.default_backend() != "cpu"
-        if case.model in VARIANTS and not issubclass(VARIANTS[case.model].network, CaiT):
+        if case.model in VARIANTS and VARIANTS[case.model].family == "RegNetY":
             raise UserError(
                 f"{case.model} is not trained here: choose a transformer, as cait_xxs24"
             )
@@ -541,7 +540,7 @@ def main() -> None:
     if args.torch_python:
         # Both sides live on one device; by default JAX would take most of its memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    args.attention = args.attention or [default_implementation(jax.default_backend())]
+    args.attention = args.attention or [DEFAULT_ATTENTION.get(jax.default_backend(), "xla")]
     try:
         if args.torch_python:
             with Timm(args.torch_python) as timm:

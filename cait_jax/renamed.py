@@ -27,6 +27,9 @@ OLD_KEYS: Mapping[str, str] = {
 # Names of models that have other shapes now, in runs whose configs have an old key.
 OLD_MODELS: Mapping[str, str] = {"vit_tiny": "vit_6x256", "vit_small": "vit_8x384"}
 
+# Old value of a key to new.
+OLD_VALUES: Mapping[str, Mapping[str, str]] = {"model.attention": {"xla_lean": "xla_remat"}}
+
 # Stem of an old config file to the new file and its argument.
 _OLD_FILES = (
     (r"(cait_\w+)_(384|448|distilled)", r"\1.py:\2"),
@@ -57,9 +60,7 @@ def renamed_in(message: str) -> str:
 def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A saved run's config, a mapping for each section, under the keys of today."""
     current = {
-        name: {_last(f"{name}.{key}"): value for key, value in section.items()}
-        if isinstance(section, Mapping)
-        else section
+        name: _current_section(name, section) if isinstance(section, Mapping) else section
         for name, section in config.items()
     }
     if current != config:
@@ -70,12 +71,24 @@ def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def current_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """A saved model's attributes under the names of today."""
-    return {_last(f"model.{name}"): value for name, value in attributes.items()}
+    return _current_section("model", attributes)
+
+
+def current_value(key: str, value: Any) -> Any:
+    """A key's value under the name of today."""
+    return OLD_VALUES[key].get(value, value) if key in OLD_VALUES else value
 
 
 def current_preprocessing(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A saved model's preprocessing under the names of today."""
     return {_last(f"eval.{name}"): value for name, value in settings.items()}
+
+
+def _current_section(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        _last(f"{section}.{key}"): current_value(f"{section}.{key}", value)
+        for key, value in values.items()
+    }
 
 
 def _last(key: str) -> str:

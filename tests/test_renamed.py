@@ -99,3 +99,17 @@ def test_a_model_saved_under_old_names_is_read():
     attributes["drop_path"] = attributes.pop("drop_path_rate")
     assert model_from_dict(described) == model
     assert current_attributes({"drop_path": 1, "scale": 2}) == {"drop_path_rate": 1, "scale": 2}
+
+
+def test_old_values_are_read_as_new_ones():
+    config = load_config(DIGITS, {"model.attention": "xla_lean"})
+    assert config.model.attention == "xla_remat"
+    saved = as_json(config)
+    saved["model"]["attention"] = "xla_lean"
+    check_resumable(saved, config, "runs/a")
+    model = create_model("cait_nano4_patch4_8", attention="xla_remat")
+    described = model_to_dict(model)
+    described["attributes"]["attention"] = "xla_lean"
+    assert model_from_dict(described) == model
+    with pytest.raises(UserError, match="attention 'xla_lean' must be one of xla, xla_remat"):
+        create_model("cait_nano4_patch4_8", attention="xla_lean")

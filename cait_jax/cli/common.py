@@ -169,7 +169,7 @@ def load_model(
     Those of `weights` count where it is a directory.
     """
     from cait_jax.evaluation.labels import imagenet_classes
-    from cait_jax.models.zoo import VARIANTS
+    from cait_jax.models.variants import VARIANTS
     from cait_jax.weights.pretrained import load_pretrained, load_settings, preprocessing
 
     model, variables = load_pretrained(

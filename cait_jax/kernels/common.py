@@ -1,4 +1,4 @@
-"""What the kernels of TPUs and GPUs do alike with the maps of a tile."""
+"""Operations on the maps of a tile that the kernels of TPUs and GPUs share."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ HIDDEN = -1e30  # a logit whose softmax is 0, and whose difference to another is
 
 
 def dot(x: Any, y: Any, contract: tuple[int, int], precision: Any) -> Any:
-    """The product of two matrices in float32, over an axis of each."""
+    """Matmul of two matrices over an axis of each, accumulated in float32."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(
         x, y, dimensions, precision=precision, preferred_element_type=jnp.float32

@@ -2,8 +2,8 @@
 
 A program takes a tile of queries, or of keys, and meets the tiles of the other one by one with all heads, so that
 nothing of size (heads, queries, keys) leaves the chip. Softmaxes must be whole before they can be mixed: the first
-pass over the keys finds each row's maximum and sum, the second computes the maps anew and uses them. Triton wants
-powers of two, so head_dim 48 is filled up to 64.
+pass over the keys finds each row's maximum and sum, the second recomputes the maps and uses them. Triton's sides
+are powers of two, so head_dim 48 is padded to 64.
 """
 
 import functools
@@ -16,28 +16,17 @@ from jax.experimental.pallas import triton
 
 from cait_jax.kernels.common import HIDDEN, dot, mixture
 
-TILE = 16  # queries, keys; also the least side of a product on tensor cores
+TILE = 16  # queries, keys; also the least side of a matmul on tensor cores
 
 
 def forward(
     q: Any, k: Any, v: Any, pre_weight: Any, post_weight: Any, post_bias: Any, *, precision: Any,
     interpret: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """The attention, as `talking_heads_attention` has it; without `pre_bias`, as nothing hangs on it.
+    """`talking_heads_attention` without `pre_bias`, on which no output depends.
 
-    Args:
-      q: (batch, tokens, heads, dim).
-      k: likewise.
-      v: likewise.
-      pre_weight: (from, to).
-      post_weight: (from, to).
-      post_bias: by head.
-      precision: of matrix products.
-      interpret: whether Pallas computes it without a GPU.
-
-    Returns:
-      The output, and what `backward` needs: q, k, v and the logarithm of each softmax's sum, (batch, heads,
-      tokens with padding) float32.
+    Returns the output and what `backward` needs: q, k, v and the logarithm of each softmax's sum, float32 (batch,
+    heads, padded tokens).
     """
     batch, tokens, heads, dim = q.shape
     flat = [_padded(x) for x in (q, k, v)]
@@ -63,17 +52,7 @@ def backward(
     kept: tuple[Any, ...], pre_weight: Any, post_weight: Any, post_bias: Any, gradient: Any, *,
     precision: Any, interpret: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Gradients of q, k and v, and by image, in float32, those of `pre_weight`, `post_weight` and `post_bias`.
-
-    Args:
-      kept: of `forward`.
-      pre_weight: as for `forward`, with the next two.
-      post_weight: likewise.
-      post_bias: likewise.
-      gradient: of the output.
-      precision: of matrix products.
-      interpret: whether Pallas computes it without a GPU.
-    """
+    """Gradients of q, k and v, and by image, in float32, those of `pre_weight`, `post_weight` and `post_bias`."""
     q, k, v, sums = kept
     batch, tokens, heads, dim = q.shape
     flat = [_padded(x) for x in (q, k, v, gradient)]
@@ -122,12 +101,12 @@ def _wide(weight: Any) -> Any:
 
 
 def _power(number: int) -> int:
-    """The next power of two that a side of a product may have."""
+    """The next power of two that a side of a matmul may have."""
     return max(TILE, 1 << (number - 1).bit_length())
 
 
 def _padded(x: Any) -> Any:
-    """With tokens in whole tiles, and channels of a head a power of two."""
+    """Padded to whole tiles of tokens, and to a power of two channels a head."""
     _, tokens, _, dim = x.shape
     return jnp.pad(x, ((0, 0), (0, -tokens % TILE), (0, 0), (0, _power(dim) - dim)))
 

@@ -1,8 +1,8 @@
 """Talking-heads attention as one TPU kernel each way, in Pallas.
 
 All heads of a tile of queries meet all keys on the chip: logits, their mixture, softmax, its mixture and the
-weighted sum, so that nothing of size (heads, queries, keys) is written to the main memory. The backward kernel
-computes all of it anew from q, k and v. Heads are mixed on the vector unit, a few rows at a time: one row of
+weighted sum, so that nothing of size (heads, queries, keys) is written to HBM. The backward kernel recomputes all
+of it from q, k and v. Heads are mixed on the vector unit, a few rows at a time: one row of
 registers of each head, and H x H multiply-adds between them.
 """
 
@@ -18,28 +18,20 @@ from jax.experimental.pallas import tpu as pltpu
 from cait_jax.kernels.common import HIDDEN, dot, mixture
 
 ROWS, LANES = 8, 128  # of a vector register
-# What the arrays of a tile of queries may fill of the memory beside the cores, and what all may.
+# What the arrays of a tile of queries may take of VMEM, and what all may.
 TILE_BYTES = 12 * 2**20
 LIMIT_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How tokens are cut.
+    """How queries are tiled; each tile has all keys."""
 
-    Attributes:
-      queries: of a tile.
-      tiles: of queries.
-      tokens: that are real; keys are all at hand in each tile.
-      heads: number of heads.
-      dim: of a head.
-    """
-
-    queries: int
+    queries: int  # in a tile
     tiles: int
-    tokens: int
+    tokens: int  # without padding
     heads: int
-    dim: int
+    dim: int  # of a head
 
     @property
     def width(self) -> int:
@@ -48,42 +40,35 @@ class Tiling:
 
     @property
     def padded(self) -> int:
-        """Tokens with those that fill up the last tile."""
+        """Tokens with the padding of the last tile."""
         return self.queries * self.tiles
 
     @property
     def rows(self) -> int:
-        """Queries of a tile, in whole registers."""
+        """Queries of a tile, padded to whole registers."""
         return -(-self.queries // ROWS) * ROWS
 
     def queries_of(self, tile: Any) -> Any:
-        """The rows of a tile among all tokens."""
+        """The slice of a tile among all tokens."""
         if self.tiles == 1:
             return slice(None)
         return pl.ds(pl.multiple_of(tile * self.queries, ROWS), self.queries)
 
     def of_head(self, head: int, part: int = 0) -> slice:
-        """The channels of a head; with all side by side, part 0 is of queries, 1 of keys, 2 of values."""
+        """The channels of a head; of a packed array, part 0 is queries, 1 keys, 2 values."""
         start = part * self.width + head * self.dim
         return slice(start, start + self.dim)
 
 
 def tiling(tokens: int, heads: int, dim: int, arrays: int) -> Tiling:
-    """Cuts tokens so that the arrays of a tile fit.
-
-    Args:
-      tokens: N.
-      heads: H.
-      dim: of a head.
-      arrays: of size (heads, queries, keys) that a tile needs.
-    """
+    """Tiles queries so that `arrays` of (heads, queries, keys) fit in VMEM."""
     by_row = arrays * heads * -(-tokens // LANES) * LANES * 4
     most = max(ROWS, TILE_BYTES // by_row // ROWS * ROWS)
     if tokens <= most:
         return Tiling(tokens, 1, tokens, heads, dim)
     whole = [size for size in range(ROWS, most + 1, ROWS) if tokens % size == 0]
     size = max(whole, default=0)
-    if 2 * size < most:  # rather a few rows of nothing than small tiles
+    if 2 * size < most:  # rather a few padded rows than small tiles
         tiles = -(-tokens // most)
         size = -(-tokens // (tiles * ROWS)) * ROWS
     return Tiling(size, -(-tokens // size), tokens, heads, dim)
@@ -93,20 +78,9 @@ def forward(
     q: Any, k: Any, v: Any, pre_weight: Any, post_weight: Any, post_bias: Any, *, precision: Any,
     interpret: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """The attention, as `talking_heads_attention` has it; without `pre_bias`, as nothing hangs on it.
+    """`talking_heads_attention` without `pre_bias`, on which no output depends.
 
-    Args:
-      q: (batch, tokens, heads, dim).
-      k: likewise.
-      v: likewise.
-      pre_weight: (from, to).
-      post_weight: (from, to).
-      post_bias: by head.
-      precision: of matrix products.
-      interpret: whether Pallas computes it without a TPU.
-
-    Returns:
-      The output, and what `backward` needs: q, k and v side by side, (batch, tokens, 3 * heads * dim).
+    Returns the output and what `backward` needs: q, k and v side by side, (batch, tokens, 3 * heads * dim).
     """
     batch, tokens, heads, dim = q.shape
     cut = tiling(tokens, heads, dim, arrays=3)
@@ -122,7 +96,7 @@ def forward(
         compiler_params=_parameters(),
         interpret=interpret,
         name="talking_heads",
-    )(*map(_scalars, (pre_weight, post_weight, post_bias)), _filled(packed, cut))
+    )(*map(_scalars, (pre_weight, post_weight, post_bias)), _padded(packed, cut))
     return out[:, :tokens].reshape(q.shape), packed
 
 
@@ -130,17 +104,7 @@ def backward(
     packed: Any, pre_weight: Any, post_weight: Any, post_bias: Any, gradient: Any, *, precision: Any,
     interpret: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Gradients of q, k and v, and by image, in float32, those of `pre_weight`, `post_weight` and `post_bias`.
-
-    Args:
-      packed: of `forward`.
-      pre_weight: as for `forward`, with the next two.
-      post_weight: likewise.
-      post_bias: likewise.
-      gradient: of the output, (batch, tokens, heads, dim).
-      precision: of matrix products.
-      interpret: whether Pallas computes it without a TPU.
-    """
+    """Gradients of q, k and v, and by image, in float32, those of `pre_weight`, `post_weight` and `post_bias`."""
     batch, tokens, heads, dim = gradient.shape
     cut = tiling(tokens, heads, dim, arrays=4)
     square, row = (heads, heads), (1, heads)
@@ -167,21 +131,15 @@ def backward(
         name="talking_heads_gradient",
     )(
         *map(_scalars, (pre_weight, post_weight, post_bias)),
-        _filled(packed, cut),
-        _filled(gradient.reshape(batch, tokens, cut.width), cut),
+        _padded(packed, cut),
+        _padded(gradient.reshape(batch, tokens, cut.width), cut),
     )
     parts = jnp.split(by_token[:, :tokens], 3, axis=-1)
     return *(x.reshape(gradient.shape) for x in parts), d_pre, d_post, d_bias[:, 0]
 
 
 def cost_estimate(shape: tuple[int, ...], dtype: Any, *, backward: bool) -> pl.CostEstimate:
-    """What a kernel computes and moves, for XLA to plan around it.
-
-    Args:
-      shape: of q: (batch, tokens, heads, dim).
-      dtype: of q, k, v and the output.
-      backward: whether of the gradients.
-    """
+    """What a kernel computes and moves, for XLA's scheduler; `shape` is (batch, tokens, heads, dim)."""
     batch, tokens, heads, dim = shape
     pairs = batch * heads * tokens * tokens
     # Backward: logits, the maps' gradient, those of q, k and v; both mixtures, back through both, their weights.
@@ -220,8 +178,8 @@ def _tile(cut: Tiling) -> pl.BlockSpec:
     return pl.BlockSpec((1, cut.queries, cut.width), lambda b, i: (b, i, 0))
 
 
-def _filled(x: Any, cut: Tiling) -> Any:
-    """With as many tokens as the tiles have."""
+def _padded(x: Any, cut: Tiling) -> Any:
+    """Padded to the tiles' tokens."""
     return jnp.pad(x, ((0, 0), (0, cut.padded - cut.tokens), (0, 0)))
 
 
@@ -260,7 +218,7 @@ def _forward_kernel(
 
 
 def _hide_keys(maps: Any, cut: Tiling) -> Any:
-    """With 0 for keys that only fill up."""
+    """With 0 for padded keys."""
     if cut.padded == cut.tokens:
         return maps
     visible = jax.lax.broadcasted_iota(jnp.int32, maps.shape, 1) < cut.tokens
@@ -338,16 +296,16 @@ def _backward_kernel(
 
 
 def _real(tile: Any, group: Any, cut: Tiling) -> Any:
-    """Which pairs of a group of rows are of a query and a key that are there, (rows, keys)."""
+    """Which pairs of a group of rows are of no padded query or key, (rows, keys)."""
     shape = (ROWS, cut.padded)
     row = group * ROWS + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     key = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    there = tile * cut.queries + row < cut.tokens
-    return there & (row < cut.queries) & (key < cut.tokens)
+    inside = tile * cut.queries + row < cut.tokens
+    return inside & (row < cut.queries) & (key < cut.tokens)
 
 
 def _folded(maps: Any) -> Any:
-    """(rows, keys) summed to one register: what is left of the sum is done once, at the end."""
+    """(rows, keys) summed to one register; the rest of the sum is done once, at the end."""
     keys = maps.shape[1]
     whole = keys // LANES * LANES
     total = jnp.zeros((ROWS, LANES), maps.dtype)

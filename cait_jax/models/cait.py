@@ -1,21 +1,21 @@
 """CaiT: Touvron et al., "Going deeper with Image Transformers", ICCV 2021, arXiv 2103.17239.
 
-Patches attend to each other in `depth` self-attention blocks, with no class token among them. Then the
-patches are frozen, and a class token reads them in `class_depth` class-attention blocks. Every residual
-branch is scaled by LayerScale, which is what lets the network be this deep.
-
-What the paper compares CaiT with is an option; the other residual schemes are in `residual.py`.
+Patches attend to each other in `depth` self-attention blocks, with no class token among them. Then a class
+token reads them in `class_depth` class-attention blocks. Every residual branch is scaled by LayerScale, which
+is what lets the network be this deep. The paper's other residual schemes are in `residual.py`; `kernels/`
+computes the attention below in fewer passes over memory.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from cait_jax.kernels import talking_heads as kernels
 from cait_jax.models.layers import (
     LINEAR_INIT,
     SAVE_MATMULS,
@@ -30,48 +30,43 @@ from cait_jax.models.layers import (
     PatchEmbed,
     StochasticDepth,
     Tokens,
+    mix_heads,
     record,
     saveable,
-    scan_blocks,
-)
-from cait_jax.models.residual import (
-    Residual,
-    check_images,
-    complete_options,
-    scalar_biases,
-    scale_branch,
 )
 
 ClassToken = Float[Array, "batch 1 d"]
 
+OPTIONS = ("residual", "block_norm", "class_token", "distilled", "drop_path_growth")
+RATES = (
+    "drop_path_rate", "embedding_dropout", "attention_dropout", "projection_dropout", "dropout",
+)  # fmt: skip
+REMATS = ("none", "elementwise", "attention", "block")
+KERNELS = ("pallas_tpu", "pallas_tpu_interpreted", "pallas_gpu", "pallas_gpu_interpreted")
+ATTENTIONS = ("xla", "xla_remat", "xla_by_image", *KERNELS)
+DEFAULT_ATTENTION = {"tpu": "pallas_tpu", "cpu": "xla_by_image"}  # by platform; of others "xla"
+SMALL_MAPS = 1024  # elements of an image's maps, up to which looping over images does not pay
+
 
 class SelfAttention(nn.Module):
-    """Self-attention whose heads are mixed before (`proj_l`) and after (`proj_w`) the softmax.
-
-    Records `logits`, `mixed_logits`, `softmax` and `mixed_softmax`, each (batch, heads, queries, keys);
-    without talking heads, `logits` and `softmax`. Where maps are dropped, recorded or not mixed they are
-    computed step by step, otherwise by `implementation` of `kernels.talking_heads_attention`.
-    """
+    """Self-attention whose heads are mixed before (`proj_l`) and after (`proj_w`) the softmax."""
 
     num_heads: int
     talking_heads: bool = True
     attention_dropout: float = 0.0
     projection_dropout: float = 0.0
     implementation: str | None = None
-    residual: Residual = Residual()
     dtypes: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, x: Tokens, example_ids: ExampleIds = None) -> Tokens:
-        """Attends from every token to every token."""
         batch, tokens, width = x.shape
         heads, head_dim = self.num_heads, width // self.num_heads
-        init, dtypes, precision = self.residual.kernel_init, self.dtypes, self.dtypes.precision
+        dtypes, precision, scale = self.dtypes, self.dtypes.precision, head_dim**-0.5
 
-        x = nn.Dense(3 * width, kernel_init=init("qkv"), name="qkv", **dtypes.dense)(x)
+        x = nn.Dense(3 * width, kernel_init=LINEAR_INIT, name="qkv", **dtypes.dense)(x)
         # Split before the heads are: on TPUs an array with a last axis of head_dim 48 is padded to 128.
         q, k, v = jnp.split(saveable(x), 3, axis=-1)
-        scale = head_dim**-0.5
         if not self.talking_heads:
             q = q * scale
         q, k, v = (part.reshape(batch, tokens, heads, head_dim) for part in (q, k, v))
@@ -80,60 +75,66 @@ class SelfAttention(nn.Module):
             pre = pre_weight * scale, pre_bias  # a few numbers are scaled instead of every query
             post = HeadMixing(heads, dtypes.param_dtype, name="proj_w").weights()
 
-        dropped = self.attention_dropout > 0.0 and example_ids is not None
-        recorded = self.is_initializing() or self.is_mutable_collection("intermediates")
-        if self.talking_heads and not dropped and not recorded:
-            x = kernels.talking_heads_attention(
-                q, k, v, *pre, *post, implementation=self.implementation, precision=precision
-            )
-            x = saveable(x)
-        else:
-            maps = kernels.attention_logits(q, k, precision)
+        implementation = self._implementation(tokens, dropped=example_ids is not None)
+        if implementation == "xla":
+            maps = jnp.einsum("bqhc,bkhc->bhqk", q, k, **dtypes.accumulate)
             record(self, "logits", maps * scale if self.talking_heads else maps)
             if self.talking_heads:
-                maps = kernels.mix_heads(maps, *pre, precision)
+                maps = mix_heads(maps, *pre, precision)
                 record(self, "mixed_logits", maps)
             maps = nn.softmax(maps, axis=-1)
             record(self, "softmax", maps)
             if self.talking_heads:
-                maps = kernels.mix_heads(maps, *post, precision)
+                maps = mix_heads(maps, *post, precision)
                 record(self, "mixed_softmax", maps)
             maps = Dropout(self.attention_dropout, name="attn_drop")(maps, example_ids)
-            x = kernels.weighted_sum(maps, v, precision)
+            x = jnp.einsum("bhqk,bkhc->bqhc", maps.astype(v.dtype), v, precision=precision)
+        else:
+            from cait_jax.kernels import talking_heads_attention
 
-        x = x.reshape(batch, tokens, width)
-        x = saveable(nn.Dense(width, kernel_init=init("proj"), name="proj", **dtypes.dense)(x))
-        return Dropout(self.projection_dropout, name="proj_drop")(x, example_ids)
+            x = talking_heads_attention(
+                q, k, v, *pre, *post, implementation=implementation, precision=precision
+            )
+
+        x = saveable(x).reshape(batch, tokens, width)
+        x = nn.Dense(width, kernel_init=LINEAR_INIT, name="proj", **dtypes.dense)(x)
+        return Dropout(self.projection_dropout, name="proj_drop")(saveable(x), example_ids)
+
+    def _implementation(self, tokens: int, *, dropped: bool) -> str:
+        """The implementation chosen; `"xla"` where maps are small, or recorded, dropped or not mixed."""
+        recorded = self.is_initializing() or self.is_mutable_collection("intermediates")
+        if recorded or not self.talking_heads or (dropped and self.attention_dropout):
+            return "xla"
+        chosen = self.implementation or DEFAULT_ATTENTION.get(jax.default_backend(), "xla")
+        small = self.num_heads * tokens**2 <= SMALL_MAPS
+        return "xla" if chosen == "xla_by_image" and small else chosen
 
 
 class ClassAttention(nn.Module):
-    """Attention of the class token to itself and the patches (paper, section 3, equations 5 to 7).
-
-    Records `softmax`, (batch, heads, 1, 1 + patches).
-    """
+    """Attention of the class token, the first of `u`, to itself and the patches (paper, equations 5 to 7)."""
 
     num_heads: int
-    residual: Residual = Residual()
     dtypes: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, u: Float[Array, "batch all_tokens d"]) -> ClassToken:
-        """Returns the class token's update; `u` is the class token, then the patches."""
         batch, tokens, width = u.shape
-        heads, head_dim = self.num_heads, width // self.num_heads
-        init, dtypes, precision = self.residual.kernel_init, self.dtypes, self.dtypes.precision
+        heads, head_dim, dtypes = self.num_heads, width // self.num_heads, self.dtypes
 
-        q = saveable(nn.Dense(width, kernel_init=init("q"), name="q", **dtypes.dense)(u[:, :1]))
-        q = q.reshape(batch, 1, heads, head_dim)
-        k = saveable(nn.Dense(width, kernel_init=init("k"), name="k", **dtypes.dense)(u))
-        k = k.reshape(batch, tokens, heads, head_dim)
-        v = saveable(nn.Dense(width, kernel_init=init("v"), name="v", **dtypes.dense)(u))
-        v = v.reshape(batch, tokens, heads, head_dim)
+        q = nn.Dense(width, kernel_init=LINEAR_INIT, name="q", **dtypes.dense)(u[:, :1])
+        q = saveable(q).reshape(batch, 1, heads, head_dim)
+        k = nn.Dense(width, kernel_init=LINEAR_INIT, name="k", **dtypes.dense)(u)
+        k = saveable(k).reshape(batch, tokens, heads, head_dim)
+        v = nn.Dense(width, kernel_init=LINEAR_INIT, name="v", **dtypes.dense)(u)
+        v = saveable(v).reshape(batch, tokens, heads, head_dim)
 
-        softmax = nn.softmax(kernels.attention_logits(q * head_dim**-0.5, k, precision), axis=-1)
-        record(self, "softmax", softmax)
-        x = kernels.weighted_sum(softmax, v, precision).reshape(batch, 1, width)
-        return saveable(nn.Dense(width, kernel_init=init("proj"), name="proj", **dtypes.dense)(x))
+        logits = jnp.einsum("bqhc,bkhc->bhqk", q * head_dim**-0.5, k, **dtypes.accumulate)
+        maps = nn.softmax(logits, axis=-1)
+        record(self, "softmax", maps)
+        x = jnp.einsum("bhqk,bkhc->bqhc", maps.astype(v.dtype), v, precision=dtypes.precision)
+        x = x.reshape(batch, 1, width)
+        x = nn.Dense(width, kernel_init=LINEAR_INIT, name="proj", **dtypes.dense)(x)
+        return saveable(x)
 
 
 class Mlp(nn.Module):
@@ -144,63 +145,46 @@ class Mlp(nn.Module):
 
     hidden: int
     dropout: float = 0.0
-    residual: Residual = Residual()
     dtypes: DtypePolicy = DtypePolicy()
 
     @functools.partial(nn.remat, policy=SAVE_MATMULS)
     @nn.compact
     def __call__(self, x: Tokens, example_ids: ExampleIds = None) -> Tokens:
-        """Maps the last axis of `x` to `hidden` channels and back."""
-        width, init, dtypes = x.shape[-1], self.residual.kernel_init, self.dtypes
+        width, dtypes = x.shape[-1], self.dtypes
 
-        x = saveable(nn.Dense(self.hidden, kernel_init=init("fc1"), name="fc1", **dtypes.dense)(x))
-        x = nn.gelu(x, approximate=False)
+        x = nn.Dense(self.hidden, kernel_init=LINEAR_INIT, name="fc1", **dtypes.dense)(x)
+        x = nn.gelu(saveable(x), approximate=False)
         x = Dropout(self.dropout, name="drop1")(x, example_ids)
-        x = saveable(nn.Dense(width, kernel_init=init("fc2"), name="fc2", **dtypes.dense)(x))
-        return Dropout(self.dropout, name="drop2")(x, example_ids)
-
-
-def scaled(y: Tokens, number: int, residual: Residual, dtypes: DtypePolicy) -> Tokens:
-    """Scales a block's branch `number`, 1 or 2."""
-    if residual.scheme == "layerscale":
-        return LayerScale(residual.init_scale, dtypes, name=f"layer_scale_{number}")(y)
-    return scale_branch(y, number, residual, dtypes)
+        x = nn.Dense(width, kernel_init=LINEAR_INIT, name="fc2", **dtypes.dense)(x)
+        return Dropout(self.dropout, name="drop2")(saveable(x), example_ids)
 
 
 class SelfAttentionBlock(nn.Module):
-    """One block of the first stage (paper, equation 4): the tokens attend to each other.
-
-    Records `features`, the block's output.
-    """
+    """One block of the first stage (paper, equation 4): the tokens attend to each other."""
 
     attention: Callable[..., nn.Module]  # SelfAttention with its attributes; `nn.remat` of it
     mlp_ratio: float
     drop_path_rate: float = 0.0
     dropout: float = 0.0
-    residual: Residual = Residual()
+    layer_scale_init: float = 1e-5
     dtypes: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(
         self, x: Tokens, example_ids: ExampleIds = None, drop_path_scale: DropPathScale = 1.0
     ) -> Tokens:
-        """Adds attention and MLP to the tokens `x`; random only where `example_ids` are given."""
-        residual, dtypes = self.residual, self.dtypes
+        hidden, dtypes = int(self.mlp_ratio * x.shape[-1]), self.dtypes
+        drop_path = functools.partial(StochasticDepth, self.drop_path_rate)
 
-        y = LayerNorm(name="norm1", **dtypes.norm)(x) if residual.norm else x
+        y = LayerNorm(name="norm1", **dtypes.norm)(x)
         y = self.attention(name="attn")(y, example_ids)
-        y = scaled(y, 1, residual, dtypes)
-        x = x + StochasticDepth(self.drop_path_rate, name="drop_path_1")(
-            y, example_ids, drop_path_scale
-        )
+        y = LayerScale(self.layer_scale_init, dtypes, name="layer_scale_1")(y)
+        x = x + drop_path(name="drop_path_1")(y, example_ids, drop_path_scale)
 
-        y = LayerNorm(name="norm2", **dtypes.norm)(x) if residual.norm else x
-        hidden = int(self.mlp_ratio * x.shape[-1])
-        y = Mlp(hidden, self.dropout, residual, dtypes, name="mlp")(y, example_ids)
-        y = scaled(y, 2, residual, dtypes)
-        x = x + StochasticDepth(self.drop_path_rate, name="drop_path_2")(
-            y, example_ids, drop_path_scale
-        )
+        y = LayerNorm(name="norm2", **dtypes.norm)(x)
+        y = Mlp(hidden, self.dropout, dtypes, name="mlp")(y, example_ids)
+        y = LayerScale(self.layer_scale_init, dtypes, name="layer_scale_2")(y)
+        x = x + drop_path(name="drop_path_2")(y, example_ids, drop_path_scale)
 
         record(self, "features", x)
         return x
@@ -209,130 +193,96 @@ class SelfAttentionBlock(nn.Module):
 class ClassAttentionBlock(nn.Module):
     """One block of the second stage (paper, section 3): the class token reads the patches.
 
-    It returns the class token alone: the patches do not change here. No dropout, no stochastic depth; no MLP
-    if `mlp_ratio` is 0. Records `features`, the class token.
+    The patches do not change here. No dropout, no stochastic depth; no MLP if `mlp_ratio` is 0.
     """
 
     num_heads: int
     mlp_ratio: float
-    residual: Residual = Residual()
+    layer_scale_init: float = 1e-5
     dtypes: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, cls: ClassToken, patches: Tokens) -> ClassToken:
-        """Adds class attention and MLP to the class token `cls`."""
-        residual, dtypes = self.residual, self.dtypes
+        hidden, dtypes = int(self.mlp_ratio * cls.shape[-1]), self.dtypes
 
-        y = jnp.concatenate([cls, patches], axis=1)
-        y = LayerNorm(name="norm1", **dtypes.norm)(y) if residual.norm else y
-        y = ClassAttention(self.num_heads, residual, dtypes, name="attn")(y)
-        cls = cls + scaled(y, 1, residual, dtypes)
+        u = LayerNorm(name="norm1", **dtypes.norm)(jnp.concatenate([cls, patches], axis=1))
+        y = ClassAttention(self.num_heads, dtypes, name="attn")(u)
+        cls = cls + LayerScale(self.layer_scale_init, dtypes, name="layer_scale_1")(y)
 
         if self.mlp_ratio:
-            y = LayerNorm(name="norm2", **dtypes.norm)(cls) if residual.norm else cls
-            hidden = int(self.mlp_ratio * cls.shape[-1])
-            y = Mlp(hidden, residual=residual, dtypes=dtypes, name="mlp")(y)
-            cls = cls + scaled(y, 2, residual, dtypes)
+            y = LayerNorm(name="norm2", **dtypes.norm)(cls)
+            y = Mlp(hidden, dtypes=dtypes, name="mlp")(y)
+            cls = cls + LayerScale(self.layer_scale_init, dtypes, name="layer_scale_2")(y)
 
         record(self, "features", cls)
         return cls
 
 
 class CaiT(nn.Module):
-    """The network. `cait_jax.create_model` sets the attributes of the named models.
+    """The network. `create_model` sets the attributes of named models; ValueError for those that do not fit."""
 
-    Attributes:
-      image_size: (height, width) in pixels, both multiples of `patch_size`.
-      width: channels d of a token; a multiple of `num_heads`, which both kinds of attention have.
-      depth: number of self-attention blocks.
-      num_classes: classes of the head; 0 for no head, which gives the features before it.
-      in_channels: channels of the image.
-      patch_size: side of a patch in pixels.
-      mlp_ratio: hidden width of an MLP over `width`.
-      residual: residual scheme, one of `cait_jax.models.residual.SCHEMES`.
-      block_norm: whether residual branches read the normalised stream.
-      layer_scale_init: start value of every LayerScale gamma, or of the scalars of `residual="scalar"`.
-      talking_heads: mix the heads of self-attention before and after its softmax.
-      class_token: `"class_attention"`: after the patches, in `class_depth` blocks of its own. `"input"`:
-        among the patches from the start, with a position embedding, as in ViT. A number k: joins the patches
-        before block k, counted from 0, without a position. `"mean"`: none; the head reads the mean patch.
-      class_depth: number of class-attention blocks; by default 2, or 0 without class attention.
-      class_mlp_ratio: `mlp_ratio` of the class-attention blocks if it differs; 0 for no MLP in them.
-      distilled: a second token and head beside those of `class_token="input"`, for a teacher (DeiT).
-      drop_path_rate: stochastic-depth rate of the self-attention blocks.
-      drop_path_growth: `"constant"`, or `"linear"` (DeiT): from 0 in the first block up to it in the last.
-      embedding_dropout: rate after the position embedding.
-      attention_dropout: rate on the attention weights.
-      projection_dropout: rate after the projection of self-attention; `dropout` if not given.
-      dropout: rate in the MLP.
-      dtype: of the computation; softmax and logits are at least float32.
-      param_dtype: of the parameters.
-      precision: of matmuls; `"highest"` for exact runs.
-      remat: what is rematerialised in the backward pass: `"none"`; `"elementwise"`: in a block everything but
-        matmuls and attention as a whole; `"attention"`; `"block"`: whole blocks. Norms and GELU always are.
-      attention: one of `cait_jax.kernels.IMPLEMENTATIONS`, all the same function; None: the backend's best.
-      stacked: blocks in one `nn.scan`, parameters along a leading depth axis; False if a token joins at block k.
-
-    Raises:
-      ValueError: for attributes that do not fit, and from a call for images of another size.
-    """
-
-    image_size: tuple[int, int]
-    width: int
-    depth: int
-    num_heads: int
-    num_classes: int = 1000
+    image_size: tuple[int, int]  # (height, width) in pixels, both multiples of `patch_size`
+    width: int  # channels d of a token, a multiple of `num_heads`
+    depth: int  # number of self-attention blocks
+    num_heads: int  # of both kinds of attention
+    num_classes: int = 1000  # 0: no head, which gives the features before it
     in_channels: int = 3
-    patch_size: int = 16
-    mlp_ratio: float = 4.0
-    residual: str = "layerscale"
-    block_norm: bool = True
-    layer_scale_init: float = 1e-5
-    talking_heads: bool = True
+    patch_size: int = 16  # side in pixels
+    mlp_ratio: float = 4.0  # hidden width of an MLP over `width`
+    residual: str = "layerscale"  # one of `residual.SCHEMES`
+    block_norm: bool = True  # whether residual branches read the normalised stream
+    layer_scale_init: float = 1e-5  # of LayerScale's gammas; of `residual="scalar"`, of its scalars
+    talking_heads: bool = True  # mix the heads of self-attention before and after its softmax
+    # "class_attention": after the patches, in blocks of its own. "input": from the start, with a position (ViT).
+    # k: from block k on, without a position. "mean": none, the head reads the mean patch.
     class_token: str | int = "class_attention"
-    class_depth: int | None = None
-    class_mlp_ratio: float | None = None
-    distilled: bool = False
-    drop_path_rate: float = 0.0
-    drop_path_growth: str = "constant"
-    embedding_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    projection_dropout: float | None = None
-    dropout: float = 0.0
-    dtype: Any = jnp.float32
+    class_depth: int | None = None  # class-attention blocks; None: 2, or 0 without class attention
+    class_mlp_ratio: float | None = None  # `mlp_ratio` of those, if it differs; 0: no MLP
+    distilled: bool = False  # a second token and head beside those of "input", for a teacher (DeiT)
+    drop_path_rate: float = 0.0  # of stochastic depth in the self-attention blocks
+    drop_path_growth: str = "constant"  # or "linear" (DeiT): from 0 in the first to it in the last
+    embedding_dropout: float = 0.0  # after the position embedding
+    attention_dropout: float = 0.0  # of the attention weights
+    projection_dropout: float | None = None  # after self-attention; `dropout` if not given
+    dropout: float = 0.0  # in MLPs
+    dtype: Any = jnp.float32  # of the computation; softmax and logits are at least float32
     param_dtype: Any = jnp.float32
-    precision: Any = None
+    precision: Any = None  # of matmuls; "highest" for exact runs
+    # What is rematerialised in the backward pass: "none"; "elementwise": in a block everything but matmuls and
+    # attention as a whole; "attention"; "block": whole blocks. Norms and GELU always are.
     remat: str = "none"
-    attention: str | None = None
-    stacked: bool = True
+    attention: str | None = None  # one of `ATTENTIONS`, all the same function; None: the fastest
+    stacked: bool = True  # blocks in one `nn.scan`, parameters along a leading axis; False with k
 
     def __post_init__(self) -> None:
         """Completes and checks the attributes."""
-        complete_options(self)
+        if any(getattr(self, name) != getattr(CaiT, name) for name in OPTIONS):
+            from cait_jax.models.residual import complete_options
+
+            complete_options(self)
+        if self.class_depth is None:
+            self.class_depth = 2 if self.class_token == "class_attention" else 0
+        check_attributes(self)
         super().__post_init__()
 
     @nn.compact
     def __call__(
         self, images: Images, train: bool = False, example_ids: ExampleIds = None
     ) -> Float[Array, "batch outputs"]:
-        """Classifies images.
+        """Classifies normalised images, in logits that are at least float32.
 
-        Args:
-          images: normalised, (batch, height, width, in_channels).
-          train: draw dropout (`rngs["dropout"]`) and stochastic depth (`rngs["drop_path"]`).
-          example_ids: position of each image in the global batch, which its draws depend on; by default from 0.
-
-        Returns:
-          Logits (batch, num_classes), or features (batch, width) if `num_classes` is 0, at least float32; of a
-          distilled network the mean over both tokens, whose `logits_class` and `logits_distillation` are recorded.
+        In training, draws from `rngs["dropout"]` and `rngs["drop_path"]` by `example_ids`, each image's position
+        in the global batch (by default from 0).
         """
-        check_images(self, images)
-        if train and example_ids is None:
-            example_ids = jnp.arange(images.shape[0])
-        example_ids = example_ids if train else None
+        expected = (*self.image_size, self.in_channels)
+        if images.shape[1:] != expected:
+            raise ValueError(
+                f"images of shape {images.shape[1:]} do not fit a model for {expected} (height, width, "
+                "channels): resize them, or create the model with that image_size and in_channels"
+            )
+        ids = jnp.arange(images.shape[0]) if example_ids is None else example_ids
+        example_ids = ids if train else None
         dtypes = DtypePolicy(self.dtype, self.param_dtype, self.precision)
-        blocks = self.depth + (self.class_depth or 0)
-        residual = Residual(self.residual, self.block_norm, self.layer_scale_init, blocks)
 
         x = jnp.asarray(images, self.dtype)
         x = PatchEmbed(self.width, self.patch_size, dtypes, name="patch_embed")(x)
@@ -343,65 +293,108 @@ class CaiT(nn.Module):
         x = x + pos_embed.astype(self.dtype)
         x = Dropout(self.embedding_dropout, name="pos_drop")(x, example_ids)
 
-        with scalar_biases(residual, dtypes):
-            x = self._self_attention_stage(x, example_ids, residual, dtypes)
+        with self._residual_scheme():
+            x = self._self_attention_stage(x, example_ids, dtypes)
             if self.class_token == "class_attention":
-                cls = self._token("cls_token", x)
-                mlp_ratio = self.mlp_ratio if self.class_mlp_ratio is None else self.class_mlp_ratio
-                block = functools.partial(ClassAttentionBlock, self.num_heads, mlp_ratio)
-                for i in range(self.class_depth or 0):
-                    cls = block(residual, dtypes, name=f"blocks_token_only_{i}")(cls, x)
-                x = cls
+                x = self._class_attention_stage(x, dtypes)
             elif self.class_token != "mean":
                 x = x[:, : 1 + self.distilled]
-
-        x = LayerNorm(name="norm", **dtypes.norm)(x)
-        features = x.mean(axis=1)
-        record(self, "features", features)
-        if self.num_classes == 0:
-            return features.astype(dtypes.accum_dtype)
-        dtypes = DtypePolicy(dtypes.accum_dtype, self.param_dtype, self.precision)
-        init = residual.kernel_init("head")
-        head = functools.partial(nn.Dense, self.num_classes, kernel_init=init, **dtypes.dense)
-        if not self.distilled:
-            return head(name="head")(features)
-        logits, logits_dist = head(name="head")(x[:, 0]), head(name="head_dist")(x[:, 1])
+            x = LayerNorm(name="norm", **dtypes.norm)(x)
+            features: Array = x.mean(axis=1)
+            record(self, "features", features)
+            if self.num_classes == 0:
+                return features.astype(dtypes.accum_dtype)
+            wide = DtypePolicy(dtypes.accum_dtype, self.param_dtype, self.precision).dense
+            head = functools.partial(nn.Dense, self.num_classes, kernel_init=LINEAR_INIT, **wide)
+            logits: Array = head(name="head")(x[:, 0] if self.distilled else features)
+            if not self.distilled:
+                return logits
+            logits_dist: Array = head(name="head_dist")(x[:, 1])
         record(self, "logits_class", logits)
         record(self, "logits_distillation", logits_dist)
         return (logits + logits_dist) / 2
 
-    def _token(self, name: str, x: Tokens) -> ClassToken:
-        token = self.param(name, LINEAR_INIT, (1, 1, self.width), self.param_dtype)
-        return jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, self.width))
-
     def _self_attention_stage(
-        self, x: Tokens, example_ids: ExampleIds, residual: Residual, dtypes: DtypePolicy
+        self, x: Tokens, example_ids: ExampleIds, dtypes: DtypePolicy
     ) -> Float[Array, "batch all_tokens d"]:
-        """Applies the `depth` self-attention blocks, stacked or one by one."""
         attention: Any = SelfAttention
         block: Any = SelfAttentionBlock
         # Inside a scan CSE cannot undo rematerialisation, and preventing it costs.
         remat = functools.partial(nn.remat, prevent_cse=not self.stacked)
         if self.remat == "attention":
             attention = remat(attention)
-        elif self.remat == "block":
-            block = remat(block)
-        elif self.remat == "elementwise":
-            block = remat(block, policy=SAVE_MATMULS)
+        elif self.remat != "none":
+            block = remat(block, policy=SAVE_MATMULS if self.remat == "elementwise" else None)
         projection = self.dropout if self.projection_dropout is None else self.projection_dropout
         rates = self.attention_dropout, projection
         attention = functools.partial(
-            attention, self.num_heads, self.talking_heads, *rates, self.attention, residual, dtypes
+            attention, self.num_heads, self.talking_heads, *rates, self.attention, dtypes
         )
+        rates = self.drop_path_rate, self.dropout
         block = functools.partial(
-            block, attention, self.mlp_ratio, self.drop_path_rate, self.dropout, residual, dtypes
+            block, attention, self.mlp_ratio, *rates, self.layer_scale_init, dtypes
         )
         scales = jnp.linspace(0.0, 1.0, self.depth) if self.drop_path_growth == "linear" else None
 
         if self.stacked:
-            return scan_blocks(block(name="blocks"), self.depth, x, example_ids, scales)
+            scan: Any = nn.scan(
+                lambda block, x, scale: (
+                    block(x, example_ids, 1.0 if scale is None else scale),
+                    None,
+                ),
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True, "drop_path": True},
+                length=self.depth,
+            )
+            x, _ = scan(block(name="blocks"), x, scales)
+            return x
         for i in range(self.depth):
             if i == self.class_token:
                 x = jnp.concatenate([self._token("cls_token", x), x], axis=1)
             x = block(name=f"blocks_{i}")(x, example_ids, 1.0 if scales is None else scales[i])
         return x
+
+    def _class_attention_stage(self, patches: Tokens, dtypes: DtypePolicy) -> ClassToken:
+        mlp_ratio = self.mlp_ratio if self.class_mlp_ratio is None else self.class_mlp_ratio
+        given = self.num_heads, mlp_ratio, self.layer_scale_init, dtypes
+        cls = self._token("cls_token", patches)
+        for i in range(self.class_depth or 0):
+            cls = ClassAttentionBlock(*given, name=f"blocks_token_only_{i}")(cls, patches)
+        return cls
+
+    def _token(self, name: str, x: Tokens) -> ClassToken:
+        token = self.param(name, LINEAR_INIT, (1, 1, self.width), self.param_dtype)
+        return jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, self.width))
+
+    def _residual_scheme(self) -> contextlib.AbstractContextManager[Any]:
+        if self.residual == "layerscale":
+            return contextlib.nullcontext()
+        from cait_jax.models.residual import residual_scheme
+
+        return residual_scheme(self)
+
+
+def check_attributes(model: CaiT) -> None:
+    """Raises ValueError where sizes, rates or choices do not fit; its message begins with the attribute."""
+    (height, width), patch, heads = model.image_size, model.patch_size, model.num_heads
+    if height < 1 or width < 1 or height % patch or width % patch:
+        raise ValueError(f"image_size {height}x{width} cannot be cut in patches of {patch}x{patch}")
+    if heads < 1 or model.width % heads:
+        raise ValueError(f"num_heads {heads} does not divide width {model.width}")
+    if model.depth < 1:
+        raise ValueError(f"depth {model.depth} must be at least 1")
+    if model.num_classes < 0:
+        raise ValueError(f"num_classes {model.num_classes} must be 0 or more; 0 gives features")
+    if model.class_token == "class_attention" and (depth := model.class_depth or 0) < 1:
+        raise ValueError(
+            f"class_depth {depth} must be at least 1 with class_token 'class_attention'"
+        )
+    for name in RATES:
+        if (rate := getattr(model, name)) is not None and not 0.0 <= rate < 1.0:
+            raise ValueError(f"{name} {rate} must lie in [0, 1)")
+    if model.remat not in REMATS:
+        raise ValueError(f"remat {model.remat!r} must be one of {', '.join(REMATS)}")
+    if (chosen := model.attention) not in (None, *ATTENTIONS):
+        raise ValueError(
+            f"attention {chosen!r} must be one of {', '.join(ATTENTIONS)}; None chooses"
+        )

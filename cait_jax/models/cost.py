@@ -1,4 +1,4 @@
-"""What a model costs, counted from its shapes without running it."""
+"""Parameters, multiply-accumulates and kept activations of a model, from its shapes."""
 
 import functools
 import math
@@ -20,26 +20,16 @@ def parameter_count(model: Network) -> int:
 def macs(model: Network) -> int:
     """Multiply-accumulates of one image's forward pass.
 
-    Every matrix product and convolution of the traced program counts with its exact shapes, head mixing
-    among them; sums, norms, softmax and activations do not count, as is usual.
-
-    Args:
-      model: a model.
-
-    Returns:
-      The number for one image of the model's `image_size`; in GMACs, over 1e9.
+    Every matmul and convolution of the traced program counts with its exact shapes, head mixing among them; sums,
+    norms, softmax and activations do not, as is usual.
     """
     return macs_of(jax.make_jaxpr(model.apply)(_variables(model), _one_image(model)).jaxpr)
 
 
 def residual_bytes(model: Network, batch_size: int) -> int:
-    """Bytes that a training step keeps of the forward pass for the backward pass, in plain JAX.
+    """Bytes that a training step on `batch_size` images keeps for the backward pass, in plain JAX.
 
     A compiler keeps less where it rematerialises, and more where it copies.
-
-    Args:
-      model: a network that trains, with its `remat`.
-      batch_size: images at a time.
     """
     images = jax.ShapeDtypeStruct((batch_size, *model.image_size, model.in_channels), jnp.float32)
     params = _variables(model)["params"]
@@ -70,11 +60,7 @@ def _one_image(model: Network) -> jax.ShapeDtypeStruct:
 
 
 def macs_of(jaxpr: Any) -> int:
-    """Multiply-accumulates of a traced program, over all devices; a loop counts for every turn of a scan.
-
-    Args:
-      jaxpr: of `jax.make_jaxpr` or of a jitted function's `trace`.
-    """
+    """Multiply-accumulates of a jaxpr on all devices; the body of a scan counts once an iteration."""
     total = 0
     for equation in jaxpr.eqns:
         output = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
@@ -86,7 +72,7 @@ def macs_of(jaxpr: Any) -> int:
             out_axis = equation.params["dimension_numbers"].rhs_spec[0]
             kernel = shapes[1]
             total += output * math.prod(kernel) // kernel[out_axis]
-        elif equation.primitive.name == "pallas_call":  # of a kernel, what it says itself
+        elif equation.primitive.name == "pallas_call":  # a kernel's own estimate
             total += equation.params["cost_estimate"].flops // 2
         else:
             times = 1
@@ -99,7 +85,7 @@ def macs_of(jaxpr: Any) -> int:
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    """The programs that an equation calls."""
+    """The jaxprs that an equation calls."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             item = getattr(item, "jaxpr", item)

@@ -7,20 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cait_jax.models.cait import CaiT
 from cait_jax.models.layers import Images
-from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import Network
 
 
 def forward_intermediates(
     model: Network, variables: Mapping[str, Any], images: Images
 ) -> tuple[Float[Array, "batch outputs"], dict[str, Any]]:
-    """Runs the model once and gives, beside its output, what happened inside.
-
-    Args:
-      model: a model of `create_model`, stacked or not.
-      variables: its variables.
-      images: normalised float images, (batch, height, width, channels).
+    """Applies the model to normalised images once, and returns intermediates beside the output.
 
     Returns:
       The output of `model.apply(variables, images)`, and a dict of
@@ -35,7 +30,7 @@ def forward_intermediates(
     """
     output, mutated = model.apply(variables, images, mutable=["intermediates"])
     tree = dict(mutated["intermediates"])
-    if isinstance(model, RegNetY):
+    if not isinstance(model, CaiT):
         stages = [tree.pop(name)["features"] for name in sorted(tree) if name != "features"]
         return output, {"stages": stages, **tree}
     if "blocks" in tree:

@@ -1,7 +1,8 @@
-"""Layers that the networks share: dtype policy, patch embedding, LayerScale, dropout by example."""
+"""Layers that the networks share: dtype policy, patch embedding, LayerScale and dropout by example."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,12 +14,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
 Images = Float[Array | np.ndarray, "batch height width channels"]
 Tokens = Float[Array, "batch tokens d"]
+Maps = Float[Array, "batch heads queries keys"]
 # Position of each example in the global batch; None for no randomness.
 ExampleIds = Int[Array, "batch"] | None
 DropPathScale = float | Float[Array, ""]
 
-# Names the output of a matmul, or of attention as a whole, for the remat policy that saves those.
-saveable = functools.partial(checkpoint_name, name="product")
+# For the remat policy that saves the outputs, so named, of matmuls and of attention as a whole.
+saveable: Callable[[Array], Array] = functools.partial(checkpoint_name, name="product")
 SAVE_MATMULS = jax.checkpoint_policies.save_only_these_names("product")
 LINEAR_INIT = nn.initializers.normal(stddev=0.02)
 # Rematerialised in the backward pass from its input: JAX's derivative of a norm keeps two more float32 arrays of
@@ -28,12 +30,9 @@ LayerNorm: Any = functools.partial(nn.remat(nn.LayerNorm), epsilon=1e-6, use_fas
 
 @dataclasses.dataclass(frozen=True)
 class DtypePolicy:
-    """Dtypes and matmul precision of a network.
+    """Dtypes of activations and parameters, and the precision of matmuls (`"highest"` for parity runs).
 
-    Attributes:
-      dtype: of activations.
-      param_dtype: of parameters.
-      precision: of matmuls, as in `jax.lax.dot_general`; `"highest"` for parity runs.
+    Keyword arguments: `norm` of Flax's norms, `dense` of its linear layers, `accumulate` of wide einsums.
     """
 
     dtype: Any = jnp.float32
@@ -46,13 +45,15 @@ class DtypePolicy:
         return jnp.promote_types(self.dtype, jnp.float32)
 
     @property
+    def accumulate(self) -> dict[str, Any]:
+        return {"precision": self.precision, "preferred_element_type": self.accum_dtype}
+
+    @property
     def norm(self) -> dict[str, Any]:
-        """Keyword arguments of Flax's norms."""
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     @property
     def dense(self) -> dict[str, Any]:
-        """Keyword arguments of Flax's linear layers and convolutions."""
         return {**self.norm, "precision": self.precision}
 
 
@@ -62,16 +63,9 @@ def keep_mask(
     rate: DropPathScale,
     shape: tuple[int, ...],
 ) -> Bool[Array, "batch *shape"]:
-    """Draws which entries survive dropout, each example from a key of its own.
+    """Draws which entries of each example's `shape` survive dropout at `rate`.
 
-    The draws of an example depend on `key` and its id only, not on the examples beside it, so they are the
-    same on any number of devices and in any micro batch.
-
-    Args:
-      key: the key of this layer and step.
-      example_ids: position of each example in the global batch.
-      rate: probability of dropping an entry.
-      shape: shape of one example's mask.
+    An example's draws depend on `key` and its id only: they are the same on any mesh and in any micro batch.
     """
 
     def draw(example_id: Array) -> Array:
@@ -89,7 +83,6 @@ class Dropout(nn.Module):
     def __call__(
         self, x: Float[Array, "batch *rest"], example_ids: ExampleIds = None
     ) -> Float[Array, "batch *rest"]:
-        """Scales survivors by `1 / (1 - rate)`."""
         if example_ids is None or self.rate == 0.0:
             return x
         keep = keep_mask(self.make_rng("dropout"), example_ids, self.rate, x.shape[1:])
@@ -99,7 +92,7 @@ class Dropout(nn.Module):
 class StochasticDepth(nn.Module):
     """Drops whole residual branches where `example_ids` are given (Huang et al., arXiv 1603.09382).
 
-    Random stream: `drop_path`.
+    A block's `scale`, in [0, 1], multiplies the rate. Random stream: `drop_path`.
     """
 
     rate: float
@@ -108,7 +101,6 @@ class StochasticDepth(nn.Module):
     def __call__(
         self, branch: Tokens, example_ids: ExampleIds = None, scale: DropPathScale = 1.0
     ) -> Tokens:
-        """Drops at `rate * scale` and divides survivors by 1 minus that; `scale` is in [0, 1]."""
         if example_ids is None or self.rate == 0.0:
             return branch
         rate = self.rate * scale
@@ -126,7 +118,6 @@ class LayerScale(nn.Module):
 
     @nn.compact
     def __call__(self, branch: Tokens) -> Tokens:
-        """Scales the last axis of `branch`."""
         init, shape = nn.initializers.constant(self.init_value), (branch.shape[-1],)
         gamma = self.param("gamma", init, shape, self.dtypes.param_dtype)
         return branch * gamma.astype(branch.dtype)[None, None, :]
@@ -144,7 +135,6 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images) -> Tokens:
-        """Maps (batch, height, width, channels) to (batch, height / patch * width / patch, width)."""
         batch, height, width, channels = images.shape
         side = self.patch_size
         rows, columns, bound = height // side, width // side, (side**2 * channels) ** -0.5
@@ -154,47 +144,29 @@ class PatchEmbed(nn.Module):
 
         # The convolution as a matmul: windows do not overlap, and compilers unroll its gradient.
         windows = images.reshape(batch, rows, side, columns, side, channels)
-        patches = nn.DenseGeneral(
-            self.width,
-            axis=(-3, -2, -1),
-            kernel_init=init,
-            bias_init=init,
-            name="proj",
-            **self.dtypes.dense,
-        )(jnp.swapaxes(windows, 2, 3))
-        return patches.reshape(batch, rows * columns, self.width)
+        inits: dict[str, Any] = {"kernel_init": init, "bias_init": init}
+        proj = nn.DenseGeneral(self.width, (-3, -2, -1), name="proj", **inits, **self.dtypes.dense)
+        return proj(jnp.swapaxes(windows, 2, 3)).reshape(batch, rows * columns, self.width)
 
 
 class HeadMixing(nn.Module):
-    """Weights of a linear map with bias over the heads of attention maps (Shazeer et al., arXiv 2003.02436)."""
+    """A linear map with bias over the heads of attention maps (Shazeer et al., arXiv 2003.02436)."""
 
     heads: int
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def weights(self) -> tuple[Float[Array, "heads heads"], Float[Array, "heads"]]:
-        """Returns kernel (from, to) and bias, for `mix_heads`."""
         kernel = self.param("kernel", LINEAR_INIT, (self.heads, self.heads), self.param_dtype)
         return kernel, self.param("bias", nn.initializers.zeros, (self.heads,), self.param_dtype)
+
+
+def mix_heads(maps: Maps, kernel: Array, bias: Array, precision: Any = None) -> Maps:
+    """`out[:, g] = sum_h maps[:, h] * kernel[h, g] + bias[g]`, in the dtype of `maps`."""
+    mixed = jnp.einsum("bhqk,hg->bgqk", maps, kernel.astype(maps.dtype), precision=precision)
+    return mixed + bias.astype(maps.dtype)[None, :, None, None]
 
 
 def record(module: nn.Module, name: str, value: Array) -> None:
     """Stores `value` in the `intermediates` collection where the caller made it mutable."""
     module.sow("intermediates", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-
-
-def scan_blocks(
-    block: nn.Module,
-    depth: int,
-    x: Tokens,
-    example_ids: ExampleIds,
-    drop_path_scales: Float[Array, "depth"] | None,
-) -> Tokens:
-    """Applies a block `depth` times, each time with parameters, draws and a drop path scale of its own."""
-    scan = nn.scan(
-        lambda block, x, scale: (block(x, example_ids, 1.0 if scale is None else scale), None),
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True, "dropout": True, "drop_path": True},
-        length=depth,
-    )
-    return scan(block, x, drop_path_scales)[0]

@@ -1,4 +1,4 @@
-"""RegNetY (Radosavovic et al., arXiv 2003.13678): the convolutional network that taught the paper's models."""
+"""RegNetY (Radosavovic et al., arXiv 2003.13678), the teacher of the paper's distilled models."""
 
 from typing import Any
 
@@ -17,18 +17,9 @@ def stage_sizes(
 ) -> tuple[tuple[int, int], ...]:
     """Widths and depths of the stages from the design's parameters (equations 2 to 4).
 
-    Block j would like `u_j = w0 + wa * j` channels. That is rounded in the exponent to `w0 * wm**s_j`, then to a
-    multiple of 8 and, for each run of equal widths, which is a stage, to a multiple of `group_width`.
-
-    Args:
-      w0: width of the first block.
-      wa: growth of the width by block.
-      wm: factor between stages.
-      depth: blocks in all.
-      group_width: channels of a group of the 3x3 convolutions.
-
-    Returns:
-      (channels, blocks) of each stage.
+    Block j has `u_j = w0 + wa * j` channels, rounded in the exponent to `w0 * wm**s_j`, then to a multiple of 8
+    and, for each run of equal widths, which is a stage, to a multiple of `group_width`. Returns (channels, blocks)
+    of each stage.
     """
     wished = w0 + wa * np.arange(depth)
     steps = np.round(np.log(wished / w0) / np.log(wm))
@@ -39,7 +30,7 @@ def stage_sizes(
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm and, if asked for, ReLU."""
+    """Convolution without bias, padded by half the kernel on every side; batch norm; ReLU if `relu`."""
 
     features: int
     kernel_size: int
@@ -51,7 +42,6 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Maps, train: bool = False) -> Float[Array, "batch out_h out_w features"]:
-        """Pads by half the kernel on every side."""
         pad = self.kernel_size // 2
         fan_out = self.kernel_size**2 * self.features // self.groups
         x = nn.Conv(
@@ -85,8 +75,6 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
-        """Gates `x`."""
-
         def pointwise(features: int, name: str) -> nn.Conv:
             return nn.Conv(
                 features,
@@ -102,7 +90,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """The Y block: 1x1, grouped 3x3, squeeze and excitation, 1x1, beside a shortcut."""
+    """The Y block: 1x1, grouped 3x3, squeeze and excitation, 1x1; the shortcut is 1x1 where sizes change."""
 
     features: int
     stride: int
@@ -112,7 +100,6 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Maps, train: bool = False) -> Float[Array, "batch out_h out_w features"]:
-        """Adds the branch to the shortcut, which is a 1x1 convolution where sizes change."""
         groups = self.features // min(self.group_width, self.features)
         dtypes = self.dtypes
 
@@ -143,7 +130,6 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Maps, train: bool = False) -> Float[Array, "batch out_h out_w features"]:
-        """Applies the blocks `b1`, `b2`, ..."""
         for i in range(self.depth):
             x = Bottleneck(
                 self.features,
@@ -165,61 +151,35 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "batch channels"]) -> Float[Array, "batch outputs"]:
-        """Logits of the pooled features."""
         init = nn.initializers.normal(0.01)
         fc = nn.Dense(self.num_classes, kernel_init=init, name="fc", **self.dtypes.dense)
         return fc(features)
 
 
 class RegNetY(nn.Module):
-    """The network, in evaluation and, with mutable `batch_stats`, in training.
+    """The network; training needs mutable `batch_stats`."""
 
-    Attributes:
-      image_size: (height, width) the model is meant for; others work as well.
-      w0: width of the first block before rounding.
-      wa: growth of the width by block.
-      wm: factor between the widths of stages.
-      depth: blocks in all.
-      group_width: channels of a group of the 3x3 convolutions.
-      se_ratio: hidden width of squeeze and excitation over a block's input width.
-      stem_width: channels of the first convolution.
-      num_classes: classes of the head; 0 for no head, which gives the pooled features.
-      in_channels: channels of the image.
-      dtype: of the computation; logits are at least float32.
-      param_dtype: of the parameters.
-      precision: of products; `"highest"` for exact runs.
-    """
-
-    image_size: tuple[int, int]
-    w0: int
-    wa: float
-    wm: float
-    depth: int
-    group_width: int
-    se_ratio: float = 0.25
-    stem_width: int = 32
-    num_classes: int = 1000
+    image_size: tuple[int, int]  # (height, width) the model is meant for; others work as well
+    w0: int  # width of the first block before rounding
+    wa: float  # growth of the width a block
+    wm: float  # factor between the widths of stages
+    depth: int  # number of blocks
+    group_width: int  # channels of a group of the 3x3 convolutions
+    se_ratio: float = 0.25  # hidden width of squeeze and excitation over a block's input width
+    stem_width: int = 32  # channels of the first convolution
+    num_classes: int = 1000  # 0: no head, which gives the pooled features
     in_channels: int = 3
-    dtype: Any = jnp.float32
+    dtype: Any = jnp.float32  # of the computation; logits are at least float32
     param_dtype: Any = jnp.float32
-    precision: Any = None
+    precision: Any = None  # of matmuls and convolutions; "highest" for exact runs
 
     @nn.compact
     def __call__(
         self, images: Images, train: bool = False, example_ids: Any = None
     ) -> Float[Array, "batch outputs"]:
-        """Classifies images.
+        """Classifies normalised images; `train` updates `batch_stats` instead of using them.
 
-        Args:
-          images: normalised float images, (batch, height, width, in_channels).
-          train: normalise by the batch and update `batch_stats`, instead of using them.
-          example_ids: unused, for nothing is drawn; there so that all networks are called alike.
-
-        Returns:
-          Logits (batch, num_classes), or features (batch, channels) if `num_classes` is 0.
-
-        Raises:
-          ValueError: if the images do not have `in_channels`.
+        Nothing is drawn: `example_ids` is there so that all networks are called alike.
         """
         if images.shape[-1] != self.in_channels:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A program compiled for TPUs that are not there, and what the compiler said of it, kept on disk."""
+"""AOT compilation for a TPU topology, cached on disk, and the search for the largest batch that fits."""
 
 import dataclasses
 import gzip
@@ -28,35 +28,27 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program and its memory.
+    """A program and its bytes on each chip."""
 
-    Attributes:
-      text: the program; empty if the compiler refused it for want of memory.
-      arguments: bytes on each chip of state and batch; of the refused, of what their shardings say.
-      temporaries: bytes on each chip beside them at the fullest moment.
-      code: bytes on each chip of the program itself.
-      seconds: compiling took.
-    """
-
-    text: str
-    arguments: int
-    temporaries: int
+    text: str  # optimised HLO; empty if the program does not fit in memory
+    arguments: int  # state and batch, by their shardings if the program does not fit
+    temporaries: int  # at the peak
     code: int
-    seconds: float
+    seconds: float  # of compilation
 
     @property
     def memory(self) -> int:
-        """Bytes on each chip. Outputs lie where donated arguments lay."""
+        """Bytes on each chip; outputs are in the place of donated arguments."""
         return self.arguments + self.temporaries + self.code
 
     @property
     def refused(self) -> bool:
-        """Whether the compiler gave up for want of memory."""
+        """Whether the compiler ran out of HBM."""
         return not self.text
 
 
 def tpu_devices(topology: Topology) -> list[jax.Device]:
-    """The devices of a slice, to compile for and nothing more.
+    """The devices of a slice as targets of AOT compilation.
 
     Raises:
       UserError: libtpu is not installed, or knows no such slice.
@@ -86,14 +78,12 @@ def compile_cached(
     arguments: int,
     say: Callable[[str], Any],
 ) -> Compiled:
-    """Compiles a program, or reads what compiling the same one gave before.
+    """Compiles a program that is lowered for `tpu_devices`, or reads it from the cache.
 
     Args:
-      lowered: for the devices of `tpu_devices`.
-      topology: of these.
-      folder: where results are kept, by a sum of the program and of the versions that compile it.
-      arguments: bytes of state and batch on each chip, for when the compiler says nothing.
-      say: told, when something takes minutes, what.
+      folder: the cache, by a hash of the program and of the versions that compile it.
+      arguments: bytes of state and batch on each chip, for a program that does not fit.
+      say: called with progress before what takes minutes.
 
     Raises:
       UserError: the compiler fails for another reason than memory.
@@ -146,11 +136,7 @@ def _compile(
 
 
 def needed_bytes(message: str) -> int:
-    """The memory that a refusal names, in bytes.
-
-    Args:
-      message: such as `... HLO temporaries (22.19G) exceeds available HBM (15.75G) ...`.
-    """
+    """Bytes needed by `... HLO temporaries (22.19G) exceeds available HBM (15.75G) ...`."""
     found = _NEEDED.search(message)
     return round(float(found[1]) * _UNITS[found[2]]) if found else 0
 
@@ -163,7 +149,7 @@ def _version(package: str) -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where results are kept: `cait_jax/plan` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
+    """`cait_jax/plan` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cait_jax" / "plan"
 
 
@@ -172,32 +158,27 @@ MOST_TRIES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Largest:
-    """The largest batch that was seen to fit.
+    """The largest batch that was compiled and fits, and bytes on each chip."""
 
-    Attributes:
-      batch: images on each chip; 0 if not even one of the sizes tried fits.
-      memory: bytes it takes on each chip.
-      fixed: bytes that do not depend on the batch, by the line from the smallest size tried to this one.
-      by_image: bytes for each image, likewise.
-    """
-
-    batch: int
+    batch: int  # images on each chip; 0 if no size tried fits
     memory: float
-    fixed: float
-    by_image: float
+    fixed: (
+        float  # does not depend on the batch, by the line from the smallest size tried to this one
+    )
+    by_image: float  # slope of that line
 
 
 def largest_batch(
     memory_of: Callable[[int], float], capacity: float, start: int, *, multiple: int = 1
 ) -> Largest:
-    """Finds the largest batch of a chip.
+    """Finds the largest batch of a chip, in few compilations.
 
-    A line through two sizes says which size should fill the memory. That size is tried, and again with what it
-    taught, until the line says nothing new. What is above the capacity is as good for the fit as what is below.
+    A line through the memory of two sizes predicts the size that fills the capacity. That size is compiled and the
+    line fitted again, until it predicts nothing new; sizes that do not fit serve the fit as well.
 
     Args:
-      memory_of: from images on each chip to the bytes they need; takes minutes, so it is called seldom.
-      capacity: bytes there are.
+      memory_of: from images on each chip to the bytes they need.
+      capacity: bytes of a chip.
       start: images on each chip to begin with.
       multiple: the result is a multiple of this.
     """
@@ -214,14 +195,14 @@ def largest_batch(
         known[wanted] = memory_of(wanted)
     fitting = [size for size, memory in known.items() if memory <= capacity]
     best = max(fitting, default=0)
-    # Near the capacity a compiler tries harder, and at times needs less for more images.
+    # Near the capacity the compiler optimises for memory, and may need less for more images.
     plain = {size: memory for size, memory in known.items() if size in (best, min(known))}
     fixed, by_image = _line(plain if len(plain) == 2 else known, capacity)
     return Largest(best, known.get(best, 0.0), fixed, by_image)
 
 
 def _line(known: dict[int, float], capacity: float) -> tuple[float, float]:
-    """Through the two sizes whose memory is nearest to the capacity."""
+    """Intercept and slope through the two sizes whose memory is nearest to the capacity."""
     (a, at_a), (b, at_b) = sorted(known.items(), key=lambda item: abs(item[1] - capacity))[:2]
     slope = (at_b - at_a) / (b - a)
     return at_a - slope * a, slope

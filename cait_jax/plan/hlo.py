@@ -1,4 +1,4 @@
-"""A compiled program as its text gives it: computations, instructions, arrays, and how often each runs."""
+"""Optimised HLO, parsed: computations, instructions, arrays and how often each runs; its collectives."""
 
 import dataclasses
 import functools
@@ -19,17 +19,11 @@ _COMMENT = re.compile(r"/\*.*?\*/")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array of a program, as it lies in memory.
+    """An array of a program, with its layout in memory."""
 
-    Attributes:
-      dtype: in the compiler's words, such as `"bf16"`.
-      shape: of the array.
-      layout: in the compiler's words, such as `"1,0:T(8,128)S(1)"`; empty if the text does not say.
-    """
-
-    dtype: str
+    dtype: str  # HLO's, such as "bf16"
     shape: tuple[int, ...]
-    layout: str = ""
+    layout: str = ""  # HLO's, such as "1,0:T(8,128)S(1)"; empty if the text does not say
 
     def __str__(self) -> str:
         """Without its layout: `f32[192,768]`."""
@@ -37,18 +31,18 @@ class Array:
 
     @property
     def bits(self) -> int:
-        """Of one number."""
+        """Of one element."""
         digits = re.match(r"[a-z]+(\d+)", self.dtype)
         return _BITS.get(self.dtype) or int(digits[1] if digits else 8)
 
     @property
     def bytes(self) -> int:
-        """Of its numbers."""
+        """Without padding."""
         return math.prod(self.shape) * self.bits // 8
 
     @functools.cached_property
     def padded_bytes(self) -> int:
-        """Of the memory it takes: TPUs fill up the last two axes to whole tiles."""
+        """In memory: TPUs pad the two minor axes to whole tiles."""
         order, _, rest = self.layout.partition(":")
         tile = re.match(r"T\(([\d,]+)\)", rest)
         if not tile or not order:
@@ -65,47 +59,32 @@ class Array:
 
     @property
     def on_chip(self) -> bool:
-        """Whether it lies in a memory beside the cores, and not in the device's main one."""
+        """Whether it is in on-chip memory instead of HBM."""
         return bool(re.search(r"S\([1-9]\d*\)", self.layout))
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
+    """One instruction of a computation."""
 
-    Attributes:
-      name: unique in the program.
-      opcode: what it does, such as `"fusion"`.
-      arrays: its results; of a tuple, all of them.
-      operands: names of instructions of the same computation.
-      called: names of the computations it runs.
-      rest: the line after the operands, with its metadata.
-      root: whether it gives the computation's result.
-    """
-
-    name: str
+    name: str  # unique in the program
     opcode: str
-    arrays: tuple[Array, ...]
-    operands: tuple[str, ...]
-    called: tuple[str, ...]
-    rest: str
+    arrays: tuple[Array, ...]  # its result, flattened
+    operands: tuple[str, ...]  # names of instructions of the same computation
+    called: tuple[str, ...]  # names of computations
+    rest: str  # the line after the operands: attributes and metadata
     root: bool
 
     @property
     def source(self) -> str:
-        """The operation of the traced function it stems from, where the compiler noted that."""
+        """The traced operation it comes from: its metadata's `op_name`."""
         match = re.search(r'op_name="([^"]*)"', self.rest)
         return match[1] if match else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program.
-
-    Attributes:
-      computations: by name, their instructions by name, in the order in which they run.
-      entry: the name of the one that runs first.
-    """
+    """Computations by name, each its instructions by name in the order in which they run."""
 
     computations: Mapping[str, Mapping[str, Instruction]]
     entry: str
@@ -131,7 +110,7 @@ class Program:
         return times
 
     def running(self) -> Iterator[tuple[Instruction, Mapping[str, Instruction], int | None]]:
-        """Every instruction that takes part, with those beside it, and how often it runs."""
+        """Every instruction that runs, with those of its computation, and how often."""
         for name, count in self.times.items():
             beside = self.computations[name]
             for instruction in beside.values():
@@ -152,11 +131,7 @@ class Program:
 
 
 def read_program(text: str) -> Program:
-    """Reads a program.
-
-    Args:
-      text: of `jitted.lower(...).compile().as_text()`.
-    """
+    """Parses the text of `jitted.lower(...).compile().as_text()`."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, lines = "", dict[str, Instruction]()
     for line in text.splitlines():
@@ -169,7 +144,7 @@ def read_program(text: str) -> Program:
 
 
 def arrays_in(text: str) -> tuple[Array, ...]:
-    """The arrays that a type, of a tuple or of one array, is made of."""
+    """The arrays of an array's or a tuple's type."""
     return tuple(
         Array(
             dtype,
@@ -229,36 +204,23 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of exchange of arrays of given shapes.
+    """All collectives of one kind, one group size and the same result shapes in a program."""
 
-    Attributes:
-      kind: one of `KINDS`.
-      arrays: what each device has afterwards, such as `"f32[192,768]"`; of several exchanged at once, all.
-      bytes: of these, each time.
-      times: how often a run of the program does it; an instruction in a loop counts for every turn.
-      group: how many devices exchange with each other; 0 where the program does not say.
-      span: how many devices lie between the first and the last of them, both counted; 0 likewise.
-    """
-
-    kind: str
-    arrays: tuple[str, ...]
-    bytes: int
-    times: int
-    group: int = 0
-    span: int = 0
+    kind: str  # one of `KINDS`
+    arrays: tuple[str, ...]  # result on each device, such as "f32[192,768]"
+    bytes: int  # of the result, each time
+    times: int  # in a run of the program; in a loop, once an iteration
+    group: int = 0  # devices in a replica group; 0 where the program does not say
+    span: int = (
+        0  # devices from the first to the last of a group, both counted; 0 where it is not known
+    )
 
 
 def collectives(program: Program) -> list[Collective]:
-    """Lists what a compiled program exchanges.
-
-    Args:
-      program: of `read_program`.
-
-    Returns:
-      One entry for each kind and shapes, the most bytes in all first.
+    """A program's collectives, the most bytes in total first.
 
     Raises:
-      ValueError: a loop that exchanges something does not say how many turns it takes.
+      ValueError: one is in a loop of unknown length.
     """
     found: dict[tuple[str, tuple[str, ...], int], Collective] = {}
     begun: set[str] = set()
@@ -268,7 +230,9 @@ def collectives(program: Program) -> list[Collective]:
             kind = instruction.opcode.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            if "chain_id=" in instruction.rest:  # spread over what is computed meanwhile
+            if (
+                "chain_id=" in instruction.rest
+            ):  # pieces of one collective, overlapped with computation
                 channel = re.search(r"channel_id=\d+", instruction.rest)
                 if channel and channel[0] in begun:
                     continue
@@ -276,7 +240,9 @@ def collectives(program: Program) -> list[Collective]:
             if times is None:
                 raise ValueError(f"{computation} does {kind} in a loop of unknown length")
             arrays = _received(instruction, kind)
-            if computation.startswith("all-reduce-scatter"):  # a sum of which a part is kept
+            if computation.startswith(
+                "all-reduce-scatter"
+            ):  # an all-reduce of which a part is kept
                 kind = "reduce-scatter"
                 arrays = next(line for line in lines.values() if line.root).arrays
             names, group = tuple(sorted(map(str, arrays))), _group(instruction)
@@ -293,7 +259,7 @@ def collectives(program: Program) -> list[Collective]:
 
 
 def totals(exchanged: list[Collective]) -> dict[str, tuple[int, int]]:
-    """How often each kind is done, and the bytes each device has from it; kinds that occur, by name."""
+    """Count and bytes on each device of each kind that occurs, in alphabetical order."""
     return {
         kind: (
             sum(each.times for each in exchanged if each.kind == kind),

@@ -1,4 +1,4 @@
-"""What one training step of a config needs on chips that are not there."""
+"""Memory, work and least time of a config's training step on a target topology."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from cait_jax.data.sources import find_builder, is_folder, is_generated, load_split
 from cait_jax.data.split import Encoded, Split
 from cait_jax.errors import UserError
-from cait_jax.kernels import default_implementation
+from cait_jax.models.cait import DEFAULT_ATTENTION
 from cait_jax.models.cost import macs, macs_of, residual_bytes
 from cait_jax.models.zoo import create_model
 from cait_jax.plan.compile import Largest, cache_folder, compile_cached, largest_batch, tpu_devices
@@ -40,37 +40,25 @@ Say = Callable[[str], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step needs.
-
-    Attributes:
-      topology: the chips.
-      batch_size: images a step, on all of them.
-      compiled: whether TPU's compiler made the program; otherwise everything but `operations` is an estimate.
-      state: bytes of parameters, optimiser state and averages on each chip.
-      memory: bytes that a step needs on each chip.
-      fits: whether the chip has them.
-      operations: of each chip in a step: two for a multiply-accumulate, head mixing and teacher among them.
-      useful: of these, what the network itself costs: three times its forward pass, nothing computed twice.
-      traffic: bytes between each chip and its memory in a step; None where the compiler refused.
-      exchanged: what the chips send each other; None likewise.
-      origins: of `traffic`, what it stems from, see `traffic_by_origin`; None where nothing was compiled.
-      largest: the largest batch of a chip; None where it was not asked for.
-      seconds: compiling took.
-    """
+    """What a step needs, on each chip where nothing else is said."""
 
     topology: Topology
-    batch_size: int
-    compiled: bool
-    state: int
-    memory: int
+    batch_size: int  # on all chips
+    compiled: bool  # by TPU's compiler; otherwise everything but `operations` is an estimate
+    state: int  # bytes of parameters, optimiser state and averages
+    memory: int  # bytes of a step
     fits: bool
-    operations: float
-    useful: float
-    traffic: int | None
-    exchanged: tuple[Collective, ...] | None
-    largest: Largest | None = None
-    seconds: float = 0.0
-    origins: Mapping[str, int] | None = None
+    operations: (
+        float  # in a step: two for a multiply-accumulate, teacher and rematerialisation included
+    )
+    useful: float  # three times the network's forward pass
+    traffic: int | None  # bytes to and from HBM; None if the program does not fit
+    exchanged: tuple[Collective, ...] | None  # None if the program does not fit
+    largest: Largest | None = None  # None if not asked for
+    seconds: float = 0.0  # of compilation
+    origins: Mapping[str, int] | None = (
+        None  # of `traffic`, see `traffic_by_origin`; None if not compiled
+    )
 
     @property
     def by_chip(self) -> float:
@@ -79,7 +67,7 @@ class Plan:
 
     @property
     def roofline(self) -> Roofline | None:
-        """What bounds the step; None where the compiler refused."""
+        """The step's bounds; None if the program does not fit."""
         if self.traffic is None or self.exchanged is None:
             return None
         return roofline(
@@ -91,7 +79,7 @@ class Plan:
 
     @property
     def utilisation(self) -> float | None:
-        """Useful operations over what the chip could do in the step's least time."""
+        """Model FLOPs utilisation in the step's least time."""
         bounds = self.roofline
         if bounds is None:
             return None
@@ -106,16 +94,14 @@ def make_plan(
     folder: Path | None = None,
     say: Say = lambda message: None,
 ) -> Plan:
-    """Plans the training step of a config.
+    """Plans the training step of a config, whose data and teacher's weights need not be on this machine.
 
-    For TPUs the step is compiled, as training would compile it. For GPUs it is traced and its work counted.
+    For TPUs the step is compiled ahead of time, as training would compile it. For GPUs it is traced and counted.
 
     Args:
-      config: as for training; its data need not be on this machine, nor its teacher's weights.
-      topology: the chips.
       largest: whether to look for the largest batch, by compiling two or three more sizes.
-      folder: where compiled results are kept; by default `cache_folder()`.
-      say: told, when something takes minutes, what.
+      folder: cache of compiled programs; by default `cache_folder()`.
+      say: called with progress before what takes minutes.
 
     Raises:
       UserError: the config does not fit itself or the chips, or TPU's compiler is missing.
@@ -143,16 +129,16 @@ def make_plan(
 
 
 def _shares(config: ConfigDict, topology: Topology) -> int:
-    """Into how many parts a batch is divided."""
+    """Into how many shards a batch is divided."""
     _, tensor = _sizes(config, topology)
     return topology.chips // tensor
 
 
 def _trainer(config: ConfigDict, devices: list[jax.Device], family: str) -> Trainer:
     """The parts of a run whose data and teacher are shapes."""
-    if config.model.attention is None:  # not what this machine would choose
+    if config.model.attention is None:  # the target's default, not this machine's
         config = config.copy_and_resolve_references()
-        config.model.attention = default_implementation(family)
+        config.model.attention = DEFAULT_ATTENTION.get(family, "xla")
     check_values(config)
     mesh = mesh_from_config(config, devices)
     data, size = config.data, config.image_size
@@ -208,7 +194,7 @@ def _useful(trainer: Trainer, topology: Topology) -> float:
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes on each device of arrays that say how they lie."""
+    """Bytes on each device of arrays, or of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -216,11 +202,11 @@ def local_bytes(tree: Any) -> int:
 
 
 def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> Plan:
-    """Of chips whose compiler is not here: the work of one device with its share of the batch.
+    """Of chips whose compiler is not here: the work of one device with its shard of the batch.
 
-    Memory is the state, the gradient and what plain JAX keeps for the backward pass; where blocks are computed
-    anew, one of them whole. Traffic is writing and reading what the backward pass needs once each, and state and
-    gradient twice. Exchanged are gradients, and under fsdp each parameter, as it is gathered in both directions.
+    Memory is the state, the gradient and what plain JAX keeps for the backward pass; with rematerialised blocks,
+    one of them whole. Traffic is writing and reading what the backward pass needs once each, and state and
+    gradient twice. Gradients are all-reduced; under fsdp each parameter is gathered in both passes.
     """
     del folder, say
     fsdp, tensor = _sizes(config, topology)
@@ -264,7 +250,7 @@ def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) ->
 
 
 def _sizes(config: ConfigDict, topology: Topology) -> tuple[int, int]:
-    """Of the mesh's axes `fsdp` and `tensor`."""
+    """Of the mesh axes `fsdp` and `tensor`."""
     sizes = {axis: config.mesh[axis] for axis in AXES}
     filled = topology.chips // -math.prod(sizes.values())
     return tuple(filled if sizes[axis] == -1 else sizes[axis] for axis in ("fsdp", "tensor"))
@@ -272,7 +258,7 @@ def _sizes(config: ConfigDict, topology: Topology) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class AbstractRecords:
-    """Records that are counted and cannot be read."""
+    """The records of a split without their content."""
 
     count: int
 
@@ -288,13 +274,9 @@ class AbstractRecords:
 def abstract_split(
     name: str, split: str, *, image_size: tuple[int, int], data_dir: str | None = None
 ) -> Split:
-    """A split with the classes and channels of a data set that need not be on this machine.
+    """Stands for `load_split`: the classes and channels of a data set that need not be on this machine.
 
-    Args:
-      name: as for `load_split`; TFDS's are known by their code, folders must be there.
-      split: likewise.
-      image_size: likewise.
-      data_dir: likewise; what lies there is not read.
+    TFDS's data sets are known by their code; folders must be there.
 
     Raises:
       UserError: the name is unknown, or the folder is not there.

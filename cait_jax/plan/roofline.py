@@ -16,27 +16,16 @@ from cait_jax.plan.hlo import Collective
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one chip can do at most.
+    """Peak rates of one chip, per second."""
 
-    Attributes:
-      name: as in a topology.
-      family: `"tpu"` or `"gpu"`.
-      operations: a second, in bfloat16; a multiply-accumulate is two.
-      memory: bytes that a program can have.
-      bandwidth: bytes a second to and from that memory.
-      link: bytes a second that it can send to the chips of its slice or machine.
-      network: bytes a second that it can send to chips elsewhere, through the network.
-      ring: chips on an axis of a slice from which on the axis is closed to a ring; 0: no such axes.
-    """
-
-    name: str
-    family: str
-    operations: float
-    memory: float
-    bandwidth: float
-    link: float
-    network: float
-    ring: int = 0
+    name: str  # as in a topology
+    family: str  # "tpu" or "gpu"
+    operations: float  # in bfloat16; a multiply-accumulate is two
+    memory: float  # bytes of HBM that a program can have
+    bandwidth: float  # bytes to and from HBM
+    link: float  # bytes sent to the chips of its slice or machine
+    network: float  # bytes sent to other chips, through the data centre's network
+    ring: int = 0  # chips from which on an axis of a slice wraps around; 0: no such axes
 
 
 CHIPS = {
@@ -54,12 +43,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips in a shape.
-
-    Attributes:
-      chip: what each of them is.
-      shape: of a TPU slice, the sides of the torus; of GPUs, machines and GPUs in each.
-    """
+    """Chips in a shape: the sides of a TPU slice's torus, or machines and GPUs in each."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -74,14 +58,14 @@ class Topology:
         return math.prod(self.shape)
 
     def rate(self, span: int = 0, group: int = 0) -> float:
-        """Bytes a second that each chip sends while a group of them exchange.
+        """Bytes a second that each chip sends in a collective.
 
-        A side of a slice that is not closed to a ring has half the links to send on. Between machines, the GPUs of
-        a machine that are of one group share what is to be sent, each by its own network card.
+        An axis of a slice that does not wrap around has half the links. Between machines, the GPUs of a machine
+        that are in one group share what is sent, each by its own network card.
 
         Args:
-          span: of GPUs, how many lie between the first and the last of the group, both counted; 0: all.
-          group: how many exchange; 0: all.
+          span: GPUs from the first to the last of the group, both counted; 0: all.
+          group: chips in the group; 0: all.
         """
         chip = self.chip
         if chip.family == "gpu":
@@ -94,13 +78,10 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """Reads a topology.
-
-    Args:
-      text: such as `"v5e:4x8"`, `"v5p:4x4x8"`, `"h100:8"` (one machine) or `"h100:4x8"` (four).
+    """Reads `"v5e:4x8"`, `"v5p:4x4x8"`, `"h100:8"` (one machine) or `"h100:4x8"` (four).
 
     Raises:
-      UserError: the chip is unknown, or the shape is none.
+      UserError: the chip is unknown, or the shape is not one of its kind.
     """
     name, _, shape = text.partition(":")
     if name not in CHIPS:
@@ -119,40 +100,27 @@ def parse_topology(text: str) -> Topology:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """What bounds a step.
-
-    Attributes:
-      compute: seconds for its arithmetic at the chip's peak.
-      memory: seconds for its traffic to and from main memory.
-      exchange: seconds for what the chips send each other.
-    """
+    """Seconds of a step at the chip's peak rates."""
 
     compute: float
-    memory: float
-    exchange: float
+    memory: float  # traffic to and from HBM
+    exchange: float  # collectives
 
     @property
     def seconds(self) -> float:
-        """Of a step in which arithmetic, memory and links are all busy at once."""
+        """The step's least time: arithmetic, memory and links all overlap."""
         return max(self.compute, self.memory, self.exchange)
 
     @property
     def bound(self) -> str:
-        """The name of what takes longest."""
+        """Which of the three takes longest."""
         return max(("compute", "memory", "exchange"), key=lambda name: getattr(self, name))
 
 
 def roofline(
     topology: Topology, *, operations: float, traffic: float, exchanged: Iterable[Collective]
 ) -> Roofline:
-    """The bounds of a step.
-
-    Args:
-      topology: the chips.
-      operations: of a chip, in a step.
-      traffic: bytes between a chip and its memory.
-      exchanged: what a chip takes part in.
-    """
+    """The bounds of a step: `operations` and HBM `traffic` (bytes) of one chip, and the collectives it is in."""
     chip = topology.chip
     return Roofline(
         compute=operations / chip.operations,
@@ -165,11 +133,9 @@ def roofline(
 
 
 def sent_bytes(exchange: Collective, chips: int) -> float:
-    """Bytes that each chip sends for one exchange, done in rings: the least that is possible.
+    """Bytes that each chip sends in one collective by the ring algorithm, which sends the least possible.
 
-    Args:
-      exchange: what is exchanged.
-      chips: how many take part where the program does not say.
+    `chips` take part where the program names no groups.
     """
     group = exchange.group or chips
     share = (group - 1) / group
@@ -183,8 +149,8 @@ def sent_bytes(exchange: Collective, chips: int) -> float:
 
 
 CHIP_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-# Bytes a second that a chip sends: between pods of v5e, of v6e, between machines of GPUs; in open and closed
-# slices of v5e, closed ones of v6e, in v5p.
+# Bytes a second that a chip sends: between pods of v5e, of v6e, between machines of GPUs; in slices of v5e without
+# and with wraparound, of v6e with it, of v5p.
 RATES = (3.125e9, 12.5e9, 50e9, 100e9, 200e9, 400e9, 600e9)
 HOP_SECONDS = 1e-6
 # Of a step, the backward pass: while it runs, gradients can be summed.
@@ -192,15 +158,10 @@ OVERLAP = 2 / 3
 
 
 def exchange_seconds(exchanged: Iterable[Collective], chips: int, rate: float) -> float:
-    """Seconds for what a data-parallel step exchanges.
+    """Seconds of a data-parallel step's all-reduces on `chips` chips that each send `rate` bytes a second.
 
-    Each chip sends what a ring makes it send, and each sum waits for its way around a square torus and back, at
-    `HOP_SECONDS` a hop.
-
-    Args:
-      exchanged: of a step compiled for any number of chips; only what all of them exchange counts.
-      chips: how many there are.
-      rate: bytes a second that each of them sends.
+    Each all-reduce also waits for its way around a square torus and back, at `HOP_SECONDS` a hop. `exchanged` are
+    the collectives of a step compiled for any number of chips.
     """
     if chips == 1:
         return 0.0
@@ -222,13 +183,6 @@ def free_until(
     rate: float,
     chips: Sequence[int] = CHIP_COUNTS,
 ) -> int:
-    """The largest of `chips` at which a step's exchange fits beside its backward pass.
-
-    Args:
-      exchanged: of the step.
-      step_seconds: of a chip's own work.
-      rate: bytes a second that each chip sends.
-      chips: numbers to look at.
-    """
+    """The largest number of chips at which all-reduces fit beside the backward pass of `step_seconds` of work."""
     free = (n for n in chips if exchange_seconds(exchanged, n, rate) <= OVERLAP * step_seconds)
     return max(free, default=1)

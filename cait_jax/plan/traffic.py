@@ -1,7 +1,7 @@
-"""What a compiled step moves to and from the device's main memory, counted from its text.
+"""HBM traffic of a compiled step, counted from its optimised HLO.
 
-XLA's own count (`compiled.cost_analysis()["bytes accessed"]`) counts the body of a loop once, however often it
-runs, and so is of no use for stacked blocks.
+XLA's own count (`compiled.cost_analysis()["bytes accessed"]`) takes the body of a loop once, however often it
+runs, and so is of no use for scanned blocks.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from cait_jax.plan.hlo import Array, Instruction, Program
 
-# Of these nothing moves, or what they begin is counted there.
+# These move nothing, or are counted in the computations they call.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
     "after-all", "optimization-barrier", "partition-id", "replica-id", "iota",
@@ -21,27 +21,18 @@ _CONTROL = {"while", "conditional", "call"}
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """What one instruction moves.
-
-    Attributes:
-      instruction: which.
-      bytes: read from and written to main memory each time, with the padding of tiles.
-      times: how often a step runs it; of a loop whose length depends on the data, once.
-    """
+    """HBM traffic of one instruction."""
 
     instruction: Instruction
-    bytes: int
-    times: int
+    bytes: int  # read and written each time, with the padding of tiles
+    times: int  # in a step; in a loop whose length depends on the data, 1
 
 
 def transfers(program: Program) -> Iterator[Transfer]:
-    """Lists what each instruction of a program moves; those that move nothing are left out.
+    """Lists the instructions of a program that move something.
 
-    A fusion reads its operands and writes its results, once each. What is cut out of an array, or put into it in
-    place, counts with its own size.
-
-    Args:
-      program: of `read_program`.
+    A fusion reads its operands and writes its results, once each. Slices, and updates in place, count with their
+    own size.
     """
     for name in _on_top(program):
         beside = program.computations[name]
@@ -52,24 +43,15 @@ def transfers(program: Program) -> Iterator[Transfer]:
 
 
 def memory_traffic(program: Program) -> int:
-    """Bytes that a step reads from and writes to a device's main memory.
-
-    Args:
-      program: of `read_program`.
-    """
+    """Bytes that a step reads from and writes to HBM."""
     return sum(each.bytes * each.times for each in transfers(program))
 
 
 def traffic_by_origin(program: Program) -> dict[str, int]:
-    """Bytes to and from main memory by what they stem from, the most first.
+    """HBM traffic in bytes by pass and module, the most first.
 
-    A fusion stands under the one operation that the compiler names it by, so the parts are not exact.
-
-    Args:
-      program: of `read_program`.
-
-    Returns:
-      Of `"forward"`, `"backward"` and `"rest"` (augmentation, optimiser, averages), followed by the module.
+    Keys are `"forward"`, `"backward"` or `"rest"` (augmentation, optimiser, averages), then the module. A fusion
+    counts for the one operation that the compiler names it by, so the parts are not exact.
     """
     found: dict[str, int] = {}
     for each in transfers(program):
@@ -93,7 +75,7 @@ def _origin(source: str) -> str:
 
 
 def _on_top(program: Program) -> list[str]:
-    """Computations whose instructions run one by one, not as part of another."""
+    """Computations that are reached by control flow alone, not through fusions."""
     found, waiting = [], [program.entry]
     while waiting:
         name = waiting.pop()
@@ -140,7 +122,7 @@ def _of_fusion(program: Program, line: Instruction, operands: list[tuple[Array, 
 
 
 def _read(program: Program, line: Instruction, lines: Mapping[str, Instruction]) -> int:
-    """Bytes of what a fusion's line gives that those after it take."""
+    """Bytes of a value inside a fusion that its users read."""
     total = 0
     for user in (each for each in lines.values() if line.name in each.operands):
         position = user.operands.index(line.name)
@@ -183,7 +165,7 @@ def _written(result: Array, origin: tuple[Instruction, Mapping[str, Instruction]
 
 
 def _size(arrays: Iterable[Array]) -> int:
-    """Of what lies in main memory."""
+    """Of what is in HBM."""
     return sum(array.padded_bytes for array in arrays if not array.on_chip)
 
 

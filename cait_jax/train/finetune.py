@@ -23,7 +23,8 @@ from cait_jax.data.image_files import existing_folder
 from cait_jax.errors import UserError, nearest, setting, some
 from cait_jax.evaluation.labels import read_labels
 from cait_jax.models.cait import CaiT
-from cait_jax.models.zoo import VARIANTS, create_model
+from cait_jax.models.variants import VARIANTS
+from cait_jax.models.zoo import create_model
 from cait_jax.train.keys import get_config
 from cait_jax.weights.hub import find_released
 from cait_jax.weights.pretrained import load_pretrained, preprocessing
@@ -231,7 +232,7 @@ def _as_settings(network: CaiT, keys: ConfigDict) -> dict[str, Any]:
         (
             (name, differences(name))
             for name, variant in VARIANTS.items()
-            if variant.network is type(network)
+            if variant.family == type(network).__name__
         ),
         key=lambda candidate: len(candidate[1]),
     )

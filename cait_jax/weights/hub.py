@@ -8,7 +8,7 @@ from typing import Any
 
 from cait_jax.errors import Literal, UserError, nearest, one_line, setting
 from cait_jax.files import sha256
-from cait_jax.models.zoo import VARIANTS
+from cait_jax.models.variants import VARIANTS
 
 _FILE = "model.safetensors"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -138,8 +138,14 @@ def find_released(name: str) -> Released:
         return RELEASED[name]
     if name not in VARIANTS:
         raise UserError(f"there is no model {name!r}; {nearest(name, {*VARIANTS, *RELEASED})}")
-    network = VARIANTS[name].at(0)
-    same = [other for other in RELEASED if other in VARIANTS and VARIANTS[other].at(0) == network]
+    variant, size = VARIANTS[name], VARIANTS[name].attributes["image_size"]
+    same = [
+        other
+        for other in RELEASED
+        if other in VARIANTS
+        and VARIANTS[other].family == variant.family
+        and {**VARIANTS[other].attributes, "image_size": size} == variant.attributes
+    ]
     if same:
         raise UserError(
             f"no weights were released as {name}; the same architecture was as {' and '.join(same)}, "

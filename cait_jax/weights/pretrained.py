@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import Literal, UserError, Way, advise, in_python, setting
 from cait_jax.models import zoo
-from cait_jax.models.zoo import VARIANTS
+from cait_jax.models.variants import VARIANTS
 from cait_jax.weights.adapt import adapt_head, adapt_input
 from cait_jax.weights.hub import RELEASED, download, find_released
 from cait_jax.weights.runs import is_run, read_run, run_settings
@@ -209,7 +209,7 @@ def preprocessing(
 
 def _preprocessing(name_or_path: str | os.PathLike[str]) -> Preprocessing:
     name = str(name_or_path)
-    if name in zoo.VARIANTS and name not in RELEASED:
+    if name in VARIANTS and name not in RELEASED:
         model = zoo.create_model(name)
         if model.in_channels == 3:
             return Preprocessing(model.image_size)

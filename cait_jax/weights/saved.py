@@ -10,13 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from cait_jax.errors import Literal, UserError, nearest, setting
 from cait_jax.files import sha256
-from cait_jax.models.cait import CaiT
-from cait_jax.models.regnet import RegNetY
-from cait_jax.models.zoo import VisionTransformer, float_dtype, misfit
+from cait_jax.models.zoo import FAMILIES, float_dtype, misfit, network_class
 from cait_jax.renamed import current_attributes, current_preprocessing
 from cait_jax.sharding import leaf_shapes
 from cait_jax.weights.state_dicts import (
@@ -33,10 +30,6 @@ CONFIG = "config.json"
 SECTION = "cait_jax"
 _FORMAT = 1
 _PREPROCESSING = ("image_size", "crop_pct", "mean", "std", "channels")
-# The networks that can be saved, by their names in config.json.
-FAMILIES: Mapping[str, type[nn.Module]] = {
-    network.__name__: network for network in (CaiT, VisionTransformer, RegNetY)
-}
 _DTYPES = ("dtype", "param_dtype")
 
 
@@ -202,7 +195,7 @@ def model_to_dict(model: Any) -> dict[str, Any]:
       UserError: the model is of another class, or has an attribute that JSON cannot hold.
     """
     family = type(model).__name__
-    if FAMILIES.get(family) is not type(model):
+    if family not in FAMILIES or network_class(family) is not type(model):
         raise UserError(
             f"a {family} cannot be saved; it can be one of {', '.join(sorted(FAMILIES))}"
         )
@@ -242,10 +235,10 @@ def model_from_dict(description: Mapping[str, Any]) -> Any:
     for name in _DTYPES:
         if name in attributes:
             attributes[name] = float_dtype(name, attributes[name])
-    known = {field.name for field in dataclasses.fields(FAMILIES[family])}
+    known = {field.name for field in dataclasses.fields(network_class(family))}
     _refuse_unknown(family, attributes, known)
     try:
-        return FAMILIES[family](**attributes)
+        return network_class(family)(**attributes)
     except (TypeError, ValueError) as error:
         raise misfit(family, error) from error
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from cait_jax.errors import UserError, Way, advise
 from cait_jax.models.cait import CaiT
-from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import create_model
 from cait_jax.weights.hub import RELEASED
 from cait_jax.weights.saved import (
@@ -68,7 +67,7 @@ def timm_constructor(model: Any) -> TimmModel:
     Raises:
       UserError: timm has no such network, naming the attributes that it lacks.
     """
-    if isinstance(model, RegNetY):
+    if not isinstance(model, CaiT):
         return _regnet(model)
     return _cait(model) if model.class_token == "class_attention" else _vit(model)
 
@@ -179,7 +178,7 @@ def _regnet(model: Any) -> TimmModel:
     )
 
 
-def _free_of(released: RegNetY) -> dict[str, Any]:
+def _free_of(released: Any) -> dict[str, Any]:
     """The attributes that timm's entry point leaves open."""
     names = ("image_size", "in_channels", "num_classes", "dtype", "param_dtype", "precision")
     return {name: getattr(released, name) for name in names}

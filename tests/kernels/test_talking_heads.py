@@ -9,17 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
 from marks import slow, slow_unless
 
-from cait_jax.kernels import (
-    IMPLEMENTATIONS,
-    default_implementation,
-    talking_heads,
-    talking_heads_attention,
-)
+from cait_jax.kernels import IMPLEMENTATIONS, talking_heads_attention
 from cait_jax.kernels import tpu as tpu_kernels
+from cait_jax.models.cait import ATTENTIONS, DEFAULT_ATTENTION
 from cait_jax.models.zoo import create_model, list_models
 from cait_jax.sharding import constrain_batch, make_mesh
 
@@ -72,21 +69,6 @@ def distance(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-@pytest.fixture
-def no_map_is_small(monkeypatch):
-    """So that `xla_by_image` loops over images."""
-    monkeypatch.setattr(talking_heads, "SMALL_MAPS", 0)
-
-
-@pytest.mark.parametrize(("tokens", "loops"), [(16, False), (17, True)])
-def test_images_are_looped_over_where_maps_are_large(tokens, loops):
-    """Four heads of 16 tokens are 1,024 numbers."""
-    given = arguments(tokens, 4, batch=3)
-    text = str(jax.make_jaxpr(attention("xla_by_image"))(*given))
-    assert ("scan[" in text) == loops
-    assert (f"f32[3,4,{tokens},{tokens}]" in text) == (not loops)
-
-
 @pytest.mark.parametrize(
     ("tokens", "heads"), slow_unless(lambda tokens, heads: tokens < 200, ZOO + RAGGED)
 )
@@ -131,7 +113,7 @@ def gradients(implementation, given, cotangent, precision="highest"):
 
 @pytest.mark.parametrize(("tokens", "heads"), [slow(196, 4), *RAGGED])
 @pytest.mark.parametrize("implementation", ["xla_remat", "xla_by_image", *KERNELS])
-def test_every_gradient_is_that_of_the_definition(implementation, tokens, heads, no_map_is_small):
+def test_every_gradient_is_that_of_the_definition(implementation, tokens, heads):
     given = arguments(tokens, heads, batch=2)
     cotangent = arguments(tokens, heads, batch=2, seed=1)[1]
     with jax.enable_x64(True):
@@ -164,7 +146,7 @@ def test_gradients_are_those_of_differences(implementation):
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-def test_a_tile_that_is_filled_up_adds_nothing(implementation, monkeypatch):
+def test_padding_of_a_tile_adds_nothing(implementation, monkeypatch):
     """Several tiles of queries, of which the last is not full."""
     monkeypatch.setattr(tpu_kernels, "TILE_BYTES", 4 * 3 * 128 * 4 * 16)
     assert tpu_kernels.tiling(50, 3, 16, arrays=4) == tpu_kernels.Tiling(16, 4, 50, 3, 16)
@@ -176,7 +158,7 @@ def test_a_tile_that_is_filled_up_adds_nothing(implementation, monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", ["xla_by_image", *KERNELS])
-def test_each_device_does_its_own_images(implementation, no_map_is_small):
+def test_each_device_does_its_own_images(implementation):
     """On a mesh nothing is exchanged but the gradients of the weights; heads stay together."""
     given, cotangent = arguments(18, 4, batch=8, dim=8), arguments(18, 4, batch=8, dim=8, seed=1)[1]
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
@@ -205,7 +187,7 @@ def test_each_device_does_its_own_images(implementation, no_map_is_small):
 
 @pytest.mark.slow
 def test_a_network_computes_the_same():
-    """Stacked, with recomputation of what is elementwise: logits and gradients."""
+    """Stacked, with rematerialisation of what is elementwise: logits and gradients."""
     plain = create_model(
         "cait_nano4_patch4_8", depth=1, width=16, num_heads=2, attention="xla", precision="highest"
     )
@@ -288,14 +270,14 @@ def test_no_array_of_heads_queries_and_keys_is_written(
 @pytest.mark.parametrize(
     ("implementation", "kept"), [("xla", True), ("xla_remat", False), ("xla_by_image", False)]
 )
-def test_lean_keeps_no_maps_for_the_backward_pass(implementation, kept, no_map_is_small):
+def test_rematerialised_maps_are_not_kept_for_the_backward_pass(implementation, kept):
     given = arguments(20, 4, batch=2)
     backward = jax.eval_shape(lambda *given: jax.vjp(attention(implementation), *given)[1], *given)
     assert any(leaf.shape[-3:] == (4, 20, 20) for leaf in jax.tree.leaves(backward)) == kept
 
 
 def test_the_tpus_kernel_keeps_one_array_by_token():
-    """Queries, keys and values side by side, of which little is filled up to whole lanes."""
+    """Queries, keys and values side by side, which needs little padding to whole lanes."""
     given = arguments(20, 4, batch=2)
     kept = jax.eval_shape(
         lambda *given: jax.vjp(attention("pallas_tpu_interpreted"), *given)[1], *given
@@ -316,7 +298,7 @@ def kernels_of(jaxpr):
 
 @pytest.mark.parametrize(("tokens", "heads"), [(196, 6), (784, 16)])
 def test_a_tpu_kernel_says_what_it_moves(tokens, heads):
-    """Operands and results once each, as every block is fetched once; what fills up the last tile aside."""
+    """Operands and results once each, as every block is fetched once; padding of the last tile aside."""
     given = arguments(tokens, heads, batch=2, dtype=jnp.bfloat16)
 
     def both(*given):
@@ -360,11 +342,40 @@ def test_the_kernels_compile_for_a_tpu(tokens, heads):
     assert f"[2,{heads},{tokens},{tokens}]" not in compiled.as_text()
 
 
-def test_names_are_checked_and_platforms_have_defaults():
+def test_names_are_checked_and_are_those_of_the_network():
     with pytest.raises(
         ValueError, match="unknown implementation of attention 'flash'; there are xla, "
     ):
         talking_heads_attention(*arguments(4, 2), implementation="flash")
-    assert {default_implementation(platform) for platform in ("cpu", "gpu", "tpu")} <= {
-        *IMPLEMENTATIONS
-    }
+    assert ATTENTIONS == IMPLEMENTATIONS
+    assert {*DEFAULT_ATTENTION.values()} <= {*IMPLEMENTATIONS}
+
+
+def test_the_networks_own_attention_is_the_plain_one():
+    """Bit for bit: q, k and v of the network, and the maps that it records, make the kernel's output."""
+    model = create_model(
+        "cait_nano4_patch4_8", depth=1, width=16, num_heads=2, stacked=False, attention="xla"
+    )
+    images = jax.random.normal(jax.random.key(0), (2, 8, 8, model.in_channels))
+    params = model.init(jax.random.key(1), images)["params"]
+    seen = {}
+
+    def watch(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if context.module.path[:2] == ("blocks_0", "attn"):
+            seen[context.module.path[2:], context.method_name] = args, out
+        return out
+
+    with nn.intercept_methods(watch):
+        model.apply({"params": params}, images)
+    batch, tokens, _ = seen[("qkv",), "__call__"][1].shape
+    q, k, v = (
+        part.reshape(batch, tokens, 2, 8)
+        for part in jnp.split(seen[("qkv",), "__call__"][1], 3, axis=-1)
+    )
+    (pre_weight, pre_bias), post = (seen[(name,), "weights"][1] for name in ("proj_l", "proj_w"))
+    expected = talking_heads_attention(
+        q, k, v, pre_weight * 8**-0.5, pre_bias, *post, implementation="xla"
+    )
+    (into_proj,), _ = seen[("proj",), "__call__"]
+    np.testing.assert_array_equal(into_proj, expected.reshape(into_proj.shape))

@@ -11,7 +11,7 @@ from trees import random_params, stack_blocks, unstack_blocks
 
 import cait_jax
 from cait_jax import create_model, forward_intermediates
-from cait_jax.models.cait import CaiT, Mlp
+from cait_jax.models.cait import CaiT, Mlp, SelfAttention
 from cait_jax.models.cost import macs_of
 from cait_jax.models.layers import keep_mask
 
@@ -398,6 +398,34 @@ def test_keep_mask_keeps_the_rate_asked_for():
     mask = keep_mask(jax.random.key(0), jnp.arange(64), 0.2, (32, 16))
     assert mask.shape == (64, 32, 16)
     assert abs(float(mask.mean()) - 0.8) < 6 * np.sqrt(0.16 / mask.size)
+
+
+# Implementations of attention
+
+
+@pytest.mark.parametrize(("tokens", "loops"), [(16, False), (25, True)])
+def test_images_are_looped_over_where_maps_are_large(tokens, loops):
+    """Four heads of 16 tokens are 1,024 numbers."""
+    side = int(tokens**0.5)
+    attn, x = SelfAttention(num_heads=4, implementation="xla_by_image"), jnp.ones((3, side**2, 16))
+    variables = attn.init(jax.random.key(0), x)
+    text = str(jax.make_jaxpr(attn.apply)(variables, x))
+    assert ("scan[" in text) == loops
+    assert (f"f32[3,4,{tokens},{tokens}]" in text) == (not loops)
+
+
+@pytest.mark.parametrize("attention", ["xla", "xla_by_image"])
+def test_maps_are_dropped_and_recorded_in_the_plain_way(attention):
+    """Other implementations have no maps to drop or to record."""
+    model = small(depth=1, patch_size=1, attention=attention, attention_dropout=0.5)
+    variables = {"params": random_params(model)}
+    x, rngs = images(model), {"dropout": jax.random.key(0)}
+    text = str(jax.make_jaxpr(lambda x: model.apply(variables, x, train=True, rngs=rngs))(x))
+    assert "f32[2,2,64,64]" in text
+    _, inside = forward_intermediates(model, variables, x)
+    assert inside["blocks"]["mixed_softmax"].shape == (1, 2, 2, 64, 64)
+    text = str(jax.make_jaxpr(lambda x: model.apply(variables, x))(x))
+    assert ("f32[2,2,64,64]" in text) == (attention == "xla")
 
 
 # Forms

@@ -102,7 +102,7 @@ def test_tpus_spread_a_gather_over_what_they_compute_meanwhile():
         ("pred[]", 1, False),
     ],
 )
-def test_tpus_fill_up_tiles(text, padded, on_chip):
+def test_tpus_pad_to_tiles(text, padded, on_chip):
     (array,) = arrays_in(text)
     assert array.padded_bytes == padded
     assert array.on_chip == on_chip

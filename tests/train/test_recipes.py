@@ -14,7 +14,7 @@ from cait_jax.cli.recipes import recipes
 from cait_jax.data.sampler import copies_in_a_group
 from cait_jax.data.split import Encoded
 from cait_jax.data.synthetic import SyntheticJpegs
-from cait_jax.models.zoo import VARIANTS
+from cait_jax.models.variants import VARIANTS
 from cait_jax.train import keys
 from cait_jax.train.config import check_values, default_workdir, flatten, load_config
 from cait_jax.train.objectives.distillation import make_teacher
@@ -173,7 +173,7 @@ def operations(name):
         for key, value in part.items()
         if key != "name" or part is not config.model
     ]
-    return repr((variant.network, variant.attributes.get("distilled"), chosen))
+    return repr((variant.family, variant.attributes.get("distilled"), chosen))
 
 
 def test_every_recipe_is_counted():

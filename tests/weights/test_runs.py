@@ -8,7 +8,7 @@ import optax
 import pytest
 from trees import assert_same_bits, random_params
 
-from cait_jax import UserError
+from cait_jax import UserError, create_model
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.train.config import as_json
 from cait_jax.train.step import create_state
@@ -26,7 +26,7 @@ def save_run(workdir, model, *, steps=(1,), ema=False, **meta):
     config.eval.crop_pct = 0.875
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         for step in steps:
-            state = create_state(random_params(model, seed=step), optax.adamw(1e-3), ema)
+            state = create_state(random_params(model, seed=step), optax.adamw(1e-3), ema=ema)
             if ema:
                 state = dataclasses.replace(state, ema=random_params(model, seed=step + 100))
             checkpoints.save(step, state, {"config": as_json(config), **meta})
@@ -120,10 +120,28 @@ def test_a_run_saved_under_old_keys_is_read(tmp_path, model):
         config["eval"]["crop_ratio"] = config["eval"].pop("crop_pct")
         config["model"]["drop_path"] = config["model"].pop("drop_path_rate")
         checkpoints.save(
-            2, create_state(random_params(model), optax.adamw(1e-3), False), {"config": config}
+            2, create_state(random_params(model), optax.adamw(1e-3), ema=False), {"config": config}
         )
     assert load_pretrained(tmp_path)[0] == model
     assert load_settings(tmp_path).preprocessing["crop_pct"] == 0.875
+
+
+def test_a_run_of_a_model_whose_name_changed_is_read(tmp_path):
+    """The `vit_tiny` of then has four heads, which no shape tells; that of today has three."""
+    config = digits.get_config()
+    config.model.name, config.model.depth, config.model.width = "vit_6x256", 1, 24
+    config.model.patch_size = 4
+    size = {"image_size": 8, "in_channels": 1, "num_classes": 10}
+    model = create_model(**config.model, **size)
+    saved = as_json(config)
+    saved["model"] |= {"name": "vit_tiny", "drop_path": saved["model"].pop("drop_path_rate")}
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        state = create_state(random_params(model), optax.adamw(1e-3), ema=False)
+        meta = {"class_names": list("0123456789"), "channels": 1}
+        checkpoints.save(1, state, {"config": saved, **meta})
+    loaded, _ = load_pretrained(tmp_path)
+    assert loaded == model
+    assert loaded.num_heads == 4
 
 
 def test_a_run_without_a_checkpoint_yet(tmp_path):
@@ -142,7 +160,7 @@ def test_a_run_that_goes_on_is_read_beside_it(tmp_path, model):
     with Checkpoints(tmp_path / "checkpoints", keep=1) as writer:
         for step in range(2, 6):
             params = jax.tree.map(lambda leaf, step=step: np.full_like(leaf, step), template)
-            writer.save(step, create_state(params, optax.adamw(1e-3), False), meta)
+            writer.save(step, create_state(params, optax.adamw(1e-3), ema=False), meta)
             _, variables = load_pretrained(tmp_path)
             values = {float(leaf.min()) for leaf in jax.tree.leaves(variables)}
             if step > 2:

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, setting, some
 from cait_jax.evaluation.labels import LabelError, match_classes
+from cait_jax.models.cait import CaiT
 from cait_jax.models.layers import Images
-from cait_jax.models.regnet import RegNetY
 from cait_jax.models.zoo import Network
 
 Logits = Float[Array, "batch classes"]
@@ -194,7 +194,7 @@ def make_teacher(
     scale, shift = from_std / to_std, (from_mean - to_mean) / to_std
     unchanged = bool(np.all(scale == 1) and np.all(shift == 0))
     network = model.clone(dtype=jnp.dtype(dtype))
-    any_size = isinstance(network, RegNetY)
+    any_size = not isinstance(network, CaiT)
 
     def logits_of(variables: Mapping[str, Any], images: Images) -> Logits:
         images = jnp.asarray(images)

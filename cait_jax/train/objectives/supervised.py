@@ -25,8 +25,8 @@ from cait_jax.evaluation.evaluate import (
     means,
     zero_sums,
 )
-from cait_jax.models.cait import CaiT
-from cait_jax.models.zoo import VARIANTS, create_model
+from cait_jax.models.variants import VARIANTS
+from cait_jax.models.zoo import create_model
 from cait_jax.sharding import batch_sharding
 from cait_jax.train.step import Aux, Batch, Evaluate, Keys, Params
 
@@ -148,7 +148,7 @@ def from_config(
       UserError: for a network that cannot be trained, or a teacher that does not fit.
     """
     name, size = config.model.name, config.image_size
-    if name in VARIANTS and not issubclass(VARIANTS[name].network, CaiT):
+    if name in VARIANTS and VARIANTS[name].family == "RegNetY":
         raise UserError(
             f"{setting('config.model.name', name)} is here to teach and to predict, not to be trained: its batch "
             "norms keep running averages; choose a transformer, such as cait_xxs24 or deit_small"
