@@ -20,21 +20,15 @@ Targets = Float[Array, "batch classes"]
 
 @dataclasses.dataclass(frozen=True)
 class Mixup:
-    """Settings of mixup and CutMix.
+    """Settings of mixup and CutMix, whose lambda is Beta(alpha, alpha)."""
 
-    Attributes:
-      mixup_alpha: of the Beta(alpha, alpha) of lambda; 0: no mixup.
-      cutmix_alpha: of the Beta(alpha, alpha) of lambda; 0: no CutMix.
-      prob: that a group is mixed.
-      switch_prob: of CutMix, where there are both.
-      group_size: rows of a group, even; the remaining rows form one more group. 0: the whole batch is one group.
-    """
-
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
-    prob: float = 1.0
-    switch_prob: float = 0.5
-    group_size: int = 0
+    mixup_alpha: float = 0.0  # 0: no mixup
+    cutmix_alpha: float = 0.0  # 0: no CutMix
+    prob: float = 1.0  # that a group is mixed
+    switch_prob: float = 0.5  # of CutMix, where there are both
+    group_size: int = (
+        0  # rows, even; those that remain are one more group. 0: the batch is one group
+    )
 
     @property
     def enabled(self) -> bool:

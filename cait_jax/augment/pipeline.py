@@ -31,29 +31,19 @@ _ERASING_ATTEMPTS = (10,)
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What is sampled for every image; the defaults turn everything off.
+    """What is sampled for every image; the defaults turn everything off."""
 
-    Attributes:
-      hflip: horizontal flip, with probability 1/2.
-      pad_crop: pixels of zero padding on every side before a random crop of the original size.
-      rotate: largest rotation in degrees, either way.
-      zoom: largest relative change of size; 0.1 samples a factor from 0.9 to 1.1.
-      shear: largest horizontal shear, as a fraction of the height.
-      translate: largest shift along both axes, as a fraction of the side.
-      rand_augment: RandAugment's policy.
-      three_augment: DeiT III's grayscale, solarisation or blur.
-      color_jitter: largest relative change of brightness, contrast and saturation.
-    """
-
-    hflip: bool = False
-    pad_crop: int = 0
-    rotate: float = 0.0
-    zoom: float = 0.0
-    shear: float = 0.0
-    translate: float = 0.0
+    hflip: bool = False  # horizontal flip, with probability 1/2
+    pad_crop: int = (
+        0  # pixels of zero padding on every side before a random crop of the original size
+    )
+    rotate: float = 0.0  # largest rotation in degrees, either way
+    zoom: float = 0.0  # largest relative change of size; 0.1 samples a factor from 0.9 to 1.1
+    shear: float = 0.0  # largest horizontal shear, as a fraction of the height
+    translate: float = 0.0  # largest shift along both axes, as a fraction of the side
     rand_augment: RandAugment | None = None
-    three_augment: bool = False
-    color_jitter: float = 0.0
+    three_augment: bool = False  # DeiT III's grayscale, solarisation or blur
+    color_jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
 
     @property
     def is_affine(self) -> bool:
@@ -86,36 +76,32 @@ def augment(
     Images are levels from 0 to 255, with 0 outside; `example_ids` are their positions in the global batch.
     """
 
-    def geometric(example_id: Array, image: Array) -> Array:
-        return _geometric(jax.random.fold_in(key, example_id), image, settings)
-
-    def photometric(image_key: PRNGKeyArray, image: Array) -> Array:
-        return _photometric(image_key, image, settings)
-
     if settings.is_geometric:
-        images = jax.vmap(geometric)(example_ids, images)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, example_ids)
+        images = jax.vmap(functools.partial(_geometric, settings))(keys, images)
     if settings.is_photometric:
+        photometric = functools.partial(_photometric, settings)
         images = per_example_vmap(photometric, key, images, example_ids)
     return images
 
 
-def _geometric(key: PRNGKeyArray, image: Array, settings: Augmentation) -> Array:
+def _geometric(settings: Augmentation, key: PRNGKeyArray, image: Array) -> Array:
     crop_key, affine_key, flip_key = jax.random.split(key, 3)
     if settings.pad_crop:
-        from cait_jax.augment.geometric import random_pad_crop
+        from cait_jax.augment import geometric
 
-        image = random_pad_crop(crop_key, image, settings.pad_crop)
+        image = geometric.random_pad_crop(crop_key, image, settings.pad_crop)
     if settings.is_affine:
-        from cait_jax.augment.geometric import random_affine
+        from cait_jax.augment import geometric
 
         limits = (settings.rotate, settings.zoom, settings.shear, settings.translate)
-        image = random_affine(affine_key, image, *limits)
+        image = geometric.random_affine(affine_key, image, *limits)
     if settings.hflip:
         image = random_hflip(flip_key, image)
     return image
 
 
-def _photometric(key: PRNGKeyArray, image: Array, settings: Augmentation) -> Array:
+def _photometric(settings: Augmentation, key: PRNGKeyArray, image: Array) -> Array:
     # The first three keys are those of `_geometric`.
     rand_key, three_key, jitter_key = jax.random.split(key, 6)[3:]
     levels = jnp.clip(jnp.round(image), 0, 255).astype(jnp.uint8)
