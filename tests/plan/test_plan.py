@@ -35,6 +35,7 @@ def devices_of_this_cpu(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_counted_and_kept(devices_of_this_cpu, tmp_path):
     said = []
     topology = parse_topology("v5e:2x4")
@@ -72,6 +73,7 @@ def test_a_step_is_compiled_counted_and_kept(devices_of_this_cpu, tmp_path):
     assert len(said) == 2
 
 
+@pytest.mark.slow
 def test_under_fsdp_a_chip_holds_its_part(devices_of_this_cpu, tmp_path):
     whole = make_plan(small(), parse_topology("v5e:2x4"), folder=tmp_path)
     config = small()
@@ -82,6 +84,7 @@ def test_under_fsdp_a_chip_holds_its_part(devices_of_this_cpu, tmp_path):
     assert "all-gather" in {each.kind for each in plan.exchanged}
 
 
+@pytest.mark.slow
 def test_the_largest_batch_was_seen_to_fit():
     topology = parse_topology("h100:4")
     room = 4.0 * make_plan(small(), topology).memory
@@ -93,6 +96,7 @@ def test_the_largest_batch_was_seen_to_fit():
     assert 0.95 * room < found.memory <= room
 
 
+@pytest.mark.slow
 def test_a_teacher_costs_its_forward_pass():
     plain, taught = (cait_xxs24.get_config("distilled") for _ in range(2))
     plain.distill.kind = "none"
