@@ -371,7 +371,7 @@ def test_cifar10_trains_in_memory(tmp_path):
         (
             "loss.smoothing",
             1.0,
-            "label_smoothing is 1.0 and must be a finite number in [0, 1)",
+            "smoothing is 1.0 and must be a finite number in [0, 1)",
         ),
         (
             "eval.crop_pct",
