@@ -181,7 +181,7 @@ def test_every_recipe_is_counted():
 
 
 def test_the_table_of_recipes_is_that_of_the_files():
-    table = {row.config: row for row in recipes()}
+    table = {row.recipe: row for row in recipes()}
     assert sorted(table) == sorted(ALL)
     for name in RECIPES:
         data = load(name).data.name
