@@ -45,6 +45,7 @@ BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+DOWNLOADED = ("cait_xs24_384", "cait_xxs24_224")  # by blocks that run
 FILES = (
     "configs",
     "train.py",
@@ -267,7 +268,7 @@ def environment(tmp_path_factory):
     for name, call in {"python": "", "cait": " -m cait_jax"}.items():
         (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)}{call} "$@"\n')
         (programs / name).chmod(0o755)
-    with serve_hub(dict([released_weights("cait_xs24_384", folder)])) as server:
+    with serve_hub(dict(released_weights(name, folder) for name in DOWNLOADED)) as server:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         yield kept | {
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",

@@ -77,3 +77,5 @@ def test_import_of_the_installed_version_matches_the_metadata():
     import cait_jax
 
     assert version("cait-jax") == cait_jax.__version__
+    assert f"\nversion: {cait_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {cait_jax.__version__} - " in (ROOT / "CHANGELOG.md").read_text()
