@@ -90,7 +90,7 @@ def _imagenet(config: str, model: str) -> Recipe:
 @click.command(
     "recipes",
     short_help="The recipes of train.py: data, accuracy to expect, what was run; their keys.",
-    epilog="Examples: cait recipes 'cait_s24*', cait recipes --keys 'optimizer.*'",
+    epilog="Example: cait recipes 'cait_s24*', or cait recipes --keys 'optimizer.*'",
 )
 @click.argument("pattern", default="*")
 @click.option(
