@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, nearest, setting, some
-from cait_jax.renamed import OLD_KEYS, current_file, current_value, renamed_in
+from cait_jax.renamed import OLD_KEYS, OLD_VALUES, current_file, renamed_in
 from cait_jax.train.keys import CONFLICTS, FLAG, KEYS
 
 _FILE = re.compile(r"--?config(=(?P<path>.*))?")
@@ -147,7 +147,7 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
         rule, value = KEYS[key].rule, None
         if KEYS[key].default is not None or text.lower() != "none":
             try:
-                value = rule.read(current_value(key, text))
+                value = rule.read(OLD_VALUES.get(key, {}).get(text, text))
             except ValueError:
                 raise _wrong(key, text) from None
             if not rule.fits(value):
