@@ -4,6 +4,7 @@ A state is restored only if tree, shapes and dtypes are those of the template; O
 word.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,15 +125,21 @@ def read_state(path: Path, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
     targets = jax.tree.map(_target, template)
     handlers = {STATE: ocp.StandardCheckpointHandler(), META: ocp.JsonCheckpointHandler()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
-        differences = _differences(reader.metadata(path).item_metadata[STATE].tree, targets)
+        stored = reader.metadata(path).item_metadata[STATE].tree
+        differences = _differences(stored, targets)
         if not differences:
-            items = {STATE: ocp.args.StandardRestore(targets), META: ocp.args.JsonRestore()}
+            # A field without leaves may be missing: the checkpoint is older than the field.
+            fields = vars(targets) if dataclasses.is_dataclass(targets) else None
+            older = fields is not None and not fields.keys() <= stored.keys()
+            wanted = {name: fields[name] for name in stored} if fields and older else targets
+            items = {STATE: ocp.args.StandardRestore(wanted), META: ocp.args.JsonRestore()}
             try:
                 found = reader.restore(path, args=ocp.args.Composite(**items))
             except ValueError as error:  # a difference in nodes without leaves
                 differences = [one_line(str(error))]
             else:
-                return found[STATE], found[META]
+                state = dataclasses.replace(targets, **found[STATE]) if older else found[STATE]
+                return state, found[META]
     raise _misfit(path, differences)
 
 

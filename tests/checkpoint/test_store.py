@@ -88,6 +88,26 @@ def test_round_trip_gives_the_same_types_dtypes_and_bits(tmp_path):
     assert isinstance(restored.opt_state[1][0], optax.ScaleByAdamState)
 
 
+@struct.dataclass
+class Later(State):
+    """`State` with a field that is empty in older runs."""
+
+    carried: dict = struct.field(default_factory=dict)
+
+
+def test_a_checkpoint_is_older_than_a_field_without_leaves(tmp_path):
+    state = make_state()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, {})
+    later = Later(**vars(state))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        step, found, _ = checkpoints.restore(abstract(later))
+        assert step == 1
+        assert_same_bits(found, later)
+        with pytest.raises(UserError, match="carried"):
+            checkpoints.restore(abstract(later.replace(carried={"average": jnp.zeros(2)})))
+
+
 def test_arrays_serve_as_template(tmp_path):
     save_steps(tmp_path, 1)
     _, restored, _ = Checkpoints(tmp_path).restore(make_state(9))
