@@ -124,10 +124,7 @@ class LayerScale(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cuts an image in square patches and maps each linearly to a token, row by row.
-
-    Weight and bias start uniform in +-1/sqrt(fan in), as in the published code's convolution.
-    """
+    """Maps each square patch linearly to a token, row by row; uniform start in +-1/sqrt(fan in)."""
 
     width: int
     patch_size: int
