@@ -240,10 +240,7 @@ def warmup_cosine_schedule(
     warmup_from: float = 1e-6,
     final: float = 1e-5,
 ) -> optax.Schedule:
-    """Linear warm-up, then a cosine to `final` at `total_steps`.
-
-    Unlike `optax.warmup_cosine_decay_schedule` it allows no warm-up, and one longer than the run.
-    """
+    """Linear warm-up, then a cosine to `final` at `total_steps`; a warm-up may be longer than the run."""
     cosine = optax.cosine_decay_schedule(
         peak, max(total_steps - warmup_steps, 1), alpha=final / peak if peak else 0.0
     )
