@@ -121,7 +121,7 @@ def sample_operation(
 
 
 def apply_operation(image: Image, operation: Level, magnitude: Scalar) -> Image:
-    """Applies one operation to one image.
+    """Applies an operation of RandAugment to an image.
 
     With s = magnitude / 10, from -1 to 1: rotate by 30 s degrees counter-clockwise; shear by 0.3 s; translate by
     0.45 s of the side, to the left or up; color, contrast, brightness, sharpness by the factor 1 + 0.9 s, at

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Num
 
 from cait_jax.augment.pipeline import normalise
@@ -66,7 +66,7 @@ def evaluate(
       The sums over all examples of all processes, as NumPy arrays.
     """
     # Sharded as the step's results, so that the first call compiles for all.
-    sums = finished = jax.device_put(zeros, NamedSharding(sharding.mesh, PartitionSpec()))
+    sums = finished = jax.device_put(zeros, replicated(sharding.mesh))
     for batch in batches:
         sums = eval_step(variables, put_batch(batch, sharding), sums)
         # One batch is transferred while the one before is computed; no more, or they would fill the devices.

@@ -26,7 +26,7 @@ from cait_jax.train.objectives.distillation import make_teacher_for
 from cait_jax.train.setup import (
     Trainer,
     assemble,
-    check_splits,
+    load_splits,
     mesh_from_config,
     with_shardings,
 )
@@ -141,17 +141,10 @@ def _trainer(config: ConfigDict, devices: list[jax.Device], family: str) -> Trai
         config.model.attention = DEFAULT_ATTENTION.get(family, "xla")
     check_values(config)
     mesh = mesh_from_config(config, devices)
-    data, size = config.data, config.image_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    train_split, eval_split = (
-        abstract_split(data.name, split, image_size=size, data_dir=data.data_dir)
-        for split in (data.train_split, data.eval_split)
-    )
-    check_splits(config, train_split, eval_split)
+    train_split, eval_split = load_splits(config, abstract_split)
     objective = supervised.from_config(config, train_split, teacher=_abstract_teacher)
-    trainer = assemble(config, mesh, objective, train_split, eval_split)
-    abstract = with_shardings(objective, param_shardings(objective, mesh))
-    return dataclasses.replace(trainer, objective=abstract)
+    objective = with_shardings(objective, param_shardings(objective, mesh))
+    return assemble(config, mesh, objective, train_split, eval_split)
 
 
 def _abstract_teacher(config: ConfigDict, model: Any) -> Any:
@@ -166,7 +159,7 @@ def _abstract_teacher(config: ConfigDict, model: Any) -> Any:
 
 def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> Plan:
     trainer = _trainer(config, tpu_devices(topology), topology.chip.family)
-    state, batch = trainer.abstract_state(), trainer.abstract_batch()
+    state, batch = trainer.abstract_state, trainer.abstract_batch()
     traced = trainer.trace()
     held = local_bytes(state)
     found = compile_cached(traced.lower(), topology, folder, held + local_bytes(batch), say)
@@ -214,7 +207,7 @@ def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) ->
     local.batch_size = max(1, config.batch_size // (topology.chips // tensor))
     local.mesh.data, local.mesh.fsdp, local.mesh.tensor = 1, 1, 1
     trainer = _trainer(local, jax.devices()[:1], topology.chip.family)
-    state, batch = trainer.abstract_state(), trainer.abstract_batch()
+    state, batch = trainer.abstract_state, trainer.abstract_batch()
     params = local_bytes(state.params) // tensor
     held, gradient = local_bytes(state) // (fsdp * tensor), params // fsdp
 

@@ -84,7 +84,7 @@ def train(
         if checkpoints.latest_step() is not None:
             check_resumed(checkpoints.meta(), config, data, str(workdir))
         meta: dict[str, Any] = {}
-        restored = checkpoints.restore(trainer.abstract_state())
+        restored = checkpoints.restore(trainer.abstract_state)
         if restored is None:
             start, state = 0, trainer.init_state()
         else:

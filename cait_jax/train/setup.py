@@ -58,7 +58,7 @@ class Trainer:
       eval_split: evaluation examples.
       objective: what is learnt; its arrays are on the mesh.
       optimizer: with schedule and number of steps.
-      state_sharding: of each leaf of the state.
+      abstract_state: shapes, dtypes and shardings of the state.
       step: (state, batch, objective) to (state, metrics), jitted; the state is donated.
       evaluate: the objective's evaluator.
       recorded_logits: of a teacher, for each training example; None: none are recorded.
@@ -70,7 +70,7 @@ class Trainer:
     eval_split: Split
     objective: Objective
     optimizer: Optimizer
-    state_sharding: TrainState
+    abstract_state: TrainState
     step: Any  # a jitted function, which has no type
     evaluate: Evaluate
     recorded_logits: np.ndarray | None = None
@@ -98,7 +98,7 @@ class Trainer:
 
             params = params_from_config(self.config, self.model)
         init = functools.partial(_init, self.config, self.objective, self.optimizer)
-        state: TrainState = jax.jit(init, out_shardings=self.state_sharding)(params)
+        state: TrainState = jax.jit(init, out_shardings=_shardings(self.abstract_state))(params)
         return state
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
@@ -146,30 +146,21 @@ class Trainer:
         )
         return PrefetchIterator(batches, count=-(-len(self.eval_split) // size))
 
-    def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state."""
-        shapes = jax.eval_shape(lambda: _init(self.config, self.objective, self.optimizer))
-        state: TrainState = with_shardings(shapes, self.state_sharding)
-        return state
-
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch."""
         count, model = self.config.batch_size, self.model
-        shapes = {
-            "image": jax.ShapeDtypeStruct((count, *model.image_size, model.in_channels), jnp.uint8),
-            "label": jax.ShapeDtypeStruct((count,), jnp.int32),
+        struct = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(self.mesh))
+        batch = {
+            "image": struct((count, *model.image_size, model.in_channels), jnp.uint8),
+            "label": struct((count,), jnp.int32),
         }
         if self.config.distill.logits is not None:
-            shapes["teacher"] = jax.ShapeDtypeStruct((count, model.num_classes), jnp.float32)
-        sharding = batch_sharding(self.mesh)
-        return {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-            for name, x in shapes.items()
-        }
+            batch["teacher"] = struct((count, model.num_classes), jnp.float32)
+        return batch
 
     def trace(self) -> Any:
         """The step, traced from abstract values: its jaxpr, and what lowers and compiles it."""
-        return self.step.trace(self.abstract_state(), self.abstract_batch(), self.objective)
+        return self.step.trace(self.abstract_state, self.abstract_batch(), self.objective)
 
 
 def build(
@@ -196,18 +187,19 @@ def build(
         from cait_jax.train.objectives.distillation import recorded_logits
 
         logits = recorded_logits(config, len(train_split), train_split.class_names)
-    trainer = assemble(config, mesh, objective, train_split, eval_split)
-    return dataclasses.replace(
-        trainer,
-        recorded_logits=logits,
-        objective=jax.device_put(objective, param_shardings(objective, mesh)),
-    )
+    objective = jax.device_put(objective, param_shardings(objective, mesh))
+    return assemble(config, mesh, objective, train_split, eval_split, logits)
 
 
 def assemble(
-    config: ConfigDict, mesh: Mesh, objective: Objective, train_split: Split, eval_split: Split
+    config: ConfigDict,
+    mesh: Mesh,
+    objective: Objective,
+    train_split: Split,
+    eval_split: Split,
+    recorded_logits: np.ndarray | None = None,
 ) -> Trainer:
-    """The parts of a run around an objective, whose arrays may be shapes where no step is run.
+    """The parts of a run around an objective, whose arrays are on the mesh, or shapes where no step is run.
 
     Raises:
       UserError: for a setting that does not fit.
@@ -230,10 +222,9 @@ def assemble(
     if built.freeze is not None:  # refuses a part that the network does not have
         jax.eval_shape(built.freeze, shapes.params, 0)
     state_sharding = param_shardings(shapes, mesh)
-    objective_sharding = param_shardings(objective, mesh)
     step = jax.jit(
         constrain_batch(make_train_step(built.transformation, built.schedule, step_config), mesh),
-        in_shardings=(state_sharding, batch_sharding(mesh), objective_sharding),
+        in_shardings=(state_sharding, batch_sharding(mesh), _shardings(objective)),
         out_shardings=(state_sharding, replicated(mesh)),
         donate_argnums=0,
     )
@@ -244,9 +235,10 @@ def assemble(
         eval_split=eval_split,
         objective=objective,
         optimizer=built,
-        state_sharding=state_sharding,
+        abstract_state=with_shardings(shapes, state_sharding),
         step=step,
         evaluate=objective.evaluator(mesh),
+        recorded_logits=recorded_logits,
     )
 
 
@@ -258,29 +250,21 @@ def mesh_from_config(config: ConfigDict, devices: list[jax.Device] | None = None
     return mesh
 
 
-def load_splits(config: ConfigDict) -> tuple[Split, Split]:
-    """The splits for training and for evaluation.
+def load_splits(
+    config: ConfigDict, load: Callable[..., Split] | None = None
+) -> tuple[Split, Split]:
+    """The splits for training and for evaluation, each by `load`, which is `load_split` if not given.
 
     Raises:
-      UserError: they cannot be read, or do not fit, see `check_splits`.
+      UserError: they cannot be read, or do not fit each other or the config.
     """
+    load = load or load_split
     data, size = config.data, config.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     train_split, eval_split = (
-        load_split(data.name, split, image_size=size, data_dir=data.data_dir)
+        load(data.name, split, image_size=size, data_dir=data.data_dir)
         for split in (data.train_split, data.eval_split)
     )
-    check_splits(config, train_split, eval_split)
-    return train_split, eval_split
-
-
-def check_splits(config: ConfigDict, train_split: Split, eval_split: Split) -> None:
-    """Refuses splits that do not fit each other or the config.
-
-    Raises:
-      UserError: see above.
-    """
-    data = config.data
     if train_split.class_names != eval_split.class_names:
         raise UserError(
             f"splits {data.train_split!r} and {data.eval_split!r} of {data.name} have other classes, so "
@@ -301,6 +285,7 @@ def check_splits(config: ConfigDict, train_split: Split, eval_split: Split) -> N
     crop_from_config(config, train_split)
     if mixup.from_config(config).enabled:
         warn_of_shared_draws(config.batch_size, config.augment.mix_rows, config.data.aug_repeats)
+    return train_split, eval_split
 
 
 def _init(
@@ -320,3 +305,7 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
         tree,
         shardings,
     )
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -109,7 +109,7 @@ def test_float32_losses_agree_over_twenty_steps():
 
 def test_optimiser_state_and_ema_are_sharded_as_their_parameters():
     trainer = build(small(mesh=(2, 2, 2)))
-    state = trainer.abstract_state()
+    state = trainer.abstract_state
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, state)
     stacked, unrolled = P(None, "fsdp", "tensor"), P("tensor", "fsdp")
     assert specs.params["blocks"]["mlp"]["fc1"]["kernel"] == stacked
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_one_mesh_is_read_on_every_other(tmp_path):
     with Checkpoints(tmp_path, keep=1, best_metric="eval/accuracy") as checkpoints:
         checkpoints.save(1, state, {}, None)
     for mesh in MESHES:
-        template = build(small(mesh=mesh)).abstract_state()
+        template = build(small(mesh=mesh)).abstract_state
         with Checkpoints(tmp_path, keep=1, best_metric="eval/accuracy") as checkpoints:
             step, found, _ = checkpoints.restore(template)
         assert step == 1
@@ -150,7 +150,7 @@ def test_an_axis_that_does_not_divide_is_not_sharded():
 
 def compiled_step(config, devices=None):
     trainer = build(config, devices)
-    return trainer.trace().lower().compile().as_text(), trainer.abstract_state()
+    return trainer.trace().lower().compile().as_text(), trainer.abstract_state
 
 
 @pytest.mark.slow

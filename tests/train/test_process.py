@@ -61,7 +61,7 @@ def last_state(workdir):
     config = digits.get_config()
     for key, value in SMALL.items():
         config.update_from_flattened_dict({key: value})
-    template = build(config, jax.devices()[:1]).abstract_state()
+    template = build(config, jax.devices()[:1]).abstract_state
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         return checkpoints.restore(template)
 

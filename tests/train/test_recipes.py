@@ -281,7 +281,7 @@ def start_of(name):
 def test_data_model_and_schedule_fit(name, without_data):
     config = load(name)
     trainer = build(config, devices=jax.devices()[:1])
-    params = trainer.abstract_state().params
+    params = trainer.abstract_state.params
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
 
     optimizer = config.optimizer
@@ -299,7 +299,7 @@ KINDS = {operations(name): name for name in RECIPES}.values()
 def test_each_kind_of_step_can_be_traced(name, without_data):
     config = load(name)
     trainer = build(config, devices=jax.devices()[:1])
-    state = trainer.abstract_state()
+    state = trainer.abstract_state
     shape = (config.batch_size, *trainer.model.image_size, trainer.model.in_channels)
     batch = {
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8),

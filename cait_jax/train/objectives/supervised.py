@@ -44,7 +44,7 @@ class Supervised:
     Attributes:
       model: applied as `model.apply(variables, images, train=True, example_ids=..., rngs=...)`.
       label_loss: from logits and soft targets to the loss of each example.
-      mean: of each channel, on a scale from 0 to 1; `std` likewise.
+      mean: of each channel, as `std` on a scale from 0 to 1.
       augmentation: what is drawn for each image.
       reprob: probability of random erasing.
       smoothing: of labels.
@@ -71,7 +71,7 @@ class Supervised:
         return self.model.init(key, images)["params"] if params is None else params, {}
 
     def prepare(self, batch: Batch, keys: Keys) -> Batch:
-        """Augments, normalises, erases and mixes images, and mixes their targets likewise."""
+        """Augments, normalises, erases and mixes images; targets and teacher logits are mixed by the same draw."""
         ids = jnp.arange(batch["label"].shape[0])
         images = batch["image"].astype(jnp.float32)
         images = pipeline.augment(keys["augment"], images, ids, self.augmentation)
@@ -147,14 +147,14 @@ def from_config(
     Raises:
       UserError: for a network that cannot be trained, or a teacher that does not fit.
     """
-    name, size = config.model.name, config.image_size
+    name = config.model.name
     if name in VARIANTS and VARIANTS[name].family == "RegNetY":
         raise UserError(
             f"{setting('config.model.name', name)} is here to teach and to predict, not to be trained: its batch "
             "norms keep running averages; choose a transformer, such as cait_xxs24 or deit_small"
         )
     model: Any = create_model(
-        image_size=(size, size) if isinstance(size, int) else tuple(size),
+        image_size=config.image_size,
         num_classes=split.num_classes,
         in_channels=split.channels,
         **config.model,
