@@ -18,7 +18,7 @@ from sklearn.svm import SVC
 
 from cait_jax.augment.pipeline import normalise
 from cait_jax.data import load_split
-from cait_jax.models.intermediates import forward_intermediates
+from cait_jax.models.inspect import forward_intermediates
 from cait_jax.train import Run, train
 from cait_jax.train.metric_writer import read_metrics
 from configs import digits

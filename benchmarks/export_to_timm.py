@@ -69,8 +69,9 @@ def export_ours(name: str, folder: Path) -> None:
     import jax
 
     from cait_jax import create_model
+    from cait_jax.models.inspect import abstract_variables
     from cait_jax.weights.timm_export import export_timm
-    from cait_jax.weights.timm_names import abstract_variables, from_timm, to_timm
+    from cait_jax.weights.timm_names import from_timm, to_timm
 
     model = create_model(name, precision="highest")
     empty = jax.tree.map(

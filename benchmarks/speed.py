@@ -15,7 +15,7 @@ has autocast and channels_last. torch.compile compiles the model anew for each b
 Beside other programs PyTorch's threads on CPUs lose far more by waiting busily than ours do: start this with
 OMP_WAIT_POLICY=PASSIVE then. Best is a machine with nothing else on it; the JSON file has the load at the start.
 
-"Of peak" is the arithmetic of the network (multiply-accumulates of `cait_jax.models.cost`, times 3 for training)
+"Of peak" is the network's arithmetic (multiply-accumulates by `cait_jax.models.inspect`, times 3 for training)
 over what the device does in a large product of square matrices in the same dtype, the better of both sides.
 Memory is what weights, optimiser, images and everything in between need: ours as the compiler says it, of all
 devices, timm's on GPUs as PyTorch's allocator counts it.
@@ -48,11 +48,11 @@ from tabulate import tabulate
 
 from cait_jax import UserError, create_model, export_timm
 from cait_jax.models.cait import DEFAULT_ATTENTION, CaiT
-from cait_jax.models.cost import macs
+from cait_jax.models.inspect import abstract_variables, macs
 from cait_jax.models.variants import VARIANTS
 from cait_jax.sharding import batch_sharding, constrain_batch, make_mesh, replicated
 from cait_jax.train.optimizer import make_optimizer
-from cait_jax.weights.timm_names import abstract_variables, from_timm, to_timm
+from cait_jax.weights.timm_names import from_timm, to_timm
 
 BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}
 COMPARED = 2  # images

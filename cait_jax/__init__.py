@@ -7,7 +7,7 @@ logits = model.apply(variables, images)
 
 from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import UserError
-from cait_jax.models.intermediates import forward_intermediates
+from cait_jax.models.inspect import forward_intermediates
 from cait_jax.weights.pretrained import (
     create_model,
     list_models,

@@ -96,8 +96,7 @@ def layer_features(model: Any, layer: str, *, tokens: bool) -> Any:
     import jax.numpy as jnp
 
     from cait_jax.errors import UserError
-    from cait_jax.models.intermediates import forward_intermediates
-    from cait_jax.weights.timm_names import abstract_variables
+    from cait_jax.models.inspect import abstract_variables, forward_intermediates
 
     stage, _, number = layer.partition(".")
     image = jax.ShapeDtypeStruct((1, *model.image_size, model.in_channels), jnp.float32)

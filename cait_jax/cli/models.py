@@ -48,7 +48,7 @@ def command(pattern: str, pretrained: bool, json: bool, markdown: bool) -> None:
 
 
 def _row(name: str) -> dict[str, Any]:
-    from cait_jax.models.cost import macs, parameter_count
+    from cait_jax.models.inspect import macs, parameter_count
     from cait_jax.models.zoo import create_model
     from cait_jax.weights.hub import RELEASED, published_result
 

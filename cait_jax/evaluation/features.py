@@ -16,7 +16,7 @@ from cait_jax.data.split import Split
 from cait_jax.errors import UserError
 from cait_jax.evaluation.evaluate import Batch
 from cait_jax.evaluation.scores import batches_of, show_progress
-from cait_jax.models.intermediates import forward_intermediates
+from cait_jax.models.inspect import forward_intermediates
 from cait_jax.sharding import (
     batch_sharding,
     constrain_batch,

@@ -13,7 +13,7 @@ from cait_jax.data.sources import find_builder, is_folder, is_generated, load_sp
 from cait_jax.data.split import Encoded, Split
 from cait_jax.errors import UserError
 from cait_jax.models.cait import DEFAULT_ATTENTION
-from cait_jax.models.cost import macs, macs_of, residual_bytes
+from cait_jax.models.inspect import abstract_variables, macs, macs_of, residual_bytes
 from cait_jax.models.zoo import create_model
 from cait_jax.plan.compile import Largest, cache_folder, compile_cached, largest_batch, tpu_devices
 from cait_jax.plan.hlo import Collective, collectives, read_program
@@ -31,7 +31,6 @@ from cait_jax.train.setup import (
     with_shardings,
 )
 from cait_jax.weights.pretrained import preprocessing
-from cait_jax.weights.timm_names import abstract_variables
 
 _EXAMPLES = 1_281_167  # of ImageNet-1k; the length of the schedule hangs on it, no shape does
 

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cait_jax.errors import Literal, UserError, Way, advise
-from cait_jax.weights.timm_names import abstract_variables, timm_names, to_timm
+from cait_jax.models.inspect import abstract_variables
+from cait_jax.weights.timm_names import timm_names, to_timm
 
 _POSITIONS = "pos_embed"
 _KERNEL = "patch_embed.proj.weight"

@@ -13,6 +13,7 @@ import numpy as np
 
 from cait_jax.errors import Literal, UserError, nearest, setting
 from cait_jax.files import sha256
+from cait_jax.models.inspect import abstract_variables
 from cait_jax.models.zoo import FAMILIES, float_dtype, misfit, network_class
 from cait_jax.renamed import current_attributes, current_preprocessing
 from cait_jax.sharding import leaf_shapes
@@ -22,7 +23,7 @@ from cait_jax.weights.state_dicts import (
     replace_files,
     safetensors_writer,
 )
-from cait_jax.weights.timm_names import abstract_variables, to_timm
+from cait_jax.weights.timm_names import to_timm
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"

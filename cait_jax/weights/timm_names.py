@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cait_jax.errors import UserError, Way, advise, some
+from cait_jax.models.inspect import abstract_variables
 from cait_jax.models.zoo import Network
 
 _NUMBERED = re.compile(r"(blocks|blocks_token_only)_(\d+)")
@@ -115,13 +116,6 @@ def timm_names(model: Network) -> frozenset[str]:
         lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), abstract_variables(model)
     )
     return frozenset(to_timm(empty))
-
-
-def abstract_variables(model: Network) -> dict[str, Any]:
-    """Shapes and dtypes of a model's variables, as `jax.ShapeDtypeStruct`s."""
-    images = jax.ShapeDtypeStruct((1, *model.image_size, model.in_channels), jnp.float32)
-    variables: dict[str, Any] = jax.eval_shape(model.init, jax.random.key(0), images)
-    return variables
 
 
 def _has_class_attention(variables: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from trees import random_params, stack_blocks, unstack_blocks
 import cait_jax
 from cait_jax import create_model, forward_intermediates
 from cait_jax.models.cait import CaiT, Mlp, SelfAttention
-from cait_jax.models.cost import macs_of
+from cait_jax.models.inspect import macs_of
 from cait_jax.models.layers import keep_mask
 
 NAME = "cait_nano4_patch4_8"

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from cait_jax import UserError
 from cait_jax.cli import main
 from cait_jax.cli.plan import read_config
-from cait_jax.models.cost import macs, parameter_count, residual_bytes
+from cait_jax.models.inspect import macs, parameter_count, residual_bytes
 from cait_jax.models.zoo import create_model
 from cait_jax.plan.plan import abstract_split, make_plan
 from cait_jax.plan.roofline import parse_topology

@@ -10,9 +10,9 @@ import pytest
 from trees import assert_same_bits, random_params
 
 from cait_jax import UserError, create_model
+from cait_jax.models.inspect import abstract_variables
 from cait_jax.weights.pretrained import load_pretrained, load_settings, save_pretrained
 from cait_jax.weights.saved import model_from_dict, model_to_dict
-from cait_jax.weights.timm_names import abstract_variables
 
 PREPROCESSING = {
     "image_size": (8, 8),

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from trees import assert_same_bits, random_params
 
 from cait_jax import UserError, create_model
+from cait_jax.models.inspect import abstract_variables
 from cait_jax.weights.hub import RELEASED
 from cait_jax.weights.pretrained import load_pretrained, load_settings
 from cait_jax.weights.timm_export import export_timm, timm_constructor
-from cait_jax.weights.timm_names import abstract_variables
 
 PREPROCESSING = {
     "image_size": [8, 8], "crop_pct": 0.9, "mean": [0.5], "std": [0.25], "channels": 1,

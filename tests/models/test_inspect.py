@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from cait_jax import create_model
-from cait_jax.models.cost import macs, macs_of, parameter_count
+from cait_jax.models.inspect import macs, macs_of, parameter_count
 
 # timm's table, in GMACs. It counts norms and the like too, which is less than half a per cent.
 PUBLISHED = {

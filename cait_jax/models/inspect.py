@@ -1,19 +1,71 @@
-"""Parameters, multiply-accumulates and kept activations of a model, from its shapes."""
+"""Looking into a network: attention maps and features, its shapes, and what it costs."""
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
+from cait_jax.models.cait import CaiT
+from cait_jax.models.layers import Images
 from cait_jax.models.zoo import Network
+
+
+def forward_intermediates(
+    model: Network, variables: Mapping[str, Any], images: Images
+) -> tuple[Float[Array, "batch outputs"], dict[str, Any]]:
+    """Applies the model to normalised images once, and returns intermediates beside the output.
+
+    Returns:
+      The output of `model.apply(variables, images)`, and a dict of
+        `blocks`: `features` (depth, batch, tokens, width) and, of self-attention, `logits`, `softmax` and,
+          with talking heads, `mixed_logits`, `mixed_softmax` (depth, batch, heads, tokens, tokens); a list
+          of such dicts without the leading axis where a token joins on the way;
+        `blocks_token_only`, with class attention: `features` (class_depth, batch, 1, width) and `softmax`
+          (class_depth, batch, heads, 1, 1 + patches), the class token's own column first;
+        `stages`, of RegNetY: a list of the stages' outputs (batch, height, width, channels);
+        `features`: (batch, width), what the head reads;
+        `logits_class` and `logits_distillation`, of a distilled network.
+    """
+    output, mutated = model.apply(variables, images, mutable=["intermediates"])
+    tree = dict(mutated["intermediates"])
+    if not isinstance(model, CaiT):
+        stages = [tree.pop(name)["features"] for name in sorted(tree) if name != "features"]
+        return output, {"stages": stages, **tree}
+    if "blocks" in tree:
+        tree["blocks"] = _flatten(tree["blocks"])
+    else:
+        blocks = [_flatten(tree.pop(f"blocks_{i}")) for i in range(model.depth)]
+        tree["blocks"] = blocks if isinstance(model.class_token, int) else _stack(blocks)
+    token_only = [
+        _flatten(tree.pop(f"blocks_token_only_{i}")) for i in range(model.class_depth or 0)
+    ]
+    if token_only:
+        tree["blocks_token_only"] = _stack(token_only)
+    return output, tree
+
+
+def _stack(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _flatten(block: Mapping[str, Any]) -> dict[str, Array]:
+    return {"features": block["features"], **block["attn"]}
+
+
+@functools.cache
+def abstract_variables(model: Network) -> dict[str, Any]:
+    """Shapes and dtypes of a model's variables, as `jax.ShapeDtypeStruct`s."""
+    variables: dict[str, Any] = jax.eval_shape(model.init, jax.random.key(0), _one_image(model))
+    return variables
 
 
 def parameter_count(model: Network) -> int:
     """Trainable numbers of a model; the running statistics of batch norms are not among them."""
-    return sum(leaf.size for leaf in jax.tree.leaves(_variables(model)["params"]))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_variables(model)["params"]))
 
 
 @functools.cache
@@ -23,7 +75,7 @@ def macs(model: Network) -> int:
     Every matmul and convolution of the traced program counts with its exact shapes, head mixing among them; sums,
     norms, softmax and activations do not, as is usual.
     """
-    return macs_of(jax.make_jaxpr(model.apply)(_variables(model), _one_image(model)).jaxpr)
+    return macs_of(jax.make_jaxpr(model.apply)(abstract_variables(model), _one_image(model)).jaxpr)
 
 
 def residual_bytes(model: Network, batch_size: int) -> int:
@@ -32,7 +84,7 @@ def residual_bytes(model: Network, batch_size: int) -> int:
     A compiler keeps less where it rematerialises, and more where it copies.
     """
     images = jax.ShapeDtypeStruct((batch_size, *model.image_size, model.in_channels), jnp.float32)
-    params = _variables(model)["params"]
+    params = abstract_variables(model)["params"]
 
     def backward(params: Any, images: Any) -> Any:
         def forward(params: Any) -> Any:
@@ -48,11 +100,6 @@ def residual_bytes(model: Network, batch_size: int) -> int:
 
     kept = jax.tree.leaves(jax.eval_shape(backward, params, images))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
-
-
-@functools.cache
-def _variables(model: Network) -> Any:
-    return jax.eval_shape(model.init, jax.random.key(0), _one_image(model))
 
 
 def _one_image(model: Network) -> jax.ShapeDtypeStruct:
