@@ -47,7 +47,8 @@ from safetensors.numpy import load_file, save_file
 from tabulate import tabulate
 
 from cait_jax import UserError, create_model, export_timm
-from cait_jax.models.cait import DEFAULT_ATTENTION, CaiT
+from cait_jax.kernels import DEFAULT_ATTENTION
+from cait_jax.models.cait import CaiT
 from cait_jax.models.inspect import abstract_variables, macs
 from cait_jax.models.variants import VARIANTS
 from cait_jax.sharding import batch_sharding, constrain_batch, make_mesh, replicated

@@ -40,13 +40,15 @@ def test_the_project_runs_without_tensorflow():
 
 
 def test_what_a_network_does_not_use_is_not_imported():
-    """Of a CaiT trained on a CPU with small images: neither RegNet nor kernels."""
+    """Of a CaiT trained on a CPU with small images: neither RegNet nor kernels, nor Pallas."""
     code = (
         "import sys, jax, jax.numpy as jnp, cait_jax, cait_jax.train.loop\n"
         "model = cait_jax.create_model('cait_nano4_patch4_8', depth=1)\n"
         "x = jnp.zeros((1, 8, 8, 1))\n"
         "jax.make_jaxpr(model.apply)(jax.eval_shape(model.init, jax.random.key(0), x), x)\n"
-        "print([m for m in sys.modules if m.startswith(('cait_jax.kernels', 'cait_jax.models.regnet'))])\n"
+        "unused = ('cait_jax.kernels.tpu', 'cait_jax.kernels.gpu', 'cait_jax.models.regnet', "
+        "'jax.experimental.pallas')\n"
+        "print([m for m in sys.modules if m.startswith(unused)])\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

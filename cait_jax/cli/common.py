@@ -286,7 +286,7 @@ def run_over_images(
 
     Yields the `Answers` of each batch; images that cannot be read are named on standard error.
     """
-    from cait_jax.evaluation.photographs import run_over_photographs
+    from cait_jax.evaluation.features import run_over_photographs
     from cait_jax.evaluation.scores import show_progress
 
     with show_progress(len(paths), title) as update:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from cait_jax.kernels.common import HIDDEN, dot, mixture
+from cait_jax.kernels import HIDDEN, dot, mixture
 
 TILE = 16  # queries, keys; also the least side of a matmul on tensor cores
 

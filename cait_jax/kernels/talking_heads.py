@@ -18,6 +18,8 @@ _KERNELS = {
     "pallas_gpu_interpreted": ("gpu", True),
 }
 IMPLEMENTATIONS = ("xla", "xla_remat", "xla_by_image", *_KERNELS)
+DEFAULT_ATTENTION = {"tpu": "pallas_tpu", "cpu": "xla_by_image"}  # by platform; of others "xla"
+SMALL_MAPS = 1024  # elements of an image's maps, up to which looping over images does not pay
 
 ByToken = Float[Array, "batch tokens heads dim"]
 

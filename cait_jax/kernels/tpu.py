@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from cait_jax.kernels.common import HIDDEN, dot, mixture
+from cait_jax.kernels import HIDDEN, dot, mixture
 
 ROWS, LANES = 8, 128  # of a vector register
 # What the arrays of a tile of queries may take of VMEM, and what all may.

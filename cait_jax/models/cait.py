@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from cait_jax import kernels
 from cait_jax.models.layers import (
     LINEAR_INIT,
     SAVE_MATMULS,
@@ -42,10 +43,6 @@ RATES = (
     "drop_path_rate", "embedding_dropout", "attention_dropout", "projection_dropout", "dropout",
 )  # fmt: skip
 REMATS = ("none", "elementwise", "attention", "block")
-KERNELS = ("pallas_tpu", "pallas_tpu_interpreted", "pallas_gpu", "pallas_gpu_interpreted")
-ATTENTIONS = ("xla", "xla_remat", "xla_by_image", *KERNELS)
-DEFAULT_ATTENTION = {"tpu": "pallas_tpu", "cpu": "xla_by_image"}  # by platform; of others "xla"
-SMALL_MAPS = 1024  # elements of an image's maps, up to which looping over images does not pay
 
 
 class SelfAttention(nn.Module):
@@ -90,9 +87,7 @@ class SelfAttention(nn.Module):
             maps = Dropout(self.attention_dropout, name="attn_drop")(maps, example_ids)
             x = jnp.einsum("bhqk,bkhc->bqhc", maps.astype(v.dtype), v, precision=precision)
         else:
-            from cait_jax.kernels import talking_heads_attention
-
-            x = talking_heads_attention(
+            x = kernels.talking_heads_attention(
                 q, k, v, *pre, *post, implementation=implementation, precision=precision
             )
 
@@ -105,8 +100,8 @@ class SelfAttention(nn.Module):
         recorded = self.is_initializing() or self.is_mutable_collection("intermediates")
         if recorded or not self.talking_heads or (dropped and self.attention_dropout):
             return "xla"
-        chosen = self.implementation or DEFAULT_ATTENTION.get(jax.default_backend(), "xla")
-        small = self.num_heads * tokens**2 <= SMALL_MAPS
+        chosen = self.implementation or kernels.DEFAULT_ATTENTION.get(jax.default_backend(), "xla")
+        small = self.num_heads * tokens**2 <= kernels.SMALL_MAPS
         return "xla" if chosen == "xla_by_image" and small else chosen
 
 
@@ -251,7 +246,9 @@ class CaiT(nn.Module):
     # What is rematerialised in the backward pass: "none"; "elementwise": in a block everything but matmuls and
     # attention as a whole; "attention"; "block": whole blocks. Norms and GELU always are.
     remat: str = "none"
-    attention: str | None = None  # one of `ATTENTIONS`, all the same function; None: the fastest
+    attention: str | None = (
+        None  # one of `kernels.IMPLEMENTATIONS`, all the same function; None: the fastest
+    )
     stacked: bool = True  # blocks in one `nn.scan`, parameters along a leading axis; False with k
 
     def __post_init__(self) -> None:
@@ -394,7 +391,7 @@ def check_attributes(model: CaiT) -> None:
             raise ValueError(f"{name} {rate} must lie in [0, 1)")
     if model.remat not in REMATS:
         raise ValueError(f"remat {model.remat!r} must be one of {', '.join(REMATS)}")
-    if (chosen := model.attention) not in (None, *ATTENTIONS):
+    if (chosen := model.attention) not in (None, *kernels.IMPLEMENTATIONS):
         raise ValueError(
-            f"attention {chosen!r} must be one of {', '.join(ATTENTIONS)}; None chooses"
+            f"attention {chosen!r} must be one of {', '.join(kernels.IMPLEMENTATIONS)}; None chooses"
         )

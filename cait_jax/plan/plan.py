@@ -12,13 +12,12 @@ from ml_collections import ConfigDict
 from cait_jax.data.sources import find_builder, is_folder, is_generated, load_split
 from cait_jax.data.split import Encoded, Split
 from cait_jax.errors import UserError
-from cait_jax.models.cait import DEFAULT_ATTENTION
+from cait_jax.kernels import DEFAULT_ATTENTION
 from cait_jax.models.inspect import abstract_variables, macs, macs_of, residual_bytes
 from cait_jax.models.zoo import create_model
 from cait_jax.plan.compile import Largest, cache_folder, compile_cached, largest_batch, tpu_devices
 from cait_jax.plan.hlo import Collective, collectives, read_program
-from cait_jax.plan.roofline import Roofline, Topology, roofline
-from cait_jax.plan.traffic import traffic_by_origin
+from cait_jax.plan.roofline import Roofline, Topology, roofline, traffic_by_origin
 from cait_jax.sharding import AXES, check_batch_size, param_shardings
 from cait_jax.train.config import check_values
 from cait_jax.train.objectives import supervised

@@ -17,7 +17,8 @@ from ml_collections.config_dict import placeholder
 
 from cait_jax.data.decode import RESIZES
 from cait_jax.errors import nearest
-from cait_jax.models.cait import ATTENTIONS, REMATS
+from cait_jax.kernels import IMPLEMENTATIONS
+from cait_jax.models.cait import REMATS
 from cait_jax.models.residual import CLASS_TOKENS, DROP_PATH_GROWTHS, SCHEMES
 from cait_jax.models.variants import VARIANTS
 from cait_jax.models.zoo import FLOAT_DTYPES
@@ -205,7 +206,7 @@ KEYS: Mapping[str, Key] = {
     "model.param_dtype": Key("float32", DTYPE, "of parameters, optimiser state and EMA"),
     "model.precision": Key(None, words(("default", "high", "highest")), "of matmuls; None: JAX's default"),
     "model.remat": Key("none", words(REMATS), "what is rematerialised in the backward pass"),
-    "model.attention": Key(None, words(ATTENTIONS), "implementation; None: the best known here"),
+    "model.attention": Key(None, words(IMPLEMENTATIONS), "implementation; None: the best known here"),
     "model.stacked": Key(True, FLAG, "blocks in one nn.scan, which compiles fast"),
     # where a run starts without a checkpoint of its own: these, then initialisation from the seed
     "init.weights": Key(None, TEXT, "weights to start from: a file, a saved model or a run's workdir"),
