@@ -43,8 +43,8 @@ def command(
     a training run. Parameters are written bit for bit, in the dtype they have.
     """
     from cait_jax.errors import UserError
+    from cait_jax.weights.adapt import mean_params
     from cait_jax.weights.pretrained import load_pretrained
-    from cait_jax.weights.runs import mean_params
     from cait_jax.weights.saved import save_pretrained
     from cait_jax.weights.timm_export import export_timm
 

@@ -1,4 +1,8 @@
-"""Directories of `save_pretrained`: weights under timm's names, model and settings in `config.json`."""
+"""Directories with a model: those of `save_pretrained`, and of training runs, which are only read.
+
+A saved model is weights under timm's names, and model and settings in `config.json`. `RUN` is a run's newest valid
+checkpoint, `RUN/checkpoints/STEP` the one of that step and no other; a run is read also while it goes on.
+"""
 
 import dataclasses
 import json
@@ -14,8 +18,8 @@ import numpy as np
 from cait_jax.errors import Literal, UserError, nearest, setting
 from cait_jax.files import sha256
 from cait_jax.models.inspect import abstract_variables
-from cait_jax.models.zoo import FAMILIES, float_dtype, misfit, network_class
-from cait_jax.renamed import current_attributes, current_preprocessing
+from cait_jax.models.zoo import FAMILIES, create_model, float_dtype, misfit, network_class
+from cait_jax.renamed import current_attributes, current_config, current_preprocessing
 from cait_jax.sharding import leaf_shapes
 from cait_jax.weights.state_dicts import (
     check_finite,
@@ -32,6 +36,7 @@ SECTION = "cait_jax"
 _FORMAT = 1
 _PREPROCESSING = ("image_size", "crop_pct", "mean", "std", "channels")
 _DTYPES = ("dtype", "param_dtype")
+_CHECKPOINTS = "checkpoints"  # of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,11 +238,7 @@ def model_from_dict(description: Mapping[str, Any]) -> Any:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in current_attributes(description["attributes"]).items()
     }
-    for name in _DTYPES:
-        if name in attributes:
-            attributes[name] = float_dtype(name, attributes[name])
-    known = {field.name for field in dataclasses.fields(network_class(family))}
-    _refuse_unknown(family, attributes, known)
+    attributes = _converted(family, attributes, attribute_names(network_class(family)))
     try:
         return network_class(family)(**attributes)
     except (TypeError, ValueError) as error:
@@ -250,13 +251,9 @@ def replace_attributes(model: Any, **attributes: Any) -> Any:
     Raises:
       UserError: an attribute is unknown, or its value does not fit.
     """
-    _refuse_unknown(type(model).__name__, attributes, set(attribute_names(model)))
-    size = attributes.get("image_size")
-    if size is not None:
+    attributes = _converted(type(model).__name__, attributes, attribute_names(model))
+    if (size := attributes.get("image_size")) is not None:
         attributes["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
-    for name in _DTYPES:
-        if name in attributes:
-            attributes[name] = float_dtype(name, attributes[name])
     try:
         return model.clone(**attributes)
     except (TypeError, ValueError) as error:
@@ -268,10 +265,15 @@ def attribute_names(model: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
 
 
-def _refuse_unknown(family: str, attributes: Mapping[str, Any], known: set[str]) -> None:
+def _converted(family: str, attributes: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
+    """The attributes with dtypes in place of their names."""
     for name in attributes:
         if name not in known:
             raise UserError(f"{family} has no attribute {name!r}; {nearest(name, known)}")
+    return {
+        name: float_dtype(name, value) if name in _DTYPES else value
+        for name, value in attributes.items()
+    }
 
 
 def _as_json(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,3 +292,102 @@ def _as_json(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for name in _PREPROCESSING
     }
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is the directory of a training run, or of one of its checkpoints."""
+    return path.is_dir() and (_is_step(path) or (path / _CHECKPOINTS).is_dir())
+
+
+def read_run(path: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarray]]:
+    """Reads a run's parameters, or their average, without the optimiser's state.
+
+    Returns:
+      The model as it was trained, and a state dict of timm's.
+
+    Raises:
+      UserError: there is no checkpoint, none that is valid, or no average in it.
+    """
+    params, meta = _restore(path, "ema" if ema else "params")
+    model = _model(meta, params)
+    return model, checked_state_dict(model, {"params": params})
+
+
+def run_settings(path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """A run's class names and the preprocessing of its evaluation.
+
+    Raises:
+      UserError: there is no checkpoint, or none that is valid.
+    """
+    checkpoints, step = _open(path)
+    meta = checkpoints.meta(step)
+    params: Mapping[str, Any] = {}
+    if "class_names" not in meta or "channels" not in meta:
+        params, meta = _restore(path, "params")
+    config = current_config(meta["config"])
+    preprocessing = {
+        "image_size": list(_image_size(config)),
+        "crop_pct": config["eval"]["crop_pct"],
+        "mean": list(config["data"]["mean"]),
+        "std": list(config["data"]["std"]),
+        "channels": _channels(meta, params),
+    }
+    return _class_names(meta, params), preprocessing
+
+
+def _is_step(path: Path) -> bool:
+    path = path.absolute()
+    return path.name.isdecimal() and path.parent.name == _CHECKPOINTS
+
+
+def _open(path: Path) -> tuple[Any, int | None]:
+    """The checkpoints of a run, and the step of the one that `path` names; None: the newest valid one."""
+    from cait_jax.checkpoint.store import Checkpoints
+
+    if _is_step(path):
+        return Checkpoints(path.absolute().parent), int(path.name)
+    return Checkpoints(path / _CHECKPOINTS), None
+
+
+def _restore(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    checkpoints, step = _open(path)
+    if part == "ema" and not checkpoints.meta(step)["config"]["optimizer"]["ema_decay"]:
+        raise UserError(
+            f"the run in {path} kept no average of its parameters (optimizer.ema_decay is 0): leave out "
+            f"{setting('ema', True)}"
+        )
+    restored = checkpoints.restore_part(part, step=step)
+    if restored is None:
+        raise UserError(f"the run in {path} has saved no checkpoint yet: wait for its first")
+    _, params, meta = restored
+    return params, meta
+
+
+def _model(meta: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
+    config = current_config(meta["config"])
+    return create_model(
+        image_size=_image_size(config),
+        num_classes=len(_class_names(meta, params)),
+        in_channels=_channels(meta, params),
+        **config["model"],
+    )
+
+
+def _image_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    size = config["image_size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+# Old runs, all of CaiT, saved neither class names nor channels.
+
+
+def _class_names(meta: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[str, ...]:
+    if "class_names" in meta:
+        return tuple(meta["class_names"])
+    return tuple(str(i) for i in range(params["head"]["bias"].shape[0]))
+
+
+def _channels(meta: Mapping[str, Any], params: Mapping[str, Any]) -> int:
+    if "channels" in meta:
+        return int(meta["channels"])
+    return int(params["patch_embed"]["proj"]["kernel"].shape[2])

@@ -7,7 +7,7 @@ import pytest
 
 from cait_jax import UserError
 from cait_jax.train.step import moving_average
-from cait_jax.weights.runs import mean_params
+from cait_jax.weights.adapt import mean_params
 
 
 def tree(seed, dtype=jnp.float32):

@@ -21,7 +21,7 @@ from trees import random_params
 from cait_jax import create_model, export_timm, load_pretrained, save_pretrained
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.errors import UserError
-from cait_jax.weights.runs import mean_params
+from cait_jax.weights.adapt import mean_params
 from cait_jax.weights.state_dicts import (
     check_finite,
     read_weights,

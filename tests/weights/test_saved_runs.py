@@ -12,8 +12,8 @@ from cait_jax import UserError, create_model
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.train.config import as_json
 from cait_jax.train.step import create_state
+from cait_jax.weights.adapt import mean_params
 from cait_jax.weights.pretrained import load_pretrained, load_settings
-from cait_jax.weights.runs import mean_params
 from configs import digits
 
 
