@@ -5,6 +5,7 @@ word.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from jaxtyping import PyTree
 from cait_jax.errors import UserError, one_line
 from cait_jax.files import MANIFEST, DamagedError, read_manifest, sha256
 from cait_jax.sharding import leaf_shapes
+
+_log = logging.getLogger(__name__)
 
 # Orbax's items, and the folders of a step.
 STATE = "state"
@@ -55,15 +58,15 @@ def choose_step(
     directory: Path,
     steps: Sequence[int],
     step: int | None,
-    prefix: str,
-    pass_over: Callable[[int, str], None],
+    damage: dict[int, str],
+    prefix: str = "",
 ) -> int | None:
     """The step asked for, or the newest that `verify` accepts; None if nothing was saved.
 
     Args:
       steps: what is under `directory`, ascending.
+      damage: receives why newer steps are passed over; what is new to it is logged.
       prefix: see `verify`.
-      pass_over: is told the number of a step that cannot be used, and why.
 
     Raises:
       UserError: the step asked for is missing or damaged, or none can be used.
@@ -81,8 +84,16 @@ def choose_step(
                 raise UserError(
                     f"The checkpoint of step {step} under {directory} is unusable: {error}."
                 ) from None
-            pass_over(candidate, str(error))
+            if damage.get(candidate) != str(error):
+                _log.warning(
+                    "Passing over the checkpoint of step %d under %s: %s.",
+                    candidate,
+                    directory,
+                    error,
+                )
+            damage[candidate] = str(error)
         else:
+            damage.pop(candidate, None)
             return candidate
     # A single one without a manifest is a first save that was killed.
     if len(steps) > 1 or any((directory / str(step) / MANIFEST).exists() for step in steps):

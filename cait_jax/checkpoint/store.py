@@ -1,7 +1,7 @@
 """Checkpoints: written in the background by Orbax, committed with checksums, restored strictly.
 
-Orbax neither syncs what it writes to the disk nor notices a flipped bit. So a step counts only once it is
-committed: its files and directories are synced, then a manifest of their checksums is put in place.
+Orbax neither syncs to the disk nor notices a flipped bit. So a step counts only once it is committed: everything is
+synced, then a manifest of checksums is put in place.
 
     DIRECTORY/<step>/state/         the arrays
     DIRECTORY/<step>/meta/          JSON
@@ -10,15 +10,15 @@ committed: its files and directories are synced, then a manifest of their checks
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -32,7 +32,7 @@ from cait_jax.errors import UserError, one_line
 _log = logging.getLogger(__name__)
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints", None]):
     """The checkpoints of one run under `directory`, which all processes share.
 
     Every process makes the same calls in the same order. Nothing on disk changes before the first `save`, which
@@ -65,11 +65,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, Exception] | None = None
-        self._damaged: set[int] = set()
-        self._warned: set[tuple[int, str]] = set()
-
-    def __enter__(self) -> "Checkpoints":
-        return self
+        self._damage: dict[int, str] = {}
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Closes. While another exception passes through, a failed save is logged, not raised."""
@@ -85,7 +81,7 @@ class Checkpoints:
         step: int,
         state: PyTree,
         meta: Mapping[str, Any],
-        metrics: Mapping[str, SupportsFloat] | None = None,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Starts saving, after the save before; returns once `state` is copied to the host and may be donated.
 
@@ -99,7 +95,7 @@ class Checkpoints:
         """
         self.wait()
         snapshot = json.loads(files.to_json(meta))
-        fields = {"step": step, "metrics": _floats(metrics or {})}
+        fields = {"step": step, "metrics": files.json_values(metrics or {})}
         try:
             manager = self._open_manager()
             self._saving = step
@@ -125,13 +121,13 @@ class Checkpoints:
 
         self._in_background(step, finish)
 
-    def record(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Replaces the metrics of the step saved or restored last, once it is committed (so it is saved first).
 
         Returns at once; a failure is raised by the next `save`, `wait` or `close`.
         """
         if jax.process_index() == 0:
-            fields = {"metrics": _floats(metrics)}
+            fields = {"metrics": files.json_values(metrics)}
             self._in_background(step, lambda: files.amend(self._path(step), fields))
 
     def metrics(self, step: int) -> dict[str, float]:
@@ -151,9 +147,9 @@ class Checkpoints:
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The `meta` of a step, by default the newest good one; of its arrays only the sizes are checked."""
         self._join()
-        chosen = self._choose(step, prefix=f"{reader.META}/")
         if step is None:
-            self._close_manager()  # it moves away what was passed over when it opens again
+            self._close_manager()  # what is passed over is moved away when it opens again
+        chosen = self._choose(step, prefix=f"{reader.META}/")
         if chosen is None:
             raise UserError(f"There is no checkpoint under {self._directory}.")
         return reader.read_meta(self._path(chosen))
@@ -176,36 +172,16 @@ class Checkpoints:
         Raises:
           UserError: no step is good; the one asked for is missing or damaged; tree, shape or dtype differs.
         """
-        self._join()
-        if step is None and not self._steps() and jax.process_count() == 1:
-            return None
-        chosen = reader.agree_on_step(self._directory, lambda: self._choose(step))
-        if step is None:
-            self._close_manager()
-        return (
-            None if chosen is None else (chosen, *reader.read_state(self._path(chosen), template))
-        )
+        return self._read(step, lambda path: reader.read_state(path, template))
 
     def restore_part(
         self, part: str, template: PyTree | None = None, step: int | None = None
     ) -> tuple[int, PyTree, dict[str, Any]] | None:
         """Restores one field of a saved state, such as `"params"`, to numpy arrays; the others are not loaded.
 
-        As `restore`, but when a run deletes the newest step while it is read, the next one is taken. Without a
-        template the part comes as it was saved, in dicts and lists.
+        As `restore`, but without a template the part comes as it was saved, in dicts and lists.
         """
-        self._join()
-        while True:
-            newest = self.latest_step()
-            try:
-                chosen = reader.agree_on_step(self._directory, lambda: self._choose(step))
-                if chosen is None:
-                    return None
-                return chosen, *reader.read_part(self._path(chosen), part, template)
-            except Exception:
-                overtaken = step is None and self.latest_step() != newest
-                if not overtaken or jax.process_count() > 1:
-                    raise
+        return self._read(step, lambda path: reader.read_part(path, part, template))
 
     def wait(self) -> None:
         """Returns when what was saved is committed. A failure is raised once; the next `save` starts afresh."""
@@ -239,11 +215,10 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    cleanup_tmp_directories=True,
-                    preservation_policy=_Preserve(self._steps_to_keep),
+                    cleanup_tmp_directories=True, preservation_policy=self
                 ),
             )
-            self._damaged.clear()
+            self._damage.clear()
         return self._manager
 
     def _close_manager(self) -> None:
@@ -267,9 +242,11 @@ class Checkpoints:
             self._path(step).rename(aside)
             _log.warning("Moved the unusable checkpoint %s to %s.", self._path(step), aside)
 
-    def _steps_to_keep(self) -> set[int | None]:
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's preservation policy: the newest committed steps, the best, and the one being saved."""
         committed = self._committed()
-        return {*sorted(committed)[-self._keep :], self._best(committed), self._saving}
+        kept = {*sorted(committed)[-self._keep :], self._best(committed), self._saving}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
     def _in_background(self, step: int, work: Callable[[], None]) -> None:
         """Runs `work` in a thread, after what is in the background already and unless that fails."""
@@ -299,60 +276,45 @@ class Checkpoints:
             "make room or mend the disk, then run the same command again, which goes on from the last checkpoint"
         )
 
-    # Choosing
+    # Choosing and reading
 
     def _steps(self) -> list[int]:
         """The steps that Orbax has finished writing, ascending."""
-        if not self._directory.is_dir():
-            return []
-        names = (path.name for path in self._directory.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if name.isdecimal())
+        found = self._directory.glob("*")
+        return sorted(int(path.name) for path in found if path.name.isdecimal() and path.is_dir())
 
     def _committed(self) -> dict[int, float | None]:
         """Each step with a valid manifest that is not known to be damaged, and its best metric."""
         found: dict[int, float | None] = {}
         for step in self._steps():
-            if step not in self._damaged:
+            if step not in self._damage:
                 with contextlib.suppress(files.DamagedError):
                     metrics = files.read_manifest(self._path(step))["metrics"]
                     found[step] = metrics.get(self._best_metric)
         return found
 
     def _best(self, committed: Mapping[int, float | None]) -> int | None:
-        ranked = [
-            (self._sign * value, step) for step, value in committed.items() if value is not None
-        ]
-        return max(ranked)[1] if ranked else None
+        known = {step: value for step, value in committed.items() if value is not None}
+        return max(known, key=lambda step: (self._sign * known[step], step), default=None)
 
     def _choose(self, step: int | None, prefix: str = "") -> int | None:
-        return reader.choose_step(self._directory, self._steps(), step, prefix, self._pass_over)
+        return reader.choose_step(self._directory, self._steps(), step, self._damage, prefix)
 
-    def _pass_over(self, step: int, damage: str) -> None:
-        if (self._path(step) / files.MANIFEST).exists():
-            self._damaged.add(step)
-        if (step, damage) not in self._warned:
-            self._warned.add((step, damage))
-            _log.warning(
-                "Passing over the checkpoint of step %d under %s: %s.",
-                step,
-                self._directory,
-                damage,
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Preserve:
-    """Orbax's preservation policy: the steps that `wanted` returns."""
-
-    wanted: Callable[[], set[int | None]]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """One bool for each of `checkpoints`, the one being saved included."""
-        wanted = self.wanted()
-        return [checkpoint.step in wanted for checkpoint in checkpoints]
-
-
-def _floats(metrics: Mapping[str, SupportsFloat]) -> dict[str, float | None]:
-    """None for what is not finite, as in JSON."""
-    values = {key: float(value) for key, value in metrics.items()}
-    return {key: value if math.isfinite(value) else None for key, value in values.items()}
+    def _read(
+        self, step: int | None, read: Callable[[Path], tuple[PyTree, dict[str, Any]]]
+    ) -> tuple[int, PyTree, dict[str, Any]] | None:
+        self._join()
+        if step is None and not self._steps() and jax.process_count() == 1:
+            return None
+        if step is None:
+            self._close_manager()
+        while True:
+            newest = self.latest_step()
+            try:
+                chosen = reader.agree_on_step(self._directory, lambda: self._choose(step))
+                return None if chosen is None else (chosen, *read(self._path(chosen)))
+            except Exception:
+                # Another process may have deleted the step while it was read, once a newer one was committed.
+                overtaken = step is None and self.latest_step() != newest
+                if not overtaken or jax.process_count() > 1:
+                    raise
