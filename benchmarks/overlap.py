@@ -26,7 +26,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from cait_jax.data import synthetic
+from cait_jax.data import in_memory
 from cait_jax.train import train
 from cait_jax.train.keys import get_config
 
@@ -55,8 +55,8 @@ def small_run(data: str, steps: int, workers: int) -> ConfigDict:
     config.model.depth = 2
     config.model.stacked = False
     config.augment.rand_augment = ""
-    synthetic._COUNTS["validation"] = synthetic.JPEG_COUNTS["validation"] = 128
-    images = (synthetic.JPEG_COUNTS if data.endswith("jpeg") else synthetic._COUNTS)["train"]
+    in_memory._COUNTS["validation"] = in_memory.JPEG_COUNTS["validation"] = 128
+    images = (in_memory.JPEG_COUNTS if data.endswith("jpeg") else in_memory._COUNTS)["train"]
     config.eval.every_epochs = EVALUATE_EVERY * config.batch_size / images
     config.checkpoint.every_steps, config.report.every_steps = SAVE_EVERY, LOG_EVERY
     return config
@@ -124,7 +124,7 @@ def idle_times(runs: list[Execution]) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=57, help="steps of the run, 22 or more")
-    parser.add_argument("--data", default="synthetic", choices=synthetic.NAMES)
+    parser.add_argument("--data", default="synthetic", choices=in_memory.NAMES)
     parser.add_argument("--workers", type=int, default=0, help="processes that decode JPEGs")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_overlap"))
     args = parser.parse_args()

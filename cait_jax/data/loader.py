@@ -8,6 +8,7 @@ the number of processes nor that of workers changes a batch, and resuming needs 
 import functools
 import itertools
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from cait_jax.data.sampler import CROPPING, BatchSlice, ClassBalancedSampler, Sampler, philox
+from cait_jax.data.sampler import CROPPING, BatchSlice, Sampler, philox
 from cait_jax.data.split import BrokenImage, Encoded, InMemory, Split, read_record, record_name
 from cait_jax.errors import UserError, Way, advise
 
@@ -54,10 +55,9 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
         """Takes over an iterator with a `close` method; rows of `extras` are added by its batches' `index`."""
         self._batches = batches
         self._examples = examples
-        self._extras = dict(extras or {})
-        self._step = self._read = self.broken = 0
-        self._named: set[int] = set()
-        self._last = ""
+        self._extras = extras or {}
+        self._step = self.broken = 0
+        self._why_broken: dict[int, str] = {}
 
     def __next__(self) -> Batch:
         """The next batch; no more come after `close`."""
@@ -82,20 +82,19 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
         return copied | {name: rows[np.asarray(index)] for name, rows in self._extras.items()}
 
     def _count_broken(self, examples: "_TrainingExamples", skipped: np.ndarray) -> None:
-        for row in np.flatnonzero(skipped):
-            number = self._step * skipped.size + int(row)
-            for index in itertools.islice(examples.candidates(number), int(skipped[row])):
-                if index not in self._named:
-                    self._named.add(index)
-                    self._last = examples.why_broken(number, index)
-                    _log.warning("%s; it is replaced", self._last)
+        for row in np.flatnonzero(skipped).tolist():
+            number = self._step * skipped.size + row
+            for index in itertools.islice(examples.candidates(number), skipped[row]):
+                if index not in self._why_broken:
+                    self._why_broken[index] = examples.why_broken(number, index)
+                    _log.warning("%s; it is replaced", self._why_broken[index])
         self._step += 1
         self.broken += int(skipped.sum())
-        self._read += skipped.size + int(skipped.sum())
-        if self._read >= JUDGED_FROM and self.broken > MAX_BROKEN * self._read:
+        read = self._step * skipped.size + self.broken
+        if read >= JUDGED_FROM and self.broken > MAX_BROKEN * read:
             raise BrokenImage(
-                f"{self.broken} of {self._read} images read are broken, more than {MAX_BROKEN:.0%}, and "
-                f"are named in the log (the last: {self._last}); repair or replace the data set"
+                f"{self.broken} of {read} images read are broken, more than {MAX_BROKEN:.0%}, and are named in the "
+                f"log (the last: {[*self._why_broken.values()][-1]}); repair or replace the data set"
             )
 
     def close(self) -> None:
@@ -117,8 +116,7 @@ class PrefetchIterator(Iterator[Batch], AbstractContextManager["PrefetchIterator
 
     def __init__(self, batches: Batches, count: int) -> None:
         """Takes over `batches` and starts to load."""
-        self._batches = batches
-        self._left = count
+        self._batches, self._left = batches, count
         self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "prefetch")
         self._first: Future[Batch] | None = self._thread.submit(next, batches)
 
@@ -191,18 +189,17 @@ def train_batches(
             f"choose a batch size of at most {count}"
         )
     rows = BatchSlice(batch_size, process_index, process_count, start_step, mix_rows)
-    sampler = Sampler(seed, count, repeats)
-    if balance_labels is not None:
-        sampler = ClassBalancedSampler(seed, count, repeats, labels=balance_labels)
+    sampler = Sampler(seed, count, repeats, balance_labels)
     if isinstance(split, InMemory):
-        return Batches(_gathered(split, sampler, rows), extras=extras)
+        from cait_jax.data.in_memory import train_rows
+
+        return Batches(train_rows(split, sampler, rows), extras=extras)
     from cait_jax.data.decode import random_resized_crop
 
     crop = crop or random_resized_crop
     crop = functools.partial(crop, image_size=image_size, channels=split.channels, exif=split.exif)
     examples = _TrainingExamples(split, sampler, rows, crop)
-    batches = _grain_batches(examples, rows.local_size, workers)
-    return Batches(batches, examples, extras)
+    return Batches(_grain_batches(examples, rows.local_size, workers), examples, extras)
 
 
 def eval_batches(
@@ -231,13 +228,14 @@ def eval_batches(
     rows = BatchSlice(batch_size, process_index, process_count)
     steps = -(-len(split) // batch_size)
     if isinstance(split, InMemory):
-        return Batches(_gathered_in_order(split, rows, steps))
+        from cait_jax.data.in_memory import eval_rows
+
+        return Batches(eval_rows(split, rows, steps))
     from cait_jax.data.decode import center_crop
 
-    crop = functools.partial(center_crop, crop_pct=crop_pct)
-    crop = functools.partial(crop, image_size=image_size, channels=split.channels, exif=split.exif)
-    shape = (*image_size, split.channels)
-    examples = _EvaluationExamples(split, rows, steps, crop, shape)
+    how = {"image_size": image_size, "channels": split.channels, "exif": split.exif}
+    crop = functools.partial(center_crop, crop_pct=crop_pct, **how)
+    examples = _EvaluationExamples(split, rows, steps, crop, (*image_size, split.channels))
     return Batches(_grain_batches(examples, rows.local_size, workers))
 
 
@@ -253,21 +251,6 @@ def _check(split: Split, batch_size: int, image_size: tuple[int, int], process_c
             f"the split was loaded with images of {held} pixels, not {asked}; load it with "
             f"image_size={image_size}"
         )
-
-
-def _gathered(split: InMemory, sampler: Sampler, rows: BatchSlice) -> Iterator[Batch]:
-    for step in itertools.count():
-        index = sampler.indices(rows.positions(step))
-        yield {"image": split.images[index], "label": split.labels[index], "index": index}
-
-
-def _gathered_in_order(split: InMemory, rows: BatchSlice, steps: int) -> Iterator[Batch]:
-    for step in range(steps):
-        positions = rows.positions(step)
-        mask = positions < len(split)
-        index = np.where(mask, positions, 0)
-        image = np.where(mask[:, None, None, None], split.images[index], np.uint8(0))
-        yield {"image": image, "label": np.where(mask, split.labels[index], 0), "mask": mask}
 
 
 @dataclass(frozen=True)
@@ -388,13 +371,10 @@ def _start_worker(index: int, count: int) -> None:
     # A signal to the process group must leave the parent the data of the steps until it saves.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
+    def exit_with_parent() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
 
-def _exit_with_parent() -> None:
-    import multiprocessing
-
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -6,13 +6,14 @@ CRC-32C of the data, all little-endian (tensorflow/core/lib/io/record_writer.h).
 
 import contextlib
 import json
+import os
 import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from cait_jax.data.image_files import nearest_path
 from cait_jax.data.sources import (
@@ -21,11 +22,13 @@ from cait_jax.data.sources import (
     is_prepared,
     manual_folder,
     open_array_record,
-    shard_paths,
 )
 from cait_jax.data.split import first_line
 from cait_jax.errors import UserError
 from cait_jax.files import atomic_replace
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 _FORMATS = "alternativeFileFormats"
 _HEADER = struct.Struct("<QI")
@@ -179,6 +182,13 @@ def plan_conversion(directory: str | Path) -> Conversion:
             f"{missing[0].source.name}: copy it again"
         )
     return Conversion(folder, shards)
+
+
+def shard_paths(split: "tfds.core.SplitInfo", file_format: str) -> list[os.PathLike[str]]:
+    """The files of a split in a format such as `"array_record"`."""
+    template = split.filename_template.replace(filetype_suffix=file_format)
+    paths: list[os.PathLike[str]] = template.sharded_filepaths(split.num_shards)
+    return paths
 
 
 def convert(plan: Conversion, progress: Callable[[int], None] | None = None) -> int:

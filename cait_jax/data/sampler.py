@@ -7,7 +7,7 @@ split of `n` examples.
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int, Int64
@@ -27,16 +27,20 @@ class Sampler:
     """Every epoch is a permutation of the `count` examples.
 
     With `repeats` r an example is shown r times in a row, and an epoch of `count` positions holds the first 1/r of
-    its permutation (repeated augmentation, Hoffer et al., arXiv 1901.09335).
+    its permutation (repeated augmentation, Hoffer et al., arXiv 1901.09335). With `labels`, one for each example,
+    every class comes equally often in every epoch, see `class_balanced_order`.
     """
 
     seed: int
     count: int
     repeats: int = 1
+    labels: Int[np.ndarray, "count"] | None = None
 
     def order(self, epoch: int) -> Int64[np.ndarray, "count"]:
         """Indices of the examples in their order in an epoch, counted from 0."""
-        return permutation(self.seed, epoch, self.count)
+        if self.labels is None:
+            return permutation(self.seed, epoch, self.count)
+        return _class_balanced_order(self, epoch)
 
     def indices(self, positions: Int64[np.ndarray, "b"]) -> Int64[np.ndarray, "b"]:
         """The examples at some positions."""
@@ -54,19 +58,8 @@ class Sampler:
         return (int(order[(first + i) % self.count]) for i in range(self.count))
 
 
-@dataclass(frozen=True, eq=False)
-class ClassBalancedSampler(Sampler):
-    """Every class comes equally often in every epoch; `labels` are those of the split, in order."""
-
-    labels: Int[np.ndarray, "count"] = field(kw_only=True, repr=False)
-
-    def order(self, epoch: int) -> Int64[np.ndarray, "count"]:
-        """As `class_balanced_order`."""
-        return _cached_order(self, epoch)
-
-
 @functools.lru_cache(maxsize=2)
-def _cached_order(sampler: ClassBalancedSampler, epoch: int) -> Int64[np.ndarray, "n"]:
+def _class_balanced_order(sampler: Sampler, epoch: int) -> Int64[np.ndarray, "n"]:
     return class_balanced_order(sampler.labels, sampler.seed, epoch)
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from cait_jax.data.decode import center_crop, decode_image, read_header
 from cait_jax.data.image_files import FolderRecords
-from cait_jax.data.sources import is_folder, load_split, prepared_builder, shard_paths, split_names
+from cait_jax.data.prepare import shard_paths
+from cait_jax.data.sources import is_folder, load_split, prepared_builder, split_names
 from cait_jax.data.split import BrokenImage, Encoded, InMemory, Split, read_record, record_name
 from cait_jax.errors import UserError, printable, some
 

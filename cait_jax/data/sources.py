@@ -4,14 +4,11 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from cait_jax.data.split import BrokenImage, Encoded, InMemory, Split, first_line, record_name
+from cait_jax.data.split import Encoded, Split, first_line
 from cait_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -19,10 +16,8 @@ if TYPE_CHECKING:
 
 IN_MEMORY_BYTES = 2**30
 _GENERATED = ("digits", "synthetic", "synthetic/jpeg")
-_IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 # What TFDS's imagenet2012_real calls them.
 _LABELS_OF_REAL = {"label": "original_label", "labels": "real_label"}
-_CHUNK = 512
 
 
 def load_split(
@@ -35,7 +30,7 @@ def load_split(
     as `label` and the ReaL labels, which may be none, as `labels`.
 
     Args:
-      name: `"digits"`, `"synthetic"` or `"synthetic/jpeg"` (see `cait_jax.data.synthetic`), a TFDS name such as
+      name: `"digits"`, `"synthetic"` or `"synthetic/jpeg"` (see `cait_jax.data.in_memory`), a TFDS name such as
         `"imagenet2012"` or `"imagenet_resized/64x64"`, or a folder of images as for `load_folder`. What starts
         with `/`, `.` or `~` is a folder.
       split: a TFDS split or a part of one, such as `"train[90%:]"`; otherwise see the functions that load it.
@@ -47,11 +42,11 @@ def load_split(
         labelled images; or a package is missing.
     """
     if is_generated(name):
-        from cait_jax.data import synthetic
+        from cait_jax.data.in_memory import load_digits, load_synthetic
 
         if name == "digits":
-            return synthetic.load_digits(split, image_size)
-        return synthetic.load_synthetic(name, split, image_size, IN_MEMORY_BYTES)
+            return load_digits(split, image_size)
+        return load_synthetic(name, split, image_size, IN_MEMORY_BYTES)
     if is_folder(name):
         from cait_jax.data.folder import load_folder
 
@@ -62,9 +57,9 @@ def load_split(
 def split_names(name: str, *, data_dir: str | None = None) -> tuple[str, ...]:
     """The splits of a data set; arguments and errors as for `load_split`."""
     if is_generated(name):
-        from cait_jax.data import synthetic
+        from cait_jax.data.in_memory import DIGITS_SPLITS, SPLITS
 
-        return synthetic.DIGITS_SPLITS if name == "digits" else synthetic.SPLITS
+        return DIGITS_SPLITS if name == "digits" else SPLITS
     if is_folder(name):
         from cait_jax.data.folder import folder_splits
 
@@ -112,12 +107,9 @@ def find_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
         # Without TensorFlow the community's data sets cannot be listed.
         names = [*_GENERATED, *tfds.list_builders(with_community_datasets=False)]
         near = nearest(name, names, count=6)
-        hint = (
-            near
-            if near.startswith("nearest")
-            else "the known ones are at tensorflow.org/datasets/catalog"
-        )
-        raise UserError(f"there is no folder and no data set called {name!r}; {hint}") from error
+        if not near.startswith("nearest"):
+            near = "the known ones are at tensorflow.org/datasets/catalog"
+        raise UserError(f"there is no folder and no data set called {name!r}; {near}") from error
     except Exception as error:  # a wrong version or config, an unreadable folder
         raise UserError(
             f"data set {name!r} cannot be opened: {first_line(error.__cause__ or error)}; check "
@@ -134,10 +126,8 @@ def prepared_builder(name: str, data_dir: str | None) -> "tfds.core.DatasetBuild
     """
     builder = find_builder(name, data_dir)
     if not is_prepared(builder):
-        raise UserError(
-            f"data set {name} is not prepared in {builder.data_path}; "
-            f"{how_to_prepare(builder, name)}"
-        )
+        how = how_to_prepare(builder, name)
+        raise UserError(f"data set {name} is not prepared in {builder.data_path}; {how}")
     return open_array_record(Path(builder.data_path), name)
 
 
@@ -169,29 +159,20 @@ def open_array_record(folder: Path, name: str) -> "tfds.core.DatasetBuilder":
     return prepared
 
 
-def shard_paths(split: "tfds.core.SplitInfo", file_format: str) -> list[os.PathLike[str]]:
-    """The files of a split in a format such as `"array_record"`."""
-    template = split.filename_template.replace(filetype_suffix=file_format)
-    paths: list[os.PathLike[str]] = template.sharded_filepaths(split.num_shards)
-    return paths
-
-
 def how_to_prepare(builder: "tfds.core.DatasetBuilder", name: str) -> str:
     """The commands that prepare a data set, and where its archives belong."""
-    archives = ""
-    if builder.name == "imagenet2012":
-        archives = f"put {' and '.join(_IMAGENET_ARCHIVES)}"
-    elif builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-        archives = "put its archives"
-    if archives:
-        archives = f"{archives} into {manual_folder(builder)} and then "
-    data_dir = _data_dir(builder)
+    first, data_dir = "", _data_dir(builder)
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        archives = "its archives"
+        if builder.name == "imagenet2012":
+            archives = "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
+        first = f"put {archives} into {manual_folder(builder)} and then "
     ours = shlex.join(["cait", "data", "prepare", name, f"--data-dir={data_dir}"])
-    tfds = shlex.join(
+    theirs = shlex.join(
         ["tfds", "build", name, "--file_format=array_record", f"--data_dir={data_dir}"]
     )
     return (
-        f'{archives}run: {ours} (or {tfds}; both need TensorFlow: pip install "cait-jax[prepare]")'
+        f'{first}run: {ours} (or {theirs}; both need TensorFlow: pip install "cait-jax[prepare]")'
     )
 
 
@@ -244,8 +225,10 @@ def _load_tfds(name: str, split: str, image_size: tuple[int, int], data_dir: str
     fits = len(records) * image_size[0] * image_size[1] * encoded.channels <= IN_MEMORY_BYTES
     if tuple(size) != image_size or not fits or multi_label:
         return encoded
+    from cait_jax.data.in_memory import decoded
+
     try:
-        return _decoded(encoded, image_size, title=f"decoding {name} {split}")
+        return decoded(encoded, image_size, title=f"decoding {name} {split}")
     except Exception as error:
         raise _damaged(name, builder.data_path, error) from error
 
@@ -282,34 +265,3 @@ def _check_split(builder: "tfds.core.DatasetBuilder", name: str, split: str) -> 
         ) from error
     if not count:
         raise UserError(f"split {split!r} of data set {name} is empty; the splits are {known}")
-
-
-def _decoded(split: Encoded, image_size: tuple[int, int], title: str) -> InMemory:
-    from tqdm import tqdm
-
-    from cait_jax.data.decode import decode_image
-
-    records: Any = split.records
-    images = np.empty((len(split), *image_size, split.channels), np.uint8)
-    labels = np.empty(len(split), np.int32)
-
-    def decode(indices: range) -> int:
-        # By the chunk: array_record takes longer to read one record than to decode a small image.
-        for index, record in zip(indices, records.__getitems__(list(indices)), strict=True):
-            try:
-                images[index] = decode_image(record["image"], channels=split.channels)
-            except BrokenImage as error:
-                raise BrokenImage(
-                    f"{record_name(index, record)} cannot be decoded: {error}"
-                ) from error
-            labels[index] = record["label"]
-        return len(indices)
-
-    chunks = [range(i, min(i + _CHUNK, len(split))) for i in range(0, len(split), _CHUNK)]
-    with (
-        ThreadPoolExecutor() as pool,
-        tqdm(total=len(split), desc=title, unit="image", disable=None, leave=False) as bar,
-    ):
-        for count in pool.map(decode, chunks):
-            bar.update(count)
-    return InMemory(images, labels, split.class_names)

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from cait_jax.data import Encoded, InMemory, load_split, sources, synthetic, train_batches
+from cait_jax.data import Encoded, InMemory, in_memory, load_split, sources, train_batches
 from cait_jax.data.decode import decode_image
 from cait_jax.data.sources import split_names
 from cait_jax.errors import UserError
@@ -56,7 +56,7 @@ def test_batches_of_encoded_images():
 
 
 def test_names_and_splits():
-    for name in synthetic.NAMES:
+    for name in in_memory.NAMES:
         assert split_names(name) == ("train", "validation")
         with pytest.raises(UserError, match="no split 'trian'; nearest: train"):
             load(name, "trian")

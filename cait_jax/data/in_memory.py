@@ -1,15 +1,18 @@
-"""Images that need no files: scikit-learn's digits, and generated ones for measuring speed."""
+"""Images held in memory: data sets decoded once, scikit-learn's digits, generated ones; and their batches."""
 
 import functools
 import io
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
-from cait_jax.data.split import Encoded, InMemory
+from cait_jax.data.sampler import BatchSlice, Sampler
+from cait_jax.data.split import BrokenImage, Encoded, InMemory, record_name
 from cait_jax.errors import UserError, nearest
 
 DIGITS_SPLITS = ("train", "test", "fit", "validation")
@@ -21,10 +24,66 @@ NUM_CLASSES = 1000
 JPEG_COUNTS = {"train": 1_281_167, "validation": 50_000}
 JPEG_SIZE = (400, 500)
 _COUNTS = {"train": 4096, "validation": 1024}
+_CHUNK = 512
 _PICTURES = 64
 _QUALITY = 92
 _FADING = 1.2
 _CLASS_NAMES = tuple(str(number) for number in range(NUM_CLASSES))
+
+
+def train_rows(
+    split: InMemory, sampler: Sampler, rows: BatchSlice
+) -> Iterator[dict[str, np.ndarray]]:
+    """One process's rows of the batches of training, without end, each with its `index`."""
+    for step in itertools.count():
+        index = sampler.indices(rows.positions(step))
+        yield {"image": split.images[index], "label": split.labels[index], "index": index}
+
+
+def eval_rows(split: InMemory, rows: BatchSlice, steps: int) -> Iterator[dict[str, np.ndarray]]:
+    """One process's rows of the batches of an evaluation; those past the last example are zeros."""
+    for step in range(steps):
+        positions = rows.positions(step)
+        mask = positions < len(split)
+        index = np.where(mask, positions, 0)
+        image = np.where(mask[:, None, None, None], split.images[index], np.uint8(0))
+        yield {"image": image, "label": np.where(mask, split.labels[index], 0), "mask": mask}
+
+
+def decoded(split: Encoded, image_size: tuple[int, int], title: str) -> InMemory:
+    """Decodes a split whose images are of one size.
+
+    Raises:
+      BrokenImage: an image cannot be decoded; it is named.
+    """
+    from tqdm import tqdm
+
+    from cait_jax.data.decode import decode_image
+
+    records: Any = split.records
+    images = np.empty((len(split), *image_size, split.channels), np.uint8)
+    labels = np.empty(len(split), np.int32)
+
+    def decode(indices: range) -> int:
+        # By the chunk: array_record takes longer to read one record than to decode a small image.
+        for index, record in zip(indices, records.__getitems__(list(indices)), strict=True):
+            try:
+                images[index] = decode_image(record["image"], channels=split.channels)
+            except BrokenImage as error:
+                raise BrokenImage(
+                    f"{record_name(index, record)} cannot be decoded: {error}"
+                ) from error
+            labels[index] = record["label"]
+        return len(indices)
+
+    chunks = [range(i, min(i + _CHUNK, len(split))) for i in range(0, len(split), _CHUNK)]
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(split), desc=title, unit="image", disable=None, leave=False) as bar,
+    ):
+        for count in pool.map(decode, chunks):
+            bar.update(count)
+    return InMemory(images, labels, split.class_names)
 
 
 @dataclass(frozen=True)
