@@ -1,6 +1,6 @@
 """Checkpoints: written in the background by Orbax, committed with checksums, restored strictly.
 
-Orbax neither syncs to the disk nor notices a flipped bit. So a step counts only once it is committed: its files and
+Orbax neither syncs to the disk nor notices a flipped bit. So a step counts only once it is committed: files and
 directories are synced, then a manifest of their checksums is put in place.
 
     DIRECTORY/<step>/state/         the arrays

@@ -36,14 +36,14 @@ def train_rows(
 ) -> Iterator[dict[str, np.ndarray]]:
     """One process's rows of the batches of training, without end, each with its `index`."""
     for step in itertools.count():
-        index = sampler.indices(rows.positions(step))
+        index = sampler.indices(rows.position(step * rows.local_size + np.arange(rows.local_size)))
         yield {"image": split.images[index], "label": split.labels[index], "index": index}
 
 
 def eval_rows(split: InMemory, rows: BatchSlice, steps: int) -> Iterator[dict[str, np.ndarray]]:
     """One process's rows of the batches of an evaluation; those past the last example are zeros."""
     for step in range(steps):
-        positions = rows.positions(step)
+        positions = rows.position(step * rows.local_size + np.arange(rows.local_size))
         mask = positions < len(split)
         index = np.where(mask, positions, 0)
         image = np.where(mask[:, None, None, None], split.images[index], np.uint8(0))

@@ -53,9 +53,7 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
         extras: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Takes over an iterator with a `close` method; rows of `extras` are added by its batches' `index`."""
-        self._batches = batches
-        self._examples = examples
-        self._extras = extras or {}
+        self._batches, self._examples, self._extras = batches, examples, extras or {}
         self._step = self.broken = 0
         self._why_broken: dict[int, str] = {}
 
@@ -70,13 +68,14 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
             index = batch.pop("index", None)
         except BaseException as error:
             self.close()
-            if isinstance(error, RuntimeError) and (ended := _WORKER_ENDED.search(str(error))):
-                ways = advise(Way("lower {}", "workers"), Way("lower {}", "batch_size"))
-                raise UserError(
-                    f"a process that decodes images ended with exit code {ended[1]}, for lack of memory if it is "
-                    f"-9: {ways}"
-                ) from error
-            raise
+            ended = isinstance(error, RuntimeError) and _WORKER_ENDED.search(str(error))
+            if not ended:
+                raise
+            ways = advise(Way("lower {}", "workers"), Way("lower {}", "batch_size"))
+            raise UserError(
+                f"a process that decodes images ended with exit code {ended[1]}, for lack of memory if it "
+                f"is -9: {ways}"
+            ) from error
         # Workers' arrays are in shared memory that lives no longer than Grain's own array class.
         copied = {k: v if type(v) is np.ndarray else np.array(v) for k, v in batch.items()}
         return copied | {name: rows[np.asarray(index)] for name, rows in self._extras.items()}
@@ -93,8 +92,9 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
         read = self._step * skipped.size + self.broken
         if read >= JUDGED_FROM and self.broken > MAX_BROKEN * read:
             raise BrokenImage(
-                f"{self.broken} of {read} images read are broken, more than {MAX_BROKEN:.0%}, and are named in the "
-                f"log (the last: {[*self._why_broken.values()][-1]}); repair or replace the data set"
+                f"{self.broken} of {read} images read are broken, more than {MAX_BROKEN:.0%}, and "
+                f"are named in the log (the last: {[*self._why_broken.values()][-1]}); repair or "
+                "replace the data set"
             )
 
     def close(self) -> None:
@@ -182,14 +182,13 @@ def train_batches(
       BrokenImage: while iterating, after `JUDGED_FROM` images of which more than `MAX_BROKEN` are broken.
     """
     _check(split, batch_size, image_size, process_count)
-    count = len(split)
-    if batch_size > count:
+    if batch_size > len(split):
         raise UserError(
-            f"a batch of {batch_size} examples is larger than the split, which has {count}; "
-            f"choose a batch size of at most {count}"
+            f"a batch of {batch_size} examples is larger than the split, which has {len(split)}; "
+            f"choose a batch size of at most {len(split)}"
         )
     rows = BatchSlice(batch_size, process_index, process_count, start_step, mix_rows)
-    sampler = Sampler(seed, count, repeats, balance_labels)
+    sampler = Sampler(seed, len(split), repeats, balance_labels)
     if isinstance(split, InMemory):
         from cait_jax.data.in_memory import train_rows
 
@@ -233,8 +232,13 @@ def eval_batches(
         return Batches(eval_rows(split, rows, steps))
     from cait_jax.data.decode import center_crop
 
-    how = {"image_size": image_size, "channels": split.channels, "exif": split.exif}
-    crop = functools.partial(center_crop, crop_pct=crop_pct, **how)
+    crop = functools.partial(
+        center_crop,
+        image_size=image_size,
+        crop_pct=crop_pct,
+        channels=split.channels,
+        exif=split.exif,
+    )
     examples = _EvaluationExamples(split, rows, steps, crop, (*image_size, split.channels))
     return Batches(_grain_batches(examples, rows.local_size, workers))
 
@@ -268,25 +272,25 @@ class _TrainingExamples:
 
     def __getitem__(self, number: int) -> Batch:
         """The example, its `index` in the split, and in `skipped` how many broken ones it replaces."""
-        skipped, last = 0, None
-        for skipped, index in enumerate(self.candidates(int(number))):
+        for skipped, index in enumerate(self.candidates(number)):
             try:
-                example = self.example(int(number), index)
+                example = self.example(number, index)
             except BrokenImage as error:
                 last = error
-                continue
-            return example | {"index": np.array(index), "skipped": np.array(skipped, np.int32)}
+            else:
+                return example | {"index": np.array(index), "skipped": np.array(skipped, np.int32)}
         raise BrokenImage(
             f"{skipped + 1} images in a row are broken, of which the last says: {last}; "
             "repair or replace the data set"
         ) from last
 
     def candidates(self, number: int) -> Iterator[int]:
-        return itertools.islice(self.sampler.candidates(self.rows.position(number)), JUDGED_FROM)
+        position = int(self.rows.position(number))
+        return itertools.islice(self.sampler.candidates(position), JUDGED_FROM)
 
     def example(self, number: int, index: int) -> Batch:
         """Example `index` of the split, cropped as number `number` of this process."""
-        stream = philox(self.sampler.seed, self.rows.position(number), CROPPING)
+        stream = philox(self.sampler.seed, int(self.rows.position(number)), CROPPING)
         rng = np.random.Generator(stream)
         return _example(self.split, index, lambda data: self.crop(data, rng))
 
@@ -312,7 +316,7 @@ class _EvaluationExamples:
         return self.steps * self.rows.local_size
 
     def __getitem__(self, number: int) -> Batch:
-        position = self.rows.position(int(number))
+        position = int(self.rows.position(number))
         if position < len(self.split):
             try:
                 return _example(self.split, position, self.crop) | {"mask": np.array(True)}
@@ -329,8 +333,7 @@ def _example(split: Encoded, index: int, crop: Crop) -> Batch:
     try:
         image = crop(record["image"])
     except BrokenImage as error:
-        name = record_name(index, record)
-        raise BrokenImage(f"{name} cannot be decoded: {error}") from error
+        raise BrokenImage(f"{record_name(index, record)} cannot be decoded: {error}") from error
     example = {"image": image, "label": np.array(record["label"], np.int32)}
     if split.multi_label:
         example["labels"] = np.zeros(split.num_classes, np.bool_)

@@ -8,6 +8,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int64
@@ -27,8 +28,8 @@ class Sampler:
     """Every epoch is a permutation of the `count` examples.
 
     With `repeats` r an example is shown r times in a row, and an epoch of `count` positions holds the first 1/r of
-    its permutation (repeated augmentation, Hoffer et al., arXiv 1901.09335). With `labels`, one for each example,
-    every class comes equally often in every epoch, see `class_balanced_order`.
+    its permutation (repeated augmentation, Hoffer et al., arXiv 1901.09335). With the `labels` of all examples, an
+    epoch is `class_balanced_order`.
     """
 
     seed: int
@@ -38,9 +39,8 @@ class Sampler:
 
     def order(self, epoch: int) -> Int64[np.ndarray, "count"]:
         """Indices of the examples in their order in an epoch, counted from 0."""
-        if self.labels is None:
-            return permutation(self.seed, epoch, self.count)
-        return _class_balanced_order(self, epoch)
+        order: np.ndarray = _order(self, epoch)
+        return order
 
     def indices(self, positions: Int64[np.ndarray, "b"]) -> Int64[np.ndarray, "b"]:
         """The examples at some positions."""
@@ -59,7 +59,9 @@ class Sampler:
 
 
 @functools.lru_cache(maxsize=2)
-def _class_balanced_order(sampler: Sampler, epoch: int) -> Int64[np.ndarray, "n"]:
+def _order(sampler: Sampler, epoch: int) -> Any:
+    if sampler.labels is None:
+        return permutation(sampler.seed, epoch, sampler.count)
     return class_balanced_order(sampler.labels, sampler.seed, epoch)
 
 
@@ -77,24 +79,21 @@ def class_balanced_order(
     """
     if not len(labels):
         raise UserError("classes of no examples cannot be balanced: choose a split that has some")
-    classes, counts = np.unique(labels, return_counts=True)
+    _, counts = np.unique(labels, return_counts=True)
     members = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
-    streams = len(classes)
-
-    def drawn(turn: int, which: int) -> Int64[np.ndarray, "drawn"]:
+    streams = len(members)
+    indices = []
+    for turn, which in enumerate(permutation(seed, _CLASS_STREAMS, streams).tolist()):
         # Of the draws of all epochs in a row, the class has the numbers turn, turn + C, turn + 2 C, ...
         start, stop = (-(-(e * len(labels) - turn) // streams) for e in (epoch, epoch + 1))
         size = len(members[which])
+        first = start // size
         passes = [
             members[which][permutation(seed, _CLASS_STREAMS + 1 + which + streams * number, size)]
-            for number in range(start // size, -(-stop // size))
+            for number in range(first, -(-stop // size))
         ]
-        skipped = start // size * size
-        return np.concatenate(passes)[start - skipped : stop - skipped]
-
-    turns = permutation(seed, _CLASS_STREAMS, streams).tolist()
-    indices = np.concatenate([drawn(turn, which) for turn, which in enumerate(turns)])
-    order: np.ndarray = indices[permutation(seed, epoch, len(labels))]
+        indices.append(np.concatenate(passes)[start - first * size : stop - first * size])
+    order: np.ndarray = np.concatenate(indices)[permutation(seed, epoch, len(labels))]
     return order
 
 
@@ -118,13 +117,7 @@ def philox(seed: int, number: int, purpose: int) -> np.random.Philox:
 
 @dataclass(frozen=True)
 class BatchSlice:
-    """The rows of every global batch that one process holds.
-
-    Attributes:
-      batch_size: rows of a global batch.
-      start_step: step of the first batch.
-      group_rows: rows that are mixed with each other, see `grouped_positions`.
-    """
+    """The rows of every global batch from `start_step` on that one process holds; see `grouped_positions`."""
 
     batch_size: int
     process_index: int
@@ -137,19 +130,12 @@ class BatchSlice:
         """Rows of a batch that this process holds."""
         return self.batch_size // self.process_count
 
-    def position(self, index: int) -> int:
-        """Position, over all processes, of this process's example number `index`."""
-        step, row = divmod(index, self.local_size)
-        return (self.start_step + step) * self.batch_size + int(self._places[row])
-
-    def positions(self, step: int) -> Int64[np.ndarray, "b"]:
-        """Positions of the rows of the batch `step` after `start_step`."""
-        return (self.start_step + step) * self.batch_size + self._places
-
-    @property
-    def _places(self) -> Int64[np.ndarray, "b"]:
-        first = self.process_index * self.local_size
-        return grouped_positions(self.batch_size, self.group_rows)[first : first + self.local_size]
+    def position(self, number: Any) -> Any:
+        """Position, over all processes, of this process's example `number`, or those of an array of numbers."""
+        step, row = np.divmod(number, self.local_size)
+        places = grouped_positions(self.batch_size, self.group_rows)
+        place = places[self.process_index * self.local_size + row]
+        return (self.start_step + step) * self.batch_size + place
 
 
 @functools.lru_cache(maxsize=16)
@@ -163,12 +149,11 @@ def grouped_positions(batch_size: int, group_rows: int) -> Int64[np.ndarray, "ba
     """
     places = np.arange(batch_size, dtype=np.int64)
     if 0 < group_rows < batch_size:
-        groups, rest = divmod(batch_size, group_rows)
+        full, rest = divmod(batch_size, group_rows)
+        groups = full + bool(rest)
         # While the smaller last group takes part, then without it.
-        shared = rest * (groups + bool(rest))
-        turns = np.concatenate(
-            [places[:shared] % (groups + bool(rest)), (places[shared:] - shared) % groups]
-        )
+        shared = rest * groups
+        turns = np.where(places < shared, places % groups, (places - shared) % full)
         places = np.argsort(turns, kind="stable")
     places.flags.writeable = False
     return places
@@ -187,14 +172,9 @@ def copies_in_a_group(batch_size: int, group_rows: int, repeats: int) -> int:
 
 def warn_of_shared_draws(batch_size: int, group_rows: int, repeats: int) -> None:
     """Logs how many rows share their mixup or CutMix draw with another copy of their image."""
-    shared = copies_in_a_group(batch_size, group_rows, repeats)
-    if shared:
+    if shared := copies_in_a_group(batch_size, group_rows, repeats):
         _log.warning(
-            "%d of the %d rows of a batch share their mixup or CutMix draw with another copy of their image: "
-            "data.aug_repeats=%d needs as many groups, and augment.mix_rows=%d makes %d",
-            shared,
-            batch_size,
-            repeats,
-            group_rows,
-            -(-batch_size // (group_rows or batch_size)),
+            f"{shared} of the {batch_size} rows of a batch share their mixup or CutMix draw with another copy of "
+            f"their image: data.aug_repeats={repeats} needs as many groups, and augment.mix_rows={group_rows} "
+            f"makes {-(-batch_size // (group_rows or batch_size))}"
         )

@@ -82,8 +82,8 @@ def test_rows_of_a_process_are_those_of_the_whole():
     whole = BatchSlice(96, 0, 1, 7, group_rows=32)
     for index in range(3):
         part = BatchSlice(96, index, 3, 7, group_rows=32)
-        expected = whole.positions(2)[index * 32 : (index + 1) * 32]
-        np.testing.assert_array_equal(part.positions(2), expected)
+        expected = whole.position(2 * 96 + np.arange(96))[index * 32 : (index + 1) * 32]
+        np.testing.assert_array_equal(part.position(2 * 32 + np.arange(32)), expected)
         assert [part.position(64 + row) for row in range(32)] == expected.tolist()
 
 

@@ -11,9 +11,9 @@ from marks import slow_unless
 
 from cait_jax import UserError, create_model
 from cait_jax.cli.recipes import recipes
+from cait_jax.data.in_memory import SyntheticJpegs
 from cait_jax.data.sampler import copies_in_a_group
 from cait_jax.data.split import Encoded
-from cait_jax.data.in_memory import SyntheticJpegs
 from cait_jax.models.variants import VARIANTS
 from cait_jax.train import keys
 from cait_jax.train.config import check_values, default_workdir, flatten, load_config
