@@ -1,20 +1,7 @@
 """CaiT's recipe for ImageNet-1k (Touvron et al., arXiv 2103.17239), and what DeiT's shares with it.
 
-docs/recipe.md compares it with the authors' code; `cait recipes` lists the accuracies to expect.
-
-A higher resolution. CaiT's author gave numbers once, for M48 at 448 pixels, distilled (facebookresearch/deit,
-issue 108): batch 256, rate 5e-6, 60 epochs, weight decay 0.05, 5 epochs of warm-up, drop path 0.3, repeated
-augmentation, smoothing, RandAugment, erasing, mixup and CutMix as before, decay-epochs 10 and decay-rate 0.5.
-Assumed here:
-
-- The same numbers for all models and for 384 pixels; drop path stays that of each model, but for M48.
-- 5e-6 is the rate itself, not one for a batch of 512.
-- The rate is constant after the warm-up. The last two of his numbers belong to a step schedule, which would end at
-  1.6e-7: `--config.optimizer.schedule=step --config.optimizer.decay_epochs=10 --config.optimizer.decay_rate=0.5`.
-  With the code's default, a cosine to 1e-5, they are not read, and the rate would rise.
-
-Distillation, the paper's names with an upsilon: label and teacher share the one head, half of the loss each. That
-is an assumption: no public code of it was found.
+docs/recipe.md compares it with the authors' code and says what is assumed of higher resolutions and distillation
+(the paper's names with an upsilon); `cait recipes` lists the accuracies to expect.
 """
 
 from collections.abc import Callable

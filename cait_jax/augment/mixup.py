@@ -26,28 +26,26 @@ class Mixup:
     cutmix_alpha: float = 0.0  # 0: no CutMix
     prob: float = 1.0  # that a group is mixed
     switch_prob: float = 0.5  # of CutMix, where there are both
-    group_size: int = (
-        0  # rows, even; those that remain are one more group. 0: the batch is one group
-    )
-
-    @property
-    def enabled(self) -> bool:
-        """Whether anything is ever mixed."""
-        return bool(self.mixup_alpha or self.cutmix_alpha) and self.prob > 0
+    group_size: int = 0  # rows, even; what remains is one more group. 0: the whole batch is one
 
     def __post_init__(self) -> None:
         """Raises `UserError` where a value is out of range."""
-        for name, value in (("mixup", self.mixup_alpha), ("cutmix", self.cutmix_alpha)):
-            if value < 0:
-                raise UserError(f"the alpha of {name} must be 0 (none) or more, not {value:g}")
-        for name, value in (("prob", self.prob), ("switch_prob", self.switch_prob)):
-            if not 0 <= value <= 1:
-                raise UserError(f"{name} of mixup must be from 0 to 1, not {value:g}")
+        for name, alpha in (("mixup", self.mixup_alpha), ("cutmix", self.cutmix_alpha)):
+            if alpha < 0:
+                raise UserError(f"the alpha of {name} must be 0 (none) or more, not {alpha:g}")
+        for name, prob in (("prob", self.prob), ("switch_prob", self.switch_prob)):
+            if not 0 <= prob <= 1:
+                raise UserError(f"{name} of mixup must be from 0 to 1, not {prob:g}")
         if self.group_size < 0 or self.group_size % 2:
             raise UserError(
                 "group_size of mixup must be an even number, or 0 for the whole batch, not "
                 f"{self.group_size}: in an odd group one image would be mixed with itself"
             )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is ever mixed."""
+        return bool(self.mixup_alpha or self.cutmix_alpha) and self.prob > 0
 
 
 def from_config(config: ConfigDict) -> Mixup:
@@ -90,14 +88,13 @@ def mix(
     def grouped(array: Array) -> Array:
         return array[: groups * rows].reshape(groups, rows, *array.shape[1:])
 
-    of_groups = jax.tree.map(lambda array: array[:groups], drawn)
-    mixed = jax.vmap(_mix_group)(of_groups, grouped(images), grouped(targets))
-    mixed_images, mixed_targets = (array.reshape(-1, *array.shape[2:]) for array in mixed)
+    whole = jax.tree.map(lambda array: array[:groups], drawn)
+    mixed = jax.vmap(_mix_group)(whole, grouped(images), grouped(targets))
+    parts = [jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), mixed)]
     if rest:
-        of_last = jax.tree.map(lambda array: array[-1], drawn)
-        last_images, last_targets = _mix_group(of_last, images[-rest:], targets[-rest:])
-        mixed_images = jnp.concatenate([mixed_images, last_images])
-        mixed_targets = jnp.concatenate([mixed_targets, last_targets])
+        last = jax.tree.map(lambda array: array[-1], drawn)
+        parts.append(_mix_group(last, images[-rest:], targets[-rest:]))
+    mixed_images, mixed_targets = map(jnp.concatenate, zip(*parts, strict=True))
     return mixed_images, mixed_targets
 
 
@@ -143,9 +140,8 @@ def cutmix_box(
     sides = jnp.array(size)
     box = jnp.floor(jnp.sqrt(1.0 - lam) * sides).astype(jnp.int32)
     start = jax.random.randint(key, (2,), 0, sides) - box // 2
-
-    def covered(axis: int) -> Array:
-        place = jnp.arange(size[axis])
-        return (place >= start[axis]) & (place < start[axis] + box[axis])
-
-    return (covered(0)[:, None] & covered(1)[None, :]).astype(jnp.float32)
+    end = start + box
+    down, across = jnp.arange(size[0])[:, None], jnp.arange(size[1])[None, :]
+    rows = (down >= start[0]) & (down < end[0])
+    columns = (across >= start[1]) & (across < end[1])
+    return (rows & columns).astype(jnp.float32)

@@ -8,25 +8,24 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 from ml_collections import ConfigDict
 
+from cait_jax.augment import simple
 from cait_jax.augment.randaugment import RandAugment, parse_policy, rand_augment
 from cait_jax.sharding import shard_over_batch
 
 Images = Real[Array, "batch height width channels"]
+Image = Float[Array, "height width channels"]
 FloatImages = Float[Array, "batch height width channels"]
 Ids = Int[Array, "batch"]
 
-_TPU_CHUNK = (
-    8  # images of 224 pixels, each with some ten float32 arrays, stay in a TPU's on-chip memory
-)
-_ERASED_AREA = (0.02, 1 / 3)
-_ERASED_ASPECT = (0.3, 1 / 0.3)
-_ERASING_ATTEMPTS = (10,)
+# Images of 224 pixels, each with some ten float32 arrays, that stay in a TPU's on-chip memory.
+_TPU_CHUNK = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +33,7 @@ class Augmentation:
     """What is sampled for every image; the defaults turn everything off."""
 
     hflip: bool = False  # horizontal flip, with probability 1/2
-    pad_crop: int = (
-        0  # pixels of zero padding on every side before a random crop of the original size
-    )
+    pad_crop: int = 0  # pixels of zeros on every side before a random crop of the original size
     rotate: float = 0.0  # largest rotation in degrees, either way
     zoom: float = 0.0  # largest relative change of size; 0.1 samples a factor from 0.9 to 1.1
     shear: float = 0.0  # largest horizontal shear, as a fraction of the height
@@ -44,21 +41,6 @@ class Augmentation:
     rand_augment: RandAugment | None = None
     three_augment: bool = False  # DeiT III's grayscale, solarisation or blur
     color_jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
-
-    @property
-    def is_affine(self) -> bool:
-        """Whether images are rotated, zoomed, sheared or translated, RandAugment aside."""
-        return bool(self.rotate or self.zoom or self.shear or self.translate)
-
-    @property
-    def is_geometric(self) -> bool:
-        """Whether positions of pixels change, RandAugment aside."""
-        return bool(self.hflip or self.pad_crop or self.is_affine)
-
-    @property
-    def is_photometric(self) -> bool:
-        """Whether any operation on 8-bit images is sampled."""
-        return bool(self.rand_augment or self.three_augment or self.color_jitter)
 
 
 def from_config(config: ConfigDict) -> Augmentation:
@@ -75,52 +57,39 @@ def augment(
 
     Images are levels from 0 to 255, with 0 outside; `example_ids` are their positions in the global batch.
     """
+    affine = settings.rotate, settings.zoom, settings.shear, settings.translate
+    if settings.hflip or settings.pad_crop or any(affine):
 
-    if settings.is_geometric:
+        def geometric(key: PRNGKeyArray, image: Array) -> Array:
+            crop_key, affine_key, flip_key = jax.random.split(key, 3)
+            if settings.pad_crop:
+                image = simple.random_pad_crop(crop_key, image, settings.pad_crop)
+            if any(affine):
+                image = simple.random_affine(affine_key, image, *affine)
+            return random_hflip(flip_key, image) if settings.hflip else image
+
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, example_ids)
-        images = jax.vmap(functools.partial(_geometric, settings))(keys, images)
-    if settings.is_photometric:
+        images = jax.vmap(geometric)(keys, images)
+    if settings.rand_augment or settings.three_augment or settings.color_jitter:
         photometric = functools.partial(_photometric, settings)
         images = per_example_vmap(photometric, key, images, example_ids)
     return images
 
 
-def _geometric(settings: Augmentation, key: PRNGKeyArray, image: Array) -> Array:
-    crop_key, affine_key, flip_key = jax.random.split(key, 3)
-    if settings.pad_crop:
-        from cait_jax.augment import geometric
-
-        image = geometric.random_pad_crop(crop_key, image, settings.pad_crop)
-    if settings.is_affine:
-        from cait_jax.augment import geometric
-
-        limits = (settings.rotate, settings.zoom, settings.shear, settings.translate)
-        image = geometric.random_affine(affine_key, image, *limits)
-    if settings.hflip:
-        image = random_hflip(flip_key, image)
-    return image
-
-
 def _photometric(settings: Augmentation, key: PRNGKeyArray, image: Array) -> Array:
-    # The first three keys are those of `_geometric`.
+    # The first three keys are those of the geometric operations.
     rand_key, three_key, jitter_key = jax.random.split(key, 6)[3:]
     levels = jnp.clip(jnp.round(image), 0, 255).astype(jnp.uint8)
     if settings.rand_augment:
         levels = rand_augment(rand_key, levels, settings.rand_augment)
     if settings.three_augment:
-        from cait_jax.augment.color import three_augment
-
-        levels = three_augment(three_key, levels)
+        levels = simple.three_augment(three_key, levels)
     if settings.color_jitter:
-        from cait_jax.augment.color import color_jitter
-
-        levels = color_jitter(jitter_key, levels, settings.color_jitter)
+        levels = simple.color_jitter(jitter_key, levels, settings.color_jitter)
     return levels.astype(image.dtype)
 
 
-def random_hflip(
-    key: PRNGKeyArray, image: Float[Array, "height width channels"]
-) -> Float[Array, "height width channels"]:
+def random_hflip(key: PRNGKeyArray, image: Image) -> Image:
     """Flips one image horizontally with probability 1/2."""
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
@@ -137,28 +106,26 @@ def random_erase(
 ) -> FloatImages:
     """Random erasing (Zhong et al., arXiv 1708.04896): of normalised images, a box becomes N(0, 1) noise."""
 
-    def erase_some(key: PRNGKeyArray, image: Array) -> Array:
+    def erase(key: PRNGKeyArray, image: Array) -> Any:
         prob_key, box_key, noise_key = jax.random.split(key, 3)
 
-        def erase(image: Array) -> Array:
+        def put_noise(image: Array) -> Array:
             inside = sample_erasing_box(box_key, (image.shape[0], image.shape[1]))
             noise = jax.random.normal(noise_key, image.shape, image.dtype)
             return jnp.where(inside[..., None], noise, image)
 
-        erased: Array = jax.lax.cond(
-            jax.random.bernoulli(prob_key, prob), erase, lambda image: image, image
-        )
-        return erased
+        erased = jax.random.bernoulli(prob_key, prob)
+        return jax.lax.cond(erased, put_noise, lambda image: image, image)
 
-    return per_example_vmap(erase_some, key, images, example_ids) if prob else images
+    return per_example_vmap(erase, key, images, example_ids) if prob else images
 
 
 def sample_erasing_box(
     key: PRNGKeyArray,
     size: tuple[int, int],
     *,
-    area: tuple[float, float] = _ERASED_AREA,
-    aspect: tuple[float, float] = _ERASED_ASPECT,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Bool[Array, "height width"]:
     """Samples the box of `random_erase` in an image of `size` (height, width): True inside.
 
@@ -167,9 +134,9 @@ def sample_erasing_box(
     """
     height, width = size
     area_key, aspect_key, place_key = jax.random.split(key, 3)
-    areas = jax.random.uniform(area_key, _ERASING_ATTEMPTS, minval=area[0], maxval=area[1])
+    areas = jax.random.uniform(area_key, (10,), minval=area[0], maxval=area[1])
     low, high = math.log(aspect[0]), math.log(aspect[1])
-    aspects = jnp.exp(jax.random.uniform(aspect_key, _ERASING_ATTEMPTS, minval=low, maxval=high))
+    aspects = jnp.exp(jax.random.uniform(aspect_key, (10,), minval=low, maxval=high))
     heights = jnp.round(jnp.sqrt(areas * height * width * aspects)).astype(jnp.int32)
     widths = jnp.round(jnp.sqrt(areas * height * width / aspects)).astype(jnp.int32)
     fits = (heights < height) & (widths < width)
@@ -178,17 +145,14 @@ def sample_erasing_box(
     room = jnp.array([height, width]) - box
     top, left = jax.random.randint(place_key, (2,), 0, jnp.maximum(room, 0) + 1)
     down, across = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
-    inside: Array = (
-        (down >= top) & (down < top + box[0]) & (across >= left) & (across < left + box[1])
-    )
-    return inside & fits[first]
+    rows = (down >= top) & (down < top + box[0])
+    columns = (across >= left) & (across < left + box[1])
+    inside: Array = rows & columns & fits[first]
+    return inside
 
 
 def per_example_vmap(
-    function: Callable[[PRNGKeyArray, Array], Array],
-    key: PRNGKeyArray,
-    images: Images,
-    example_ids: Ids,
+    function: Callable[[PRNGKeyArray, Array], Array], key: PRNGKeyArray, images: Images, ids: Ids
 ) -> Images:
     """Applies `function(key, image)` to each image, with the key folded from its position.
 
@@ -197,24 +161,19 @@ def per_example_vmap(
     """
 
     def one(key: PRNGKeyArray, example: tuple[Array, Array]) -> Array:
-        example_id, image = example
-        return function(jax.random.fold_in(key, example_id), image)
+        return function(jax.random.fold_in(key, example[0]), example[1])
 
-    def sequential(batch_size: int | None) -> Callable[..., Array]:
-        return lambda ids, images, key: jax.lax.map(
-            functools.partial(one, key), (ids, images), batch_size=batch_size
-        )
+    def in_turn(ids: Array, images: Array, key: Array, *, batch_size: int | None) -> Any:
+        return jax.lax.map(functools.partial(one, key), (ids, images), batch_size=batch_size)
 
-    def by_platform(ids: Array, images: Array, key: PRNGKeyArray) -> Array:
-        mapped: Array = jax.lax.platform_dependent(
-            ids,
-            images,
-            key,
-            cpu=sequential(None),
-            tpu=sequential(_TPU_CHUNK),
-            default=lambda ids, images, key: jax.vmap(functools.partial(one, key))((ids, images)),
-        )
-        return mapped
+    def at_once(ids: Array, images: Array, key: Array) -> Any:
+        return jax.vmap(functools.partial(one, key))((ids, images))
 
-    result: Array = shard_over_batch(by_platform, 2)(example_ids, images, key)
+    mapped = functools.partial(
+        jax.lax.platform_dependent,
+        cpu=functools.partial(in_turn, batch_size=None),
+        tpu=functools.partial(in_turn, batch_size=_TPU_CHUNK),
+        default=at_once,
+    )
+    result: Array = shard_over_batch(mapped, 2)(ids, images, key)
     return result

@@ -1,12 +1,14 @@
 """RandAugment (Cubuk et al., arXiv 1909.13719) as DeiT and CaiT used it: timm's "increasing" operations.
 
 Operations take and give one uint8 image (height, width, channels) of 1 or 3 channels, in the arithmetic of Pillow,
-with which the published recipes were trained; the tests compare each with Pillow's own.
+with which the published recipes were trained.
 """
 
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,29 +20,23 @@ Image = UInt8[Array, "height width channels"]
 Scalar = Float[Array, ""] | float
 Level = Int[Array, ""] | int
 
+# Each is drawn with equal probability.
 OPERATIONS = (
     "auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add",
     "color", "contrast", "brightness", "sharpness",
     "rotate", "shear_x", "shear_y", "translate_x", "translate_y",
 )  # fmt: skip
-"""Each is drawn with equal probability."""
-
-FILL = (124, 116, 104)
-"""RGB outside the image after a geometric operation: ImageNet's mean."""
-
-_GEOMETRIC = OPERATIONS[10:]
+_FIRST_GEOMETRIC = OPERATIONS.index("rotate")
+FILL = (124, 116, 104)  # RGB outside the image after a geometric operation: ImageNet's mean
 _MAX_MAGNITUDE = 10.0
-_POLICY_PARTS = ("m", "n", "p", "mstd", "inc")
+_EXAMPLE = "rand-m9-mstd0.5-inc1"
 
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """RandAugment's policy: of `num_ops` operations drawn for an image each is applied with probability `prob`.
+    """Applies each of `num_ops` operations drawn for an image with probability `prob`."""
 
-    The magnitude is normal, clipped to 0 to 10.
-    """
-
-    magnitude: float = 9.0
+    magnitude: float = 9.0  # mean of a normal distribution, clipped to 0 to 10
     magnitude_std: float = 0.5
     num_ops: int = 2
     prob: float = 0.5
@@ -55,50 +51,40 @@ def parse_policy(text: str) -> RandAugment:
     Raises:
       UserError: a part is unknown, given twice or out of range, or `inc1` is missing.
     """
+
+    def refused(why: str) -> UserError:
+        return UserError(f"the policy {text!r} {why}")
+
     name, *parts = text.split("-")
     if name != "rand":
-        raise UserError(
-            f"the policy {text!r} is not RandAugment's; write one like 'rand-m9-mstd0.5-inc1'"
-        )
-    found: dict[str, float] = {}
+        raise refused(f"is not RandAugment's; write one like {_EXAMPLE!r}")
+    found = {"m": _MAX_MAGNITUDE, "n": 2.0, "p": 0.5, "mstd": 0.0, "inc": 0.0}
+    known, given = ", ".join(found), set()
     for part in parts:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
-        if match is None or match[1] not in _POLICY_PARTS:
-            raise UserError(
-                f"the policy {text!r} has the unknown part {part!r}; the parts are "
-                f"{', '.join(_POLICY_PARTS)}, each followed by a number, as in 'rand-m9-mstd0.5-inc1'"
-            )
-        if match[1] in found:
-            raise UserError(f"the policy {text!r} has two parts {match[1]}; leave one out")
+        if match is None or match[1] not in found:
+            unknown = f"has the unknown part {part!r}; the parts are {known}"
+            raise refused(f"{unknown}, each followed by a number, as in {_EXAMPLE!r}")
+        if match[1] in given:
+            raise refused(f"has two parts {match[1]}; leave one out")
+        given.add(match[1])
         found[match[1]] = float(match[2])
-    if found.get("inc") != 1.0:
-        raise UserError(
-            f"the policy {text!r} must say inc1: only operations whose strength grows with the "
-            "magnitude are there"
+    if found["inc"] != 1.0:
+        raise refused(
+            "must say inc1: only operations whose strength grows with the magnitude are there"
         )
-    for key, low, high in (("m", 0, 10), ("mstd", 0, 100), ("p", 0, 1)):
-        value = found.get(key, low)
-        if not low <= value <= high:
-            raise UserError(
-                f"the policy {text!r} has {key}{value:g}; {key} must be from {low} to {high}"
-            )
-    num_ops = found.get("n", 2.0)
-    if not num_ops or num_ops % 1:
-        raise UserError(f"the policy {text!r} has n{num_ops:g}; n must be a whole number from 1 on")
-    return RandAugment(
-        magnitude=found.get("m", _MAX_MAGNITUDE),
-        magnitude_std=found.get("mstd", 0.0),
-        num_ops=int(num_ops),
-        prob=found.get("p", 0.5),
-    )
+    for key, most in (("m", 10), ("mstd", 100), ("p", 1)):
+        if found[key] > most:
+            raise refused(f"has {key}{found[key]:g}; {key} must be from 0 to {most}")
+    if not found["n"] or found["n"] % 1:
+        raise refused(f"has n{found['n']:g}; n must be a whole number from 1 on")
+    return RandAugment(found["m"], found["mstd"], int(found["n"]), found["p"])
 
 
 def rand_augment(key: PRNGKeyArray, image: Image, policy: RandAugment) -> Image:
     """Applies `policy.num_ops` sampled operations to one image, one after the other."""
-    if image.shape[-1] not in (1, 3):
-        raise UserError(
-            f"RandAugment is for images of 1 or 3 channels, not {image.shape[-1]}; leave it out"
-        )
+    if (count := image.shape[-1]) not in (1, 3):
+        raise UserError(f"RandAugment is for images of 1 or 3 channels, not {count}; leave it out")
     for op_key in jax.random.split(key, policy.num_ops):
         operation, applied, magnitude = sample_operation(op_key, policy)
         # The index after the last operation's is the identity.
@@ -138,7 +124,7 @@ def apply_operation(image: Image, operation: Level, magnitude: Scalar) -> Image:
         return jnp.floor(most * strength).astype(jnp.int32)
 
     operation = jnp.asarray(operation)
-    matrix = jnp.clip(operation - len(OPERATIONS) + len(_GEOMETRIC), 0, len(_GEOMETRIC) - 1)
+    geometric = jnp.clip(operation - _FIRST_GEOMETRIC, 0, len(OPERATIONS) - _FIRST_GEOMETRIC - 1)
     branches = (
         auto_contrast,
         equalize,
@@ -150,13 +136,13 @@ def apply_operation(image: Image, operation: Level, magnitude: Scalar) -> Image:
         lambda image: contrast(image, factor),
         lambda image: brightness(image, factor),
         lambda image: sharpness(image, factor),
-        lambda image: warp(image, _inverse_matrices(signed, *image.shape[:2])[matrix], FILL),
+        lambda image: warp(image, _inverse_matrices(signed, *image.shape[:2])[geometric], FILL),
         lambda image: image,
     )
     # The geometric operations share one warp: under `vmap` every branch is computed.
-    branch = jnp.minimum(operation, 10) + (operation == len(OPERATIONS))
-    result: Array = jax.lax.switch(branch, branches, image)
-    return result
+    branch = jnp.minimum(operation, _FIRST_GEOMETRIC) + (operation == len(OPERATIONS))
+    applied: Array = jax.lax.switch(branch, branches, image)
+    return applied
 
 
 def _inverse_matrices(signed: Array, height: int, width: int) -> Float[Array, "5 2 3"]:
@@ -272,21 +258,20 @@ def warp(
     rows, row_weights = _cubic_taps(y - 0.5, height)
 
     # One gather for all channels, packed into the bytes of a word.
-    shifts = [8 * i for i in range(channels)]
-    words = sum(image[..., i].astype(jnp.uint32) << shift for i, shift in enumerate(shifts))
-    words = jnp.asarray(words).reshape(-1)
-    total = [jnp.zeros((height, width))] * channels
-    for row, row_weight in zip(rows, row_weights, strict=True):
-        line = [jnp.zeros((height, width))] * channels
-        for column, weight in zip(columns, column_weights, strict=True):
-            word = words[row * width + column]
-            levels = [((word >> shift) & 255).astype(jnp.float32) for shift in shifts]
-            line = [old + weight * level for old, level in zip(line, levels, strict=True)]
-        total = [old + row_weight * new for old, new in zip(total, line, strict=True)]
-    found = jnp.clip(jnp.stack(total, axis=-1), 0, 255).astype(jnp.uint8)
+    packed: Any = sum(image[..., i].astype(jnp.uint32) << (8 * i) for i in range(channels))
+    words = [[packed.reshape(-1)[row * width + column] for column in columns] for row in rows]
+
+    def weighted(weights: Iterable[Array], parts: Iterable[Array]) -> Any:
+        return sum(weight * part for weight, part in zip(weights, parts, strict=True))
+
+    def channel(i: int) -> Any:
+        levels = [[((word >> 8 * i) & 255).astype(jnp.float32) for word in row] for row in words]
+        return weighted(row_weights, [weighted(column_weights, row) for row in levels])
+
+    found = jnp.stack([channel(i) for i in range(channels)], axis=-1)
     outside = jnp.array(fill, jnp.uint8).reshape(1, 1, 3)
     outside = outside if channels == 3 else grayscale(outside)[..., :1]
-    return jnp.where(inside[..., None], found, outside)
+    return jnp.where(inside[..., None], jnp.clip(found, 0, 255).astype(jnp.uint8), outside)
 
 
 def _cubic_taps(place: Array, size: int) -> tuple[list[Array], tuple[Array, ...]]:

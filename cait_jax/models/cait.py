@@ -31,10 +31,12 @@ from cait_jax.models.layers import (
     PatchEmbed,
     StochasticDepth,
     Tokens,
+    linear,
     mix_heads,
     record,
     saveable,
 )
+from cait_jax.models.residual import complete_options, residual_scheme
 
 ClassToken = Float[Array, "batch 1 d"]
 
@@ -61,16 +63,15 @@ class SelfAttention(nn.Module):
         heads, head_dim = self.num_heads, width // self.num_heads
         dtypes, precision, scale = self.dtypes, self.dtypes.precision, head_dim**-0.5
 
-        x = nn.Dense(3 * width, kernel_init=LINEAR_INIT, name="qkv", **dtypes.dense)(x)
         # Split before the heads are: on TPUs an array with a last axis of head_dim 48 is padded to 128.
-        q, k, v = jnp.split(saveable(x), 3, axis=-1)
-        if not self.talking_heads:
-            q = q * scale
+        q, k, v = jnp.split(linear(x, 3 * width, "qkv", dtypes), 3, axis=-1)
         q, k, v = (part.reshape(batch, tokens, heads, head_dim) for part in (q, k, v))
         if self.talking_heads:
-            pre_weight, pre_bias = HeadMixing(heads, dtypes.param_dtype, name="proj_l").weights()
-            pre = pre_weight * scale, pre_bias  # a few numbers are scaled instead of every query
+            weight, bias = HeadMixing(heads, dtypes.param_dtype, name="proj_l").weights()
+            pre = weight * scale, bias  # a few numbers are scaled instead of every query
             post = HeadMixing(heads, dtypes.param_dtype, name="proj_w").weights()
+        else:
+            q = q * scale
 
         implementation = self._implementation(tokens, dropped=example_ids is not None)
         if implementation == "xla":
@@ -91,9 +92,8 @@ class SelfAttention(nn.Module):
                 q, k, v, *pre, *post, implementation=implementation, precision=precision
             )
 
-        x = saveable(x).reshape(batch, tokens, width)
-        x = nn.Dense(width, kernel_init=LINEAR_INIT, name="proj", **dtypes.dense)(x)
-        return Dropout(self.projection_dropout, name="proj_drop")(saveable(x), example_ids)
+        x = linear(saveable(x).reshape(batch, tokens, width), width, "proj", dtypes)
+        return Dropout(self.projection_dropout, name="proj_drop")(x, example_ids)
 
     def _implementation(self, tokens: int, *, dropped: bool) -> str:
         """The implementation chosen; `"xla"` where maps are small, or recorded, dropped or not mixed."""
@@ -116,20 +116,15 @@ class ClassAttention(nn.Module):
         batch, tokens, width = u.shape
         heads, head_dim, dtypes = self.num_heads, width // self.num_heads, self.dtypes
 
-        q = nn.Dense(width, kernel_init=LINEAR_INIT, name="q", **dtypes.dense)(u[:, :1])
-        q = saveable(q).reshape(batch, 1, heads, head_dim)
-        k = nn.Dense(width, kernel_init=LINEAR_INIT, name="k", **dtypes.dense)(u)
-        k = saveable(k).reshape(batch, tokens, heads, head_dim)
-        v = nn.Dense(width, kernel_init=LINEAR_INIT, name="v", **dtypes.dense)(u)
-        v = saveable(v).reshape(batch, tokens, heads, head_dim)
+        q = linear(u[:, :1], width, "q", dtypes).reshape(batch, 1, heads, head_dim)
+        k = linear(u, width, "k", dtypes).reshape(batch, tokens, heads, head_dim)
+        v = linear(u, width, "v", dtypes).reshape(batch, tokens, heads, head_dim)
 
         logits = jnp.einsum("bqhc,bkhc->bhqk", q * head_dim**-0.5, k, **dtypes.accumulate)
         maps = nn.softmax(logits, axis=-1)
         record(self, "softmax", maps)
         x = jnp.einsum("bhqk,bkhc->bqhc", maps.astype(v.dtype), v, precision=dtypes.precision)
-        x = x.reshape(batch, 1, width)
-        x = nn.Dense(width, kernel_init=LINEAR_INIT, name="proj", **dtypes.dense)(x)
-        return saveable(x)
+        return linear(x.reshape(batch, 1, width), width, "proj", dtypes)
 
 
 class Mlp(nn.Module):
@@ -145,13 +140,11 @@ class Mlp(nn.Module):
     @functools.partial(nn.remat, policy=SAVE_MATMULS)
     @nn.compact
     def __call__(self, x: Tokens, example_ids: ExampleIds = None) -> Tokens:
-        width, dtypes = x.shape[-1], self.dtypes
-
-        x = nn.Dense(self.hidden, kernel_init=LINEAR_INIT, name="fc1", **dtypes.dense)(x)
-        x = nn.gelu(saveable(x), approximate=False)
+        width = x.shape[-1]
+        x = nn.gelu(linear(x, self.hidden, "fc1", self.dtypes), approximate=False)
         x = Dropout(self.dropout, name="drop1")(x, example_ids)
-        x = nn.Dense(width, kernel_init=LINEAR_INIT, name="fc2", **dtypes.dense)(x)
-        return Dropout(self.dropout, name="drop2")(saveable(x), example_ids)
+        x = linear(x, width, "fc2", self.dtypes)
+        return Dropout(self.dropout, name="drop2")(x, example_ids)
 
 
 class SelfAttentionBlock(nn.Module):
@@ -246,16 +239,12 @@ class CaiT(nn.Module):
     # What is rematerialised in the backward pass: "none"; "elementwise": in a block everything but matmuls and
     # attention as a whole; "attention"; "block": whole blocks. Norms and GELU always are.
     remat: str = "none"
-    attention: str | None = (
-        None  # one of `kernels.IMPLEMENTATIONS`, all the same function; None: the fastest
-    )
+    attention: str | None = None  # one of `kernels.IMPLEMENTATIONS`, which agree; None: the fastest
     stacked: bool = True  # blocks in one `nn.scan`, parameters along a leading axis; False with k
 
     def __post_init__(self) -> None:
         """Completes and checks the attributes."""
         if any(getattr(self, name) != getattr(CaiT, name) for name in OPTIONS):
-            from cait_jax.models.residual import complete_options
-
             complete_options(self)
         if self.class_depth is None:
             self.class_depth = 2 if self.class_token == "class_attention" else 0
@@ -290,7 +279,8 @@ class CaiT(nn.Module):
         x = x + pos_embed.astype(self.dtype)
         x = Dropout(self.embedding_dropout, name="pos_drop")(x, example_ids)
 
-        with self._residual_scheme():
+        layerscale = contextlib.nullcontext()
+        with layerscale if self.residual == "layerscale" else residual_scheme(self):
             x = self._self_attention_stage(x, example_ids, dtypes)
             if self.class_token == "class_attention":
                 x = self._class_attention_stage(x, dtypes)
@@ -301,12 +291,11 @@ class CaiT(nn.Module):
             record(self, "features", features)
             if self.num_classes == 0:
                 return features.astype(dtypes.accum_dtype)
-            wide = DtypePolicy(dtypes.accum_dtype, self.param_dtype, self.precision).dense
-            head = functools.partial(nn.Dense, self.num_classes, kernel_init=LINEAR_INIT, **wide)
-            logits: Array = head(name="head")(x[:, 0] if self.distilled else features)
+            wide = DtypePolicy(dtypes.accum_dtype, self.param_dtype, self.precision)
             if not self.distilled:
-                return logits
-            logits_dist: Array = head(name="head_dist")(x[:, 1])
+                return linear(features, self.num_classes, "head", wide)
+            logits = linear(x[:, 0], self.num_classes, "head", wide)
+            logits_dist = linear(x[:, 1], self.num_classes, "head_dist", wide)
         record(self, "logits_class", logits)
         record(self, "logits_distillation", logits_dist)
         return (logits + logits_dist) / 2
@@ -324,9 +313,8 @@ class CaiT(nn.Module):
             block = remat(block, policy=SAVE_MATMULS if self.remat == "elementwise" else None)
         projection = self.dropout if self.projection_dropout is None else self.projection_dropout
         rates = self.attention_dropout, projection
-        attention = functools.partial(
-            attention, self.num_heads, self.talking_heads, *rates, self.attention, dtypes
-        )
+        options = self.num_heads, self.talking_heads, *rates, self.attention, dtypes
+        attention = functools.partial(attention, *options)
         rates = self.drop_path_rate, self.dropout
         block = functools.partial(
             block, attention, self.mlp_ratio, *rates, self.layer_scale_init, dtypes
@@ -363,13 +351,6 @@ class CaiT(nn.Module):
         token = self.param(name, LINEAR_INIT, (1, 1, self.width), self.param_dtype)
         return jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, self.width))
 
-    def _residual_scheme(self) -> contextlib.AbstractContextManager[Any]:
-        if self.residual == "layerscale":
-            return contextlib.nullcontext()
-        from cait_jax.models.residual import residual_scheme
-
-        return residual_scheme(self)
-
 
 def check_attributes(model: CaiT) -> None:
     """Raises ValueError where sizes, rates or choices do not fit; its message begins with the attribute."""
@@ -382,16 +363,14 @@ def check_attributes(model: CaiT) -> None:
         raise ValueError(f"depth {model.depth} must be at least 1")
     if model.num_classes < 0:
         raise ValueError(f"num_classes {model.num_classes} must be 0 or more; 0 gives features")
-    if model.class_token == "class_attention" and (depth := model.class_depth or 0) < 1:
-        raise ValueError(
-            f"class_depth {depth} must be at least 1 with class_token 'class_attention'"
-        )
+    token, class_depth = model.class_token, model.class_depth or 0
+    if token == "class_attention" and class_depth < 1:
+        raise ValueError(f"class_depth {class_depth} must be at least 1 with class_token {token!r}")
     for name in RATES:
         if (rate := getattr(model, name)) is not None and not 0.0 <= rate < 1.0:
             raise ValueError(f"{name} {rate} must lie in [0, 1)")
-    if model.remat not in REMATS:
-        raise ValueError(f"remat {model.remat!r} must be one of {', '.join(REMATS)}")
-    if (chosen := model.attention) not in (None, *kernels.IMPLEMENTATIONS):
-        raise ValueError(
-            f"attention {chosen!r} must be one of {', '.join(kernels.IMPLEMENTATIONS)}; None chooses"
-        )
+    if (remat := model.remat) not in REMATS:
+        raise ValueError(f"remat {remat!r} must be one of {', '.join(REMATS)}")
+    known, chosen = kernels.IMPLEMENTATIONS, model.attention
+    if chosen not in (None, *known):
+        raise ValueError(f"attention {chosen!r} must be one of {', '.join(known)}; None chooses")

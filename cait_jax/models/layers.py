@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 Images = Float[Array | np.ndarray, "batch height width channels"]
 Tokens = Float[Array, "batch tokens d"]
@@ -30,10 +30,7 @@ LayerNorm: Any = functools.partial(nn.remat(nn.LayerNorm), epsilon=1e-6, use_fas
 
 @dataclasses.dataclass(frozen=True)
 class DtypePolicy:
-    """Dtypes of activations and parameters, and the precision of matmuls (`"highest"` for parity runs).
-
-    Keyword arguments: `norm` of Flax's norms, `dense` of its linear layers, `accumulate` of wide einsums.
-    """
+    """Dtypes of activations and parameters, and the precision of matmuls; also as Flax's arguments."""
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -41,7 +38,7 @@ class DtypePolicy:
 
     @property
     def accum_dtype(self) -> Any:
-        """The dtype of attention logits, softmax and class logits: at least float32."""
+        """Of attention logits, softmax and class logits: at least float32."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
     @property
@@ -57,11 +54,14 @@ class DtypePolicy:
         return {**self.norm, "precision": self.precision}
 
 
+def linear(x: Array, features: int, name: str, dtypes: DtypePolicy) -> Array:
+    """A linear layer that starts from N(0, 0.02^2) and 0; its output is one of `SAVE_MATMULS`."""
+    layer = nn.Dense(features, kernel_init=LINEAR_INIT, name=name, **dtypes.dense)
+    return saveable(layer(x))
+
+
 def keep_mask(
-    key: PRNGKeyArray | UInt[Array, "2"],
-    example_ids: Int[Array, "batch"],
-    rate: DropPathScale,
-    shape: tuple[int, ...],
+    key: PRNGKeyArray, example_ids: Array, rate: DropPathScale, shape: tuple[int, ...]
 ) -> Bool[Array, "batch *shape"]:
     """Draws which entries of each example's `shape` survive dropout at `rate`.
 
@@ -80,9 +80,7 @@ class Dropout(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch *rest"], example_ids: ExampleIds = None
-    ) -> Float[Array, "batch *rest"]:
+    def __call__(self, x: Array, example_ids: ExampleIds = None) -> Array:
         if example_ids is None or self.rate == 0.0:
             return x
         keep = keep_mask(self.make_rng("dropout"), example_ids, self.rate, x.shape[1:])
@@ -135,14 +133,11 @@ class PatchEmbed(nn.Module):
         batch, height, width, channels = images.shape
         side = self.patch_size
         rows, columns, bound = height // side, width // side, (side**2 * channels) ** -0.5
-
-        def init(key: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+        init: Any = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
         # The convolution as a matmul: windows do not overlap, and compilers unroll its gradient.
         windows = images.reshape(batch, rows, side, columns, side, channels)
-        inits: dict[str, Any] = {"kernel_init": init, "bias_init": init}
-        proj = nn.DenseGeneral(self.width, (-3, -2, -1), name="proj", **inits, **self.dtypes.dense)
+        options = {"kernel_init": init, "bias_init": init, **self.dtypes.dense}
+        proj = nn.DenseGeneral(self.width, (-3, -2, -1), name="proj", **options)
         return proj(jnp.swapaxes(windows, 2, 3)).reshape(batch, rows * columns, self.width)
 
 

@@ -1,8 +1,22 @@
-"""The table of named models: for each name a network and its attributes."""
+"""The table of named models: for each name a network and its attributes; ViT as a CaiT of other attributes."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from cait_jax.models.cait import CaiT
+
+
+class VisionTransformer(CaiT):
+    """`CaiT` with the choices of ViT (Dosovitskiy et al., arXiv 2010.11929) as defaults.
+
+    With `distilled=True` it is the distilled network of DeiT (Touvron et al., arXiv 2012.12877).
+    """
+
+    residual: str = "plain"
+    talking_heads: bool = False
+    class_token: str | int = "input"
+    drop_path_growth: str = "linear"
 
 
 @dataclasses.dataclass(frozen=True)

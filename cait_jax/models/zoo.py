@@ -1,7 +1,6 @@
 """Models by name."""
 
 import dataclasses
-import fnmatch
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ from flax import linen as nn
 
 from cait_jax.errors import KEY_OF, UserError, can_set, nearest, setting
 from cait_jax.models.cait import CaiT
-from cait_jax.models.variants import VARIANTS
+from cait_jax.models.variants import VARIANTS, VisionTransformer
 
 if TYPE_CHECKING:
     from cait_jax.models.regnet import RegNetY
@@ -22,18 +21,6 @@ FAMILIES = ("CaiT", "VisionTransformer", "RegNetY")
 FLOAT_DTYPES = ("bfloat16", "float32", "float64")
 
 
-class VisionTransformer(CaiT):
-    """`CaiT` with the choices of ViT (Dosovitskiy et al., arXiv 2010.11929) as defaults.
-
-    With `distilled=True` it is the distilled network of DeiT (Touvron et al., arXiv 2012.12877).
-    """
-
-    residual: str = "plain"
-    talking_heads: bool = False
-    class_token: str | int = "input"
-    drop_path_growth: str = "linear"
-
-
 def network_class(family: str) -> Any:
     """The class of one of `FAMILIES`."""
     if family == "RegNetY":
@@ -41,11 +28,6 @@ def network_class(family: str) -> Any:
 
         return RegNetY
     return {"CaiT": CaiT, "VisionTransformer": VisionTransformer}[family]
-
-
-def list_models(pattern: str = "*") -> list[str]:
-    """Names the models whose name matches a shell pattern, such as `"cait_s*"`, in alphabetical order."""
-    return sorted(fnmatch.filter(VARIANTS, pattern))
 
 
 def create_model(
@@ -61,7 +43,7 @@ def create_model(
     """Makes a model by name: an architecture, without parameters.
 
     Args:
-      name: a name of `list_models()`.
+      name: a name of `cait_jax.list_models()`.
       image_size: side in pixels, or (height, width); the name's own resolution if not given.
       num_classes: classes of the head; 0 gives features.
       dtype: of the computation, such as `jnp.bfloat16` or `"bfloat16"`.
@@ -100,10 +82,7 @@ def create_model(
 
 
 def misfit(name: str, error: Exception) -> UserError:
-    """The error of a model whose attributes do not fit, in the words of the interface.
-
-    The message of `error` begins with the attribute, as those of `check_attributes` do.
-    """
+    """The error of a model from one that begins with an attribute, in the words of the interface."""
     attribute, space, rest = str(error).partition(" ")
     named = setting(attribute) if attribute in KEY_OF and can_set(attribute) else attribute
     return UserError(f"{name}: {named}{space}{rest}")

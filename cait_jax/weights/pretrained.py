@@ -60,9 +60,7 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
 
     With `pretrained`, only those with released weights.
     """
-    if pretrained:
-        return sorted(fnmatch.filter(RELEASED, pattern))
-    return zoo.list_models(pattern)
+    return sorted(fnmatch.filter(RELEASED if pretrained else VARIANTS, pattern))
 
 
 def create_model(name: str, *, pretrained: bool = False, **attributes: Any) -> Any:

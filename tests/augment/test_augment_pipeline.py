@@ -10,9 +10,9 @@ import pytest
 from marks import slow
 from scipy import ndimage
 
-from cait_jax.augment.geometric import affine, random_pad_crop
 from cait_jax.augment.pipeline import Augmentation, augment, normalise, random_hflip
 from cait_jax.augment.randaugment import RandAugment
+from cait_jax.augment.simple import affine, random_pad_crop
 from cait_jax.sharding import batch_sharding, make_mesh, replicated
 
 ALL = Augmentation(hflip=True, pad_crop=2, rotate=15.0, zoom=0.1, shear=0.1, translate=0.1)

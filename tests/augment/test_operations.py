@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from cait_jax.augment import color, randaugment
+from cait_jax.augment import randaugment, simple
 
 
 def picture(seed=0, channels=3):
@@ -88,7 +88,7 @@ def test_grayscale():
 
 def test_gaussian_blur():
     levels = picture(4)
-    blur = jax.jit(color.gaussian_blur)
+    blur = jax.jit(simple.gaussian_blur)
     for radius in (0.0, 0.1, 0.7, 1.0, 1.414, 1.42, 2.0, 2.4):
         same(
             blur(jnp.asarray(levels), radius),

@@ -14,9 +14,9 @@ from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
 from marks import slow, slow_unless
 
+from cait_jax import create_model, list_models
 from cait_jax.kernels import DEFAULT_ATTENTION, IMPLEMENTATIONS, talking_heads_attention
 from cait_jax.kernels import tpu as tpu_kernels
-from cait_jax.models.zoo import create_model, list_models
 from cait_jax.sharding import constrain_batch, make_mesh
 
 KERNELS = ["pallas_tpu_interpreted", "pallas_gpu_interpreted"]

@@ -9,7 +9,7 @@ from trees import random_params
 
 from cait_jax import create_model, list_models
 from cait_jax.models.regnet import stage_sizes
-from cait_jax.models.zoo import VisionTransformer
+from cait_jax.models.variants import VisionTransformer
 
 # The released models' and the paper's counts, as published (1000 classes).
 PUBLISHED = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from cait_jax.augment.color import color_jitter, three_augment
+from cait_jax.augment.simple import color_jitter, three_augment
 
 PICTURE = np.random.default_rng(0).integers(20, 236, (9, 11, 3), dtype=np.uint8)
 
