@@ -2,6 +2,9 @@
 
 from cait_jax.train.metric_writer import TIMING_KEYS, read_metrics
 
+# For a process that is killed or has no room: half of a program would stay in the compilation cache.
+WRITES_NO_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+
 
 def untimed(workdir):
     """The rows of a run's metrics.jsonl without what depends on the clock."""

@@ -260,7 +260,7 @@ def released_weights(name, folder):
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
+def environment(tmp_path_factory, compilation_cache):
     """Variables under which blocks run: the tree's own `python` and `cait`, and a hub on this machine."""
     folder = tmp_path_factory.mktemp("environment")
     programs = folder / "bin"
@@ -274,7 +274,7 @@ def environment(tmp_path_factory):
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            **compilation_cache,
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
             "HF_HOME": str(folder / "hub"),
         }

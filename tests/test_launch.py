@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import slow_unless
 
 from cait_jax.train.config import flatten
 from cait_jax.train.keys import get_config
@@ -124,7 +125,7 @@ def test_shellcheck_finds_nothing():
     assert (result.returncode, result.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "slurm.sbatch", SCRIPTS))
 def test_train_accepts_what_a_script_passes_on(name, launch):
     """The program itself reads it: flags, config and keys, with the caller's own at the end and unchanged."""
     result, written = launch(name, *OWN)

@@ -27,6 +27,7 @@ def built(tmp_path_factory):
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
 
 
+@pytest.mark.slow
 def test_the_wheel_is_imported_and_makes_a_model_outside_the_repository(built, tmp_path):
     wheel, _ = built
     venv.create(tmp_path / "env", with_pip=False)

@@ -92,6 +92,7 @@ def test_pad_crop_reaches_every_offset_evenly():
     assert min(counts) > 100 - 6 * 10 and max(counts) < 100 + 6 * 10  # noqa: PT018
 
 
+@pytest.mark.slow
 def test_an_images_draws_depend_on_its_position_only():
     batch = images(6)
     key = jax.random.key(3)
@@ -147,6 +148,7 @@ def test_recipes_are_the_same_on_one_device_and_eight(settings):
     assert not np.array_equal(one, batch)
 
 
+@pytest.mark.slow
 def test_recipes_flip_as_their_flip_alone():
     """New draws leave those that were there before as they are."""
     batch, ids, key = jnp.round(images(32)), jnp.arange(32), jax.random.key(5)

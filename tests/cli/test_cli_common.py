@@ -189,6 +189,7 @@ def test_a_run_that_was_begun_otherwise_names_the_options(places, tmp_path):
     check(found, options | {"--workdir"}, places)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_an_option(places, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "math", types.SimpleNamespace(isfinite=lambda value: False))
     found, options = said(

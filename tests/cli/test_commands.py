@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from marks import slow
 
 from cait_jax import (
     create_model,
@@ -89,6 +90,7 @@ def test_models_lists_the_zoo_with_what_each_costs():
     assert all((row["top1"] is None) == (row["top1_source"] is None) for row in rows)
 
 
+@pytest.mark.slow
 def test_models_with_weights_are_the_released_ones():
     rows = json.loads(cait("models", "--pretrained", "--json")[0])
     assert [row["name"] for row in rows] == list_models(pretrained=True)
@@ -200,8 +202,12 @@ def test_evaluate_names_the_broken_image(saved, photographs):
 
 @pytest.mark.parametrize(
     ("layer", "tokens", "shape"),
-    [("head", False, (2, 64)), ("blocks.0", True, (2, 4, 64)), ("blocks_token_only.1", False, (2, 64))],
-)  # fmt: skip
+    [
+        ("head", False, (2, 64)),
+        slow("blocks.0", True, (2, 4, 64)),
+        slow("blocks_token_only.1", False, (2, 64)),
+    ],
+)
 def test_features_are_those_of_the_layer(saved, photographs, tmp_path, layer, tokens, shape):
     target = tmp_path / "features.npz"
     images = [photographs / "sparrow" / "1.png", photographs / "teapot" / "2.png"]

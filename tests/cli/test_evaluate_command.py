@@ -197,6 +197,7 @@ def test_nothing_is_measured_on_what_was_learnt(saved, images, tmp_path):
     assert "learn from split 'train', which shares images with split 'all'" in err
 
 
+@pytest.mark.slow
 def test_train_and_test_splits_are_matched_by_name(headless, images, tmp_path):
     """Without `train` each split has its own classes: `val` a, b, c and `test` b, c."""
     data = divided(tmp_path / "d", images)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from marks import slow
 from trees import unstack_blocks
 
 from cait_jax.models import cait
@@ -92,7 +93,7 @@ def test_every_stage_and_the_logits_agree(recorded, stacked):
     assert logits_error(recorded, params, model) < 1e-5
 
 
-@pytest.mark.parametrize("remat", ["none", "elementwise", "attention", "block"])
+@pytest.mark.parametrize("remat", ["none", "elementwise", slow("attention"), slow("block")])
 def test_loss_and_every_gradient_agree(recorded, remat):
     model = small_cait(remat=remat)
     params = from_timm(published(recorded, "weight"), model)["params"]

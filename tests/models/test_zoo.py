@@ -151,7 +151,7 @@ REGNETY = {
         slow("cait_nano4_patch4_8", CAIT | {"patch_size": 1, "num_heads": 4}),
         slow("cait_nano4_patch4_8", CAIT | {"stacked": False}),
         slow("cait_nano4_patch4_8", CAIT | {"class_token": 1}),
-        ("vit_6x256", CAIT),
+        slow("vit_6x256", CAIT),
         slow("deit_tiny_distilled", CAIT),
         slow("regnety_160", REGNETY),
     ],

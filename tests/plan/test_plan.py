@@ -107,6 +107,7 @@ def test_a_teacher_costs_its_forward_pass():
     assert with_teacher.useful == without.useful
 
 
+@pytest.mark.slow
 def test_gpus_get_an_estimate_of_counted_work():
     config = cait_xxs24.get_config()
     config.model.remat = "none"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_files import untimed
+from run_files import WRITES_NO_CACHE, untimed
 from tfds_files import numbered_jpeg, write_imagenet2012
 from trees import assert_same_bits
 
@@ -22,6 +22,7 @@ STEPS = 8
 SETTINGS = {
     "model.name": "cait_nano4_patch4_8",
     "model.depth": 1,
+    "model.class_depth": 1,
     "model.width": 16,
     "model.num_heads": 2,
     "model.dropout": 0.1,
@@ -47,14 +48,12 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
+def environment(compilation_cache):
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **compilation_cache,
     }
 
 
@@ -115,7 +114,9 @@ def test_two_processes_read_and_learn_what_one_does_and_resume(tmp_path, environ
     assert "the same command goes on from there" in said[0]
     assert "loss" not in said[1]  # process 0 speaks for all
 
-    killed = start(environment, two, data_dir, processes=2, **{"data.workers": 1}, **divided)
+    killed = start(
+        environment | WRITES_NO_CACHE, two, data_dir, processes=2, **{"data.workers": 1}, **divided
+    )
     reached = Checkpoints(two / "checkpoints").latest_step()
     wait_for(two, reached + 2, killed)
     for process in killed:
@@ -136,6 +137,7 @@ def test_two_processes_read_and_learn_what_one_does_and_resume(tmp_path, environ
     assert np.isfinite(untimed(one)[-1]["eval/loss"])
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_takes_the_others_with_it(tmp_path, environment, data_dir):
     """One finds no data and says so. The other, which would wait for it for ever, ends too."""
     processes = start(
@@ -164,6 +166,7 @@ sys.exit(run_program("prog", main, ()))
 """
 
 
+@pytest.mark.slow
 def test_a_defect_in_one_process_keeps_its_traceback_and_ends_all(environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -101,7 +101,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monk
     assert untimed(tmp_path) == untimed(workdir)
 
 
-@pytest.mark.parametrize("failing", [4, slow(6)])
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [4, 6])
 def test_a_state_is_saved_before_an_evaluation_that_fails(
     finished, config, tmp_path, monkeypatch, failing
 ):
@@ -167,6 +168,7 @@ def test_reporting_and_worker_keys_may_differ(finished, config):
     assert train(config, workdir).metrics == run.metrics
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     config.optimizer.learning_rate = 1e30
     config.optimizer.warmup_epochs = 0.0
@@ -179,6 +181,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     assert all(row["step"] < 2 for row in read_metrics(tmp_path / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_nothing_is_saved_of_a_step_whose_loss_is_found_bad_in_its_evaluation(config, tmp_path):
     config.optimizer.learning_rate = 1e30
     config.optimizer.warmup_epochs = 0.0
@@ -263,6 +266,7 @@ def test_an_evaluation_reads_its_batches_once_for_all_weights(config, tmp_path):
     assert run.metrics["eval/ema_accuracy"] == alone["accuracy"]
 
 
+@pytest.mark.slow
 def test_ema_is_kept_and_evaluated_beside_the_raw_weights(config, tmp_path):
     config.optimizer.ema_decay = 0.5
     run = train(config, tmp_path)

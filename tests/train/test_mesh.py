@@ -78,6 +78,7 @@ def losses(config, devices, steps):
 def in_float64(network, mesh, count):
     name, stacked, accumulate = network
     config = small(name, mesh=mesh, stacked=stacked, accumulate=accumulate)
+    config.model.class_depth = 1
     config.model.dtype = config.model.param_dtype = "float64"
     with jax.enable_x64(True):
         found, state = losses(config, jax.devices()[:count], 3)
@@ -169,6 +170,7 @@ def test_under_fsdp_parameters_are_gathered_one_by_one(stacked):
     assert totals(exchanged) == GOLDEN[stacked]
 
 
+@pytest.mark.slow
 def test_one_device_sends_nothing():
     text, _ = compiled_step(small(), jax.devices()[:1])
     assert collectives(read_program(text)) == []

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from run_files import untimed
+from run_files import WRITES_NO_CACHE, untimed
 
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.train.metric_writer import read_metrics
@@ -47,14 +47,8 @@ def command(workdir):
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+def environment(compilation_cache):
+    return os.environ | {"JAX_PLATFORMS": "cpu"} | compilation_cache
 
 
 def last_state(workdir):
@@ -84,8 +78,8 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path, environmen
     metrics = killed / "metrics.jsonl"
     for target in (2, 20, 40):  # kill soon after the run has come this far
         process = subprocess.Popen(
-            command(killed), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            command(killed), cwd=ROOT, env=environment | WRITES_NO_CACHE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         while process.poll() is None:
             rows = read_metrics(metrics)
@@ -132,6 +126,7 @@ def test_a_mistake_gets_one_sentence_and_status_1(tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_metrics_lines_are_json_with_an_integer_step(tmp_path, environment):
     """A stop by SIGTERM is a clean one: status 130, and what was computed is saved."""
     process = subprocess.Popen(
@@ -173,7 +168,7 @@ def test_a_full_disk_is_one_sentence_at_the_end_and_the_run_goes_on_afterwards(
 ):
     """Files may not grow over 64 KiB, as on a disk without room: no checkpoint can be written."""
     workdir = tmp_path / "run"
-    environment = {key: value for key, value in environment.items() if "CACHE" not in key}
+    environment = environment | WRITES_NO_CACHE
     limited = f"ulimit -f 64; exec {shlex.join(command(workdir))}"
     result = subprocess.run(
         ["bash", "-c", limited],

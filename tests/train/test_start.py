@@ -74,6 +74,7 @@ def test_weights_of_other_classes_and_size_start_with_a_new_head(config, tmp_pat
     assert "head.bias" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_another_run(config, tmp_path):
     first = train(config, tmp_path / "first")
     config.init.weights = str(tmp_path / "first")

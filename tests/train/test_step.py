@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import slow
 from trees import random_params
 
 from cait_jax import UserError, create_model
@@ -71,7 +72,7 @@ def alone():
     return run(jax.devices()[:1])
 
 
-@pytest.mark.parametrize(("count", "accumulate"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize(("count", "accumulate"), [slow(8, 1), (2, 4)])
 def test_losses_do_not_depend_on_devices_or_micro_batches(alone, count, accumulate):
     metrics, state = run(jax.devices()[:count], accumulate=accumulate)
     expected = [m["loss"] for m in alone[0]]
@@ -84,6 +85,7 @@ def test_the_same_seed_gives_the_same_bits(alone):
     jax.tree.map(np.testing.assert_array_equal, (metrics, state), alone)
 
 
+@pytest.mark.slow
 def test_float64_agrees_to_its_own_rounding_on_eight_devices():
     with jax.enable_x64(True):
         one, _ = run(jax.devices()[:1], steps=3, dtype="float64")
@@ -104,6 +106,7 @@ def test_metrics_and_ema(alone):
     assert 0 < float(difference) < 0.1 * float(optax.tree.norm(state.params))
 
 
+@pytest.mark.slow
 def test_the_learning_rate_reported_is_the_one_applied():
     """With SGD at rate 1 times the schedule, the move over the gradient is the rate."""
     model = create_model("cait_nano4_patch4_8", num_classes=10, depth=1, drop_path_rate=0.0)

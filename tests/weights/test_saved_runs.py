@@ -63,6 +63,7 @@ def test_one_checkpoint_of_a_run_is_read_by_its_step(tmp_path, model):
         load_pretrained(checkpoints / "1")
 
 
+@pytest.mark.slow
 def test_a_runs_last_checkpoints_have_a_mean(tmp_path, model):
     save_run(tmp_path, model, steps=(1, 2), ema=True)
     steps = [tmp_path / "checkpoints" / step for step in ("1", "2")]

@@ -74,6 +74,7 @@ WHOLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mix_rows", [0, 6]
 )  # 6: of 16 rows two groups, and one of the four that remain
@@ -212,6 +213,7 @@ def test_two_phases_free_the_last_blocks_after_the_head():
     assert rates == pytest.approx([1e-3, 1e-3, 1e-5])
 
 
+@pytest.mark.slow
 def test_a_config_names_its_teacher(tmp_path):
     teacher = create_model("cait_nano4_patch4_8", depth=1, width=16, num_heads=2, num_classes=10)
     settings = {
