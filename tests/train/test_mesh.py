@@ -78,7 +78,8 @@ def losses(config, devices, steps):
 def in_float64(network, mesh, count):
     name, stacked, accumulate = network
     config = small(name, mesh=mesh, stacked=stacked, accumulate=accumulate)
-    config.model.class_depth = 1
+    if name.startswith("cait"):
+        config.model.class_depth = 1
     config.model.dtype = config.model.param_dtype = "float64"
     with jax.enable_x64(True):
         found, state = losses(config, jax.devices()[:count], 3)
