@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from hub_server import serve_hub
+from marks import slow_unless
 from PIL import Image
 from trees import random_params
 
@@ -198,7 +199,9 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize(("page", "name"), sorted(TABLES))
+@pytest.mark.parametrize(
+    ("page", "name"), slow_unless(lambda page, name: page != "docs/models.md", sorted(TABLES))
+)
 def test_a_table_is_what_its_command_prints(page, name):
     """`python tests/test_docs.py` writes the tables."""
     assert PAGES[page] == with_table(PAGES[page], name)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from marks import slow
 
 from cait_jax.augment.mixup import Mixup, cutmix_box, mix, sample_weights, soft_labels
 from cait_jax.errors import UserError
@@ -144,9 +143,8 @@ def test_nothing_asked_for_changes_nothing():
     assert found_targets is targets
 
 
-@pytest.mark.parametrize(
-    "settings", [BOTH, slow(Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, group_size=2))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [BOTH, Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, group_size=2)])
 def test_one_device_and_eight_mix_alike(settings):
     batch, targets = images(16), soft_labels(jnp.tile(LABELS, 2), 5, 0.1)
     mesh = make_mesh()

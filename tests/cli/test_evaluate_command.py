@@ -223,6 +223,7 @@ def test_train_and_test_splits_are_matched_by_name(headless, images, tmp_path):
     assert "learn from --train-split train: folder " in cait(*arguments, status=1)[1]
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_said_by_every_command(saved, images, tmp_path):
     data = sort_images(tmp_path / "d", images, ["sparrow", "teapot"] * 3 + ["sparrow"])
     for i in range(9):

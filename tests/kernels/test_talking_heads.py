@@ -111,7 +111,9 @@ def gradients(implementation, given, cotangent, precision="highest"):
     return jax.jit(back)(*given)
 
 
-@pytest.mark.parametrize(("tokens", "heads"), [slow(196, 4), *RAGGED])
+@pytest.mark.parametrize(
+    ("tokens", "heads"), slow_unless(lambda tokens, heads: tokens == 17, [(196, 4), *RAGGED])
+)
 @pytest.mark.parametrize("implementation", ["xla_remat", "xla_by_image", *KERNELS])
 def test_every_gradient_is_that_of_the_definition(implementation, tokens, heads):
     given = arguments(tokens, heads, batch=2)

@@ -117,6 +117,7 @@ def test_dtype_of_computation_and_of_parameters_are_apart(dtype):
         assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_float64_computes_in_float64_throughout():
     with jax.enable_x64(True):
         wide = small(num_classes=10, depth=2, dtype="float64", param_dtype="float64")
@@ -167,6 +168,7 @@ def test_initialisation_is_the_papers():
 # Invariances
 
 
+@pytest.mark.slow
 def test_a_constant_on_proj_l_or_a_key_bias_changes_nothing(model, params):
     x = images(model)
     logits = model.apply({"params": params}, x)

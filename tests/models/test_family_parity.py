@@ -87,6 +87,7 @@ def test_regnety_agrees_in_every_stage():
         assert name.endswith("num_batches_tracked") or np.array_equal(back[name], array), name
 
 
+@pytest.mark.slow
 def test_regnety_in_training_normalises_by_the_batch_and_moves_its_averages():
     arrays, weights = recorded("regnety_small.npz")
     variables = from_timm(weights, REGNET)

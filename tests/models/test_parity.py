@@ -93,7 +93,7 @@ def test_every_stage_and_the_logits_agree(recorded, stacked):
     assert logits_error(recorded, params, model) < 1e-5
 
 
-@pytest.mark.parametrize("remat", ["none", "elementwise", slow("attention"), slow("block")])
+@pytest.mark.parametrize("remat", ["none", *map(slow, ("elementwise", "attention", "block"))])
 def test_loss_and_every_gradient_agree(recorded, remat):
     model = small_cait(remat=remat)
     params = from_timm(published(recorded, "weight"), model)["params"]

@@ -313,6 +313,7 @@ def test_vit_with_the_papers_choices_is_cait():
     )
 
 
+@pytest.mark.slow
 def test_stochastic_depth_grows_from_nothing_to_its_rate():
     """Branches that each add a constant count themselves; block 0 always adds, block 2 half the time."""
     batch = 2000

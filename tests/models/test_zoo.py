@@ -147,12 +147,12 @@ REGNETY = {
 @pytest.mark.parametrize(
     ("name", "attributes"),
     [
-        ("cait_nano4_patch4_8", CAIT),
+        slow("cait_nano4_patch4_8", CAIT),
         slow("cait_nano4_patch4_8", CAIT | {"patch_size": 1, "num_heads": 4}),
         slow("cait_nano4_patch4_8", CAIT | {"stacked": False}),
         slow("cait_nano4_patch4_8", CAIT | {"class_token": 1}),
         slow("vit_6x256", CAIT),
-        slow("deit_tiny_distilled", CAIT),
+        ("deit_tiny_distilled", CAIT),
         slow("regnety_160", REGNETY),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from marks import slow
 from run_files import WRITES_NO_CACHE, untimed
 from tfds_files import numbered_jpeg, write_imagenet2012
 from trees import assert_same_bits
@@ -189,8 +190,8 @@ def test_a_defect_in_one_process_keeps_its_traceback_and_ends_all(environment):
     ("arguments", "sentence"),
     [
         (["--coordinator=127.0.0.1:1"], "belong together: give all three"),
-        (["--coordinator=here", "--processes=2", "--process=0"], "a host and a port"),
-        (["--coordinator=h:1", "--processes=2", "--process=2"], "counts from 0"),
+        slow(["--coordinator=here", "--processes=2", "--process=0"], "a host and a port"),
+        slow(["--coordinator=h:1", "--processes=2", "--process=2"], "counts from 0"),
         (["--distributed"], "nothing here says who the other processes are"),
     ],
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from marks import slow
 from run_files import WRITES_NO_CACHE, untimed
 
 from cait_jax.checkpoint.store import Checkpoints
@@ -197,11 +198,11 @@ def test_a_full_disk_is_one_sentence_at_the_end_and_the_run_goes_on_afterwards(
     [
         ([], "give a recipe by --config=FILE, such as --config=configs/digits.py"),
         (["--config=configs/digits.py", "--workdri=x"], "there is no flag --workdri; nearest: workdir"),
-        (["--config=configs/digits.py", "config.seed=1"], "'config.seed=1' is no flag"),
-        (["--config=configs/digits.py", "--processes=two"], "flag --processes=two: invalid literal"),
-        (["--config=configs/digits.py", "--config.epochs=inf"], "--config.epochs is inf and must be"),
-        (["--config=configs/digits.py", "--config.image_size=8,x"], "--config.image_size is 8,x and"),
-        (["--config=configs/digits.py", "--config.model.num_heads=5"],
+        slow(["--config=configs/digits.py", "config.seed=1"], "'config.seed=1' is no flag"),
+        slow(["--config=configs/digits.py", "--processes=two"], "flag --processes=two: invalid literal"),
+        slow(["--config=configs/digits.py", "--config.epochs=inf"], "--config.epochs is inf and must be"),
+        slow(["--config=configs/digits.py", "--config.image_size=8,x"], "--config.image_size is 8,x and"),
+        slow(["--config=configs/digits.py", "--config.model.num_heads=5"],
          "cait_nano4_patch4_8: --config.model.num_heads 5 does not divide width 64"),
         (["--config=configs/digits.py", "--workdir=/dev/null/run"], "/dev/null/run: not a directory"),
     ],

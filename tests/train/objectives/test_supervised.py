@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from marks import slow
 from trees import random_params
 
 from cait_jax import UserError, create_model, save_pretrained
@@ -102,7 +101,8 @@ def teacher_and_its_choice():
     return teacher, np.argmax(model.apply(variables, seen), axis=-1)
 
 
-@pytest.mark.parametrize("two_heads", [slow(False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("two_heads", [False, True])
 def test_a_student_learns_label_and_teacher_in_equal_parts(two_heads):
     options = (
         {"class_token": "input", "residual": "plain", "talking_heads": False, "distilled": True}
