@@ -82,7 +82,7 @@ def create_model(
 
 
 def misfit(name: str, error: Exception) -> UserError:
-    """The error of a model from one that begins with an attribute, in the words of the interface."""
+    """A model's `error`, whose message begins with an attribute, in the words of the interface."""
     attribute, space, rest = str(error).partition(" ")
     named = setting(attribute) if attribute in KEY_OF and can_set(attribute) else attribute
     return UserError(f"{name}: {named}{space}{rest}")
