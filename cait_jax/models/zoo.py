@@ -30,52 +30,24 @@ def network_class(family: str) -> Any:
     return {"CaiT": CaiT, "VisionTransformer": VisionTransformer}[family]
 
 
-def create_model(
-    name: str,
-    *,
-    image_size: int | tuple[int, int] | None = None,
-    num_classes: int = 1000,
-    dtype: Any = jnp.float32,
-    param_dtype: Any = jnp.float32,
-    precision: Any = None,
-    **overrides: Any,
-) -> Network:
-    """Makes a model by name: an architecture, without parameters.
-
-    Args:
-      name: a name of `cait_jax.list_models()`.
-      image_size: side in pixels, or (height, width); the name's own resolution if not given.
-      num_classes: classes of the head; 0 gives features.
-      dtype: of the computation, such as `jnp.bfloat16` or `"bfloat16"`.
-      param_dtype: of the parameters.
-      precision: of matmuls, such as `"highest"`.
-      **overrides: any other attribute of the network, such as `in_channels=1`, `drop_path_rate=0.1` or `depth=12`;
-        None means the name's own.
-
-    Returns:
-      A Flax Linen module: `variables = model.init(key, images)`, `logits = model.apply(variables, images)`.
-
-    Raises:
-      UserError: for an unknown name or attribute, and for sizes or head counts that do not fit.
-    """
+def create_model(name: str, **attributes: Any) -> Network:
+    """Makes a model by name, see `cait_jax.create_model`."""
     if name not in VARIANTS:
         raise UserError(f"there is no model {name!r}; {nearest(name, VARIANTS)}")
     variant = VARIANTS[name]
     network = network_class(variant.family)
     known = {field.name for field in dataclasses.fields(network)} - {"parent", "name"}
-    for key in overrides:
+    for key in attributes:
         if key not in known:
             raise UserError(f"{name} has no attribute {key!r}; {nearest(key, known)}")
-    size = variant.attributes["image_size"] if image_size is None else image_size
+    given = {key: value for key, value in attributes.items() if value is not None}
+    values = {"dtype": "float32", "param_dtype": "float32", **variant.attributes, **given}
+    size = values["image_size"]
     try:
-        model: Network = network(
-            **{**variant.attributes, **{k: v for k, v in overrides.items() if v is not None}}
-            | {"image_size": (size, size) if isinstance(size, int) else tuple(size)},
-            num_classes=num_classes,
-            dtype=float_dtype("dtype", dtype),
-            param_dtype=float_dtype("param_dtype", param_dtype),
-            precision=precision,
-        )
+        values["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
+        for key in ("dtype", "param_dtype"):
+            values[key] = float_dtype(key, values[key])
+        model: Network = network(**values)
     except (TypeError, ValueError) as error:
         raise misfit(name, error) from error
     return model

@@ -64,12 +64,15 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
 
 
 def create_model(name: str, *, pretrained: bool = False, **attributes: Any) -> Any:
-    """Makes a model by name.
+    """Makes a model by name: an architecture, without parameters.
 
     Args:
       name: one of `list_models()`.
       pretrained: with its released weights, downloaded on first use.
-      **attributes: see `cait_jax.models.zoo.create_model`; with `pretrained`, see `load_pretrained`.
+      **attributes: what differs from the name's own; None: nothing. With `pretrained`, see `load_pretrained`. Else
+        `image_size`, a side in pixels or (height, width); `num_classes`, 1000 by default, 0 for features; `dtype`
+        of the computation and `param_dtype`, float32 by default, such as `jnp.bfloat16` or `"bfloat16"`;
+        `precision` of matmuls, such as `"highest"`; any other of the network, such as `in_channels=1`.
 
     Returns:
       A Flax Linen module: `variables = model.init(key, images)`, `logits = model.apply(variables, images)`.
