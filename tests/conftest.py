@@ -27,7 +27,7 @@ if jax.config.jax_platforms == "cpu":
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 CACHE_BYTES = 2**29
-MEMORY_BYTES = 5 * 2**28  # of each worker
+MEMORY_BYTES = 9 * 2**27  # of each worker
 
 
 def pytest_configure(config):
