@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from cait_jax.data import in_memory
 from cait_jax.train import train
-from cait_jax.train.keys import get_config
+from cait_jax.train.config import get_config
 
 LOG_EVERY, SAVE_EVERY, EVALUATE_EVERY = 3, 5, 7
 STEP, EVALUATION = "jit_train_step", "jit_eval_step"

@@ -27,8 +27,8 @@ OLD_KEYS: Mapping[str, str] = {
 # Names of models that have other shapes now, in runs whose configs have an old key.
 OLD_MODELS: Mapping[str, str] = {"vit_tiny": "vit_6x256", "vit_small": "vit_8x384"}
 
-# Old value of a key to new.
-OLD_VALUES: Mapping[str, Mapping[str, str]] = {"model.attention": {"xla_lean": "xla_remat"}}
+# Key and old value to new.
+OLD_VALUES: Mapping[tuple[str, str], str] = {("model.attention", "xla_lean"): "xla_remat"}
 
 # Stem of an old config file to the new file and its argument.
 _OLD_FILES = (
@@ -74,11 +74,6 @@ def current_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return _current_section("model", attributes)
 
 
-def current_value(key: str, value: Any) -> Any:
-    """A key's value under the name of today."""
-    return OLD_VALUES[key].get(value, value) if key in OLD_VALUES else value
-
-
 def current_preprocessing(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A saved model's preprocessing under the names of today."""
     return {_last(f"eval.{name}"): value for name, value in settings.items()}
@@ -86,7 +81,7 @@ def current_preprocessing(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _current_section(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        _last(f"{section}.{key}"): current_value(f"{section}.{key}", value)
+        _last(f"{section}.{key}"): OLD_VALUES.get((f"{section}.{key}", str(value)), value)
         for key, value in values.items()
     }
 

@@ -3,6 +3,6 @@
 A recipe starts from these and states only what differs.
 """
 
-from cait_jax.train.keys import get_config
+from cait_jax.train.config import get_config
 
 __all__ = ["get_config"]

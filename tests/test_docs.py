@@ -29,8 +29,7 @@ from trees import random_params
 
 import cait_jax
 from cait_jax.cli import main
-from cait_jax.train.config import check_values, flatten, load_config, parse_command_line
-from cait_jax.train.keys import get_config
+from cait_jax.train.config import check_values, flatten, get_config, load_config, parse_command_line
 from cait_jax.weights.hub import RELEASED
 
 ROOT = Path(__file__).parents[1]

@@ -28,7 +28,7 @@ from cait_jax.errors import (
     speaking,
     writable,
 )
-from cait_jax.train.keys import get_config
+from cait_jax.train.config import get_config
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from marks import slow_unless
 
-from cait_jax.train.config import flatten
-from cait_jax.train.keys import get_config
+from cait_jax.train.config import flatten, get_config
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").iterdir())

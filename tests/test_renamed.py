@@ -7,8 +7,7 @@ import pytest
 from cait_jax import UserError
 from cait_jax.models.zoo import create_model
 from cait_jax.renamed import OLD_KEYS, current_attributes, current_config
-from cait_jax.train import keys
-from cait_jax.train.config import as_json, flatten, load_config, parse_command_line
+from cait_jax.train.config import as_json, flatten, get_config, load_config, parse_command_line
 from cait_jax.train.keys import KEYS
 from cait_jax.train.resume import check_resumable
 from cait_jax.weights.saved import model_from_dict, model_to_dict
@@ -69,7 +68,7 @@ def test_an_old_key_without_a_value_is_a_flag():
 
 @pytest.mark.parametrize("old", OLD_KEYS)
 def test_a_run_saved_under_old_keys_resumes_under_new_ones(old):
-    config = keys.get_config()
+    config = get_config()
     saved = with_old_keys(config)
     check_resumable(saved, config, "runs/a")
     section, name = old.split(".")
@@ -80,7 +79,7 @@ def test_a_run_saved_under_old_keys_resumes_under_new_ones(old):
 
 
 def test_models_that_had_other_shapes_keep_them_in_old_runs():
-    config = keys.get_config()
+    config = get_config()
     for now, old in {"vit_6x256": "vit_tiny", "vit_8x384": "vit_small"}.items():
         config.model.name = now
         saved = with_old_keys(config)

@@ -135,13 +135,13 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _key_rows() -> list[dict[str, Any]]:
-    from cait_jax.train.keys import KEYS
+    from cait_jax.train.keys import KEYS, wanted
 
     return [
         {
             "key": name,
             "default": str(key.default) if key.default != "" else "(empty)",
-            "allowed": key.rule.wanted + ", or None" * (key.default is None),
+            "allowed": wanted(key.kind) + ", or None" * (key.default is None),
             "meaning": key.meaning,
         }
         for name, key in KEYS.items()

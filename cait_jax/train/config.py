@@ -1,24 +1,35 @@
-"""Configs: loaded from a file, overridden by a command line, checked, compared with that of a saved run."""
+"""Configs: loaded from a file, overridden by a command line, checked by the table of `keys`."""
 
+import ast
+import contextlib
 import hashlib
 import inspect
 import json
+import math
 import re
 import runpy
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
-from cait_jax.errors import UserError, nearest, setting, some
+from cait_jax.errors import UserError, nearest, some
 from cait_jax.renamed import OLD_KEYS, OLD_VALUES, current_file, renamed_in
-from cait_jax.train.keys import CONFLICTS, FLAG, KEYS
+from cait_jax.train.keys import CONFLICTS, KEYS, Kind, Number, Several, Size, Words, misfit
 
 _FILE = re.compile(r"--?config(=(?P<path>.*))?")
 _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<text>.*))?", re.DOTALL)
+
+
+_FLAGS = {
+    **dict.fromkeys(("true", "t", "1", "yes", "y"), True),
+    **dict.fromkeys(("false", "f", "0", "no", "n"), False),
+}
 
 
 class CommandLine(NamedTuple):
@@ -27,6 +38,18 @@ class CommandLine(NamedTuple):
     file: str | None
     overrides: dict[str, str]
     rest: list[str]
+
+
+def get_config() -> ConfigDict:
+    """The defaults, locked: a key that is not in the table cannot be set."""
+    config = ConfigDict()
+    for name, key in KEYS.items():
+        section, _, last = name.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        values = config[section] if section else config
+        values[last] = placeholder(_type(key.kind)) if key.default is None else key.default
+    return config.lock()
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
@@ -46,7 +69,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
                 file = arguments.pop(0)
         elif found := _OVERRIDE.fullmatch(argument):
             key, text = OLD_KEYS.get(found["key"], found["key"]), found["text"]
-            if text is None and (found["no"] or (key in KEYS and KEYS[key].rule is FLAG)):
+            if text is None and (found["no"] or (key in KEYS and KEYS[key].kind is bool)):
                 text = "false" if found["no"] else "true"
             elif text is None and arguments:
                 text = arguments.pop(0)
@@ -144,18 +167,75 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
         key = OLD_KEYS.get(given, given)
         if key not in KEYS:
             raise UserError(f"there is no config key {key!r}; {nearest(key, KEYS)}")
-        rule, value = KEYS[key].rule, None
+        kind, value = KEYS[key].kind, None
         if KEYS[key].default is not None or text.lower() != "none":
             try:
-                value = rule.read(OLD_VALUES.get(key, {}).get(text, text))
-            except ValueError:
-                raise _wrong(key, text) from None
-            if not rule.fits(value):
-                raise _wrong(key, text)
+                value = read(kind, OLD_VALUES.get((key, text), text))
+            except (KeyError, ValueError):
+                raise misfit(key, text) from None
+            if not fits(kind, value):
+                raise misfit(key, text)
         section, _, last = key.rpartition(".")
         with config.ignore_type():  # a size is a number or two
             (config[section] if section else config)[last] = value
     return config
+
+
+def _type(kind: Kind) -> type:
+    if isinstance(kind, Number):
+        return int if kind.whole else float
+    return kind if isinstance(kind, type) else {Several: tuple, Size: int, Words: str}[type(kind)]
+
+
+def read(kind: Kind, text: str) -> Any:
+    """The value of a command line's text; `ValueError` or `KeyError` for text of another kind."""
+    match kind:
+        case Number():
+            return int(text) if kind.whole else float(text)
+        case Several():
+            return tuple(read(kind.each, part) for part in _parts(text))
+        case Size():
+            sides = read(kind.both, text)
+            return sides[0] if len(sides) == 1 else sides
+    return text if kind is not bool else _FLAGS[text.lower()]
+
+
+def _parts(text: str) -> list[str]:
+    """`"(1, 2)"`, `"[1,2]"` and `"1,2"` in parts."""
+    with contextlib.suppress(SyntaxError, ValueError):
+        value = ast.literal_eval(text)
+        return [str(part) for part in (value if isinstance(value, tuple | list) else (value,))]
+    return text.split(",")  # nan and inf are no literals of Python
+
+
+def fits(kind: Kind, value: Any) -> bool:
+    """Whether a value that is not None is of a kind."""
+    match kind:
+        case Number():
+            if isinstance(value, bool) or not isinstance(value, Integral if kind.whole else Real):
+                return False
+            try:
+                x = float(value)
+            except OverflowError:  # an integer of more than 308 digits
+                return False
+            above = x > kind.low if kind.above else x >= kind.low
+            below = x < kind.high if kind.below else x <= kind.high
+            return math.isfinite(x) and (x == kind.also or (above and below))
+        case Several():
+            return (
+                isinstance(value, Sequence)
+                and len(value) in kind.counts
+                and all(fits(kind.each, member) for member in value)
+                and not (kind.increasing and list(value) != sorted(value))
+            )
+        case Size():
+            return fits(kind.side, value) or fits(kind.both, value)
+        case Words():
+            with contextlib.suppress(ValueError):
+                if kind.count and isinstance(value, str) and fits(kind.count, int(value)):
+                    return True
+            return isinstance(value, str) and value in kind.known
+    return isinstance(value, kind)
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -192,16 +272,8 @@ def check_values(config: ConfigDict) -> None:
     check_keys(config)
     flat = flatten(config)
     for name, key in KEYS.items():
-        if not (key.default is None if flat[name] is None else key.rule.fits(flat[name])):
-            raise _wrong(name, flat[name])
+        if not (key.default is None if flat[name] is None else fits(key.kind, flat[name])):
+            raise misfit(name, flat[name])
     for excluded, sentence in CONFLICTS:
         if excluded(flat):
             raise UserError(sentence)
-
-
-def _wrong(name: str, value: Any) -> UserError:
-    rule = KEYS[name].rule
-    shown = repr(value) if value == "" else str(value)
-    none = ", or None" if KEYS[name].default is None else ""
-    written = setting(f"config.{name}")
-    return UserError(f"{written} is {shown} and must be {rule.wanted}{none}{rule.hint(value)}")

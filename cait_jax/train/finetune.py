@@ -25,7 +25,7 @@ from cait_jax.evaluation.labels import read_labels
 from cait_jax.models.cait import CaiT
 from cait_jax.models.variants import VARIANTS
 from cait_jax.models.zoo import create_model
-from cait_jax.train.keys import get_config
+from cait_jax.train.config import get_config
 from cait_jax.weights.hub import find_released
 from cait_jax.weights.pretrained import load_pretrained, preprocessing
 

@@ -1,22 +1,17 @@
-"""Every key of a config: default, type, range and meaning in one table.
+"""Every key of a config: default, kind of value and meaning in one table; `config` reads and checks values by it.
 
 The defaults are the paper's ImageNet recipe (Touvron et al., arXiv 2103.17239, after DeiT's) with a rate for
 every step; `configs/imagenet.py` adds the authors' rate for every epoch.
 """
 
-import ast
 import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
-
 from cait_jax.data.decode import RESIZES
-from cait_jax.errors import nearest
+from cait_jax.errors import UserError, nearest, setting
 from cait_jax.kernels import IMPLEMENTATIONS
 from cait_jax.models.cait import REMATS
 from cait_jax.models.residual import CLASS_TOKENS, DROP_PATH_GROWTHS, SCHEMES
@@ -26,214 +21,132 @@ from cait_jax.train.optimizer import OPTIMIZERS, SCHEDULES
 
 INT32 = 2**31 - 1
 _FEW = 12  # words that a sentence lists
-_TRUE, _FALSE = ("true", "t", "1", "yes", "y"), ("false", "f", "0", "no", "n")
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
-    """What a value may be.
-
-    Attributes:
-      kind: its type.
-      wanted: the end of a sentence, such as `"a whole number from 1 to 1,024"`.
-      fits: whether a value that is not None is allowed.
-      read: the value of a command line's text; `ValueError` for text of another type.
-      hint: what is near a wrong value, to be added to the sentence.
-    """
-
-    kind: type
-    wanted: str
-    fits: Callable[[Any], bool]
-    read: Callable[[str], Any]
-    hint: Callable[[Any], str] = lambda value: ""
-
-
-def number(
-    low: int | float = -math.inf, high: int | float = math.inf, *,
-    above: bool = False, below: bool = False, whole: bool = False, also: int | None = None,
-) -> Rule:  # fmt: skip
+class Number:
     """A finite number from `low` to `high`, which `above` and `below` exclude, or `also`."""
 
-    def fits(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
-            return False
-        try:
-            x = float(value)
-        except OverflowError:  # an integer of more than 308 digits
-            return False
-        within = (x > low if above else x >= low) and (x < high if below else x <= high)
-        return math.isfinite(x) and (x == also or within)
-
-    def hint(value: Any) -> str:
-        with contextlib.suppress(ValueError, TypeError):
-            if whole and high == INT32 and int(value) > INT32:
-                return f" and at most {INT32:,}"
-        return ""
-
-    wanted = f"a {'whole' if whole else 'finite'} number{_range(low, high, above, below, whole)}"
-    wanted += "" if also is None else f", or {also}"
-    return Rule(int if whole else float, wanted, fits, int if whole else float, hint)
+    low: int | float = -math.inf
+    high: int | float = math.inf
+    above: bool = False
+    below: bool = False
+    whole: bool = False
+    also: int | None = None
 
 
-def _range(low: int | float, high: int | float, above: bool, below: bool, whole: bool) -> str:
-    if low == -math.inf:
-        return ""
-    first, last = (f"{int(x):,}" if x % 1 == 0 else f"{x:g}" for x in (low, high))
-    if high == math.inf or (whole and high == INT32):
-        return f" above {first}" if above else f" of {first} or more"
-    if whole:
-        return f" from {first} to {last}"
-    if high > 1000:  # a comma among digits is none between ends
-        return f"{' above' if above else ' of at least'} {first} and at most {last}"
-    return f" in {'(' if above else '['}{first}, {last}{')' if below else ']'}"
-
-
-def several(each: Rule, counts: tuple[int, ...], example: str, *, increasing: bool = False) -> Rule:
+@dataclasses.dataclass(frozen=True)
+class Several:
     """A tuple of numbers; on a command line with or without brackets."""
 
-    def fits(value: Any) -> bool:
-        return (
-            isinstance(value, Sequence)
-            and not isinstance(value, str)
-            and len(value) in counts
-            and all(map(each.fits, value))
-            and not (increasing and list(value) != sorted(value))
-        )
-
-    count = " or ".join(map(str, counts)) + " increasing" * increasing
-    within = each.wanted.removeprefix("a finite number")
-    wanted = f"{count} finite numbers{within}, such as {example}"
-    return Rule(tuple, wanted, fits, lambda text: tuple(each.read(part) for part in _parts(text)))
+    each: Number
+    counts: tuple[int, ...]
+    example: str
+    increasing: bool = False
 
 
-def _parts(text: str) -> list[str]:
-    """`"(1, 2)"`, `"[1,2]"` and `"1,2"` in parts."""
-    with contextlib.suppress(SyntaxError, ValueError):
-        value = ast.literal_eval(text)
-        return [str(part) for part in (value if isinstance(value, tuple | list) else (value,))]
-    return text.split(",")  # nan and inf are no literals of Python
-
-
-def size(side: Rule) -> Rule:
+@dataclasses.dataclass(frozen=True)
+class Size:
     """A side in pixels, or (height, width)."""
-    both = several(side, (2,), "224,192")
 
-    def read(text: str) -> Any:
-        sides = tuple(map(int, _parts(text)))
-        return sides[0] if len(sides) == 1 else sides
-
-    wanted = f"{side.wanted}, or height and width, such as 224,192"
-    return Rule(int, wanted, lambda value: side.fits(value) or both.fits(value), read)
+    side: Number
+    both: Several
 
 
-def words(known: Sequence[str], count: Rule | None = None) -> Rule:
+@dataclasses.dataclass(frozen=True)
+class Words:
     """One of some words; with `count`, also a whole number written as a word."""
-    few = len(known) <= _FEW
 
-    def fits(value: Any) -> bool:
-        with contextlib.suppress(ValueError):
-            if count and isinstance(value, str) and count.fits(int(value)):
-                return True
-        return isinstance(value, str) and value in known
-
-    def hint(value: Any) -> str:
-        near = nearest(str(value), known, count=1 if few else 3)
-        return "" if few and not near.startswith("nearest") else f"; {near}"
-
-    wanted = f"one of {', '.join(known)}" + (f", or {count.wanted}" if count else "")
-    return Rule(str, wanted if few else "a known name", fits, str, hint)
+    known: Sequence[str]
+    count: Number | None = None
 
 
-def _read_flag(text: str) -> bool:
-    if text.lower() not in _TRUE + _FALSE:
-        raise ValueError(text)
-    return text.lower() in _TRUE
-
-
-TEXT = Rule(str, "text", lambda value: isinstance(value, str), str)
-FLAG = Rule(bool, "True or False", lambda value: isinstance(value, bool), _read_flag)
-COUNT, FROM_0 = number(1, INT32, whole=True), number(0, INT32, whole=True)
-SIZE = size(number(1, 2**14, whole=True))
-NOT_NEGATIVE, POSITIVE = number(0), number(0, above=True)
-EPOCHS = number(0, 1e6, above=True)
-BELOW_1, SHARE, PART = number(0, 1, below=True), number(0, 1), number(0, 1, above=True)
-DTYPE = words(FLOAT_DTYPES)
-DEVICES = number(1, INT32, whole=True, also=-1)
-TOKEN = words(CLASS_TOKENS, count=FROM_0)
-TRAINED = words(("all", "head", "class_attention"), count=FROM_0)
-CHANNELS = several(number(), (1, 3), "0.485,0.456,0.406")
-POSITIVE_CHANNELS = several(POSITIVE, (1, 3), "0.229,0.224,0.225")
-CROP_SCALE = several(PART, (2,), "0.08,1", increasing=True)
-CROP_RATIO = several(POSITIVE, (2,), "0.75,1.33", increasing=True)
+# What a value may be; `str` is any text, `bool` a flag.
+Kind = Number | Several | Size | Words | type[str] | type[bool]
 
 
 class Key(NamedTuple):
     """A key; one whose default is None may be None."""
 
     default: Any
-    rule: Rule
+    kind: Kind
     meaning: str
 
 
+COUNT, FROM_0 = Number(1, INT32, whole=True), Number(0, INT32, whole=True)
+SIDE = Number(1, 2**14, whole=True)
+SIZE = Size(SIDE, Several(SIDE, (2,), "224,192"))
+NOT_NEGATIVE, POSITIVE = Number(0), Number(0, above=True)
+EPOCHS = Number(0, 1e6, above=True)
+BELOW_1, SHARE, PART = Number(0, 1, below=True), Number(0, 1), Number(0, 1, above=True)
+DTYPE = Words(FLOAT_DTYPES)
+DEVICES = Number(1, INT32, whole=True, also=-1)
+TOKEN = Words(CLASS_TOKENS, count=FROM_0)
+TRAINED = Words(("all", "head", "class_attention"), count=FROM_0)
+CHANNELS = Several(Number(), (1, 3), "0.485,0.456,0.406")
+POSITIVE_CHANNELS = Several(POSITIVE, (1, 3), "0.229,0.224,0.225")
+CROP_SCALE = Several(PART, (2,), "0.08,1", increasing=True)
+CROP_RATIO = Several(POSITIVE, (2,), "0.75,1.33", increasing=True)
+
 # fmt: off
 KEYS: Mapping[str, Key] = {
-    "seed": Key(0, number(0, 2**32 - 1, whole=True), "every random draw of the run follows from it and the step"),
+    "seed": Key(0, Number(0, 2**32 - 1, whole=True), "every random draw of the run follows from it and the step"),
     "batch_size": Key(1024, COUNT, "images a step, over all devices and processes"),
     "epochs": Key(400.0, EPOCHS, "passes over the training split"),
     "steps": Key(None, COUNT, "length of the run in steps instead"),
     "image_size": Key(224, SIZE, "side in pixels, or height and width"),
-    "model.name": Key("cait_xs24", words(tuple(VARIANTS)), "a name of cait_jax.list_models()"),
+    "model.name": Key("cait_xs24", Words(tuple(VARIANTS)), "a name of cait_jax.list_models()"),
     "model.width": Key(None, COUNT, "channels of a token; None, here and below: the named model's"),
     "model.depth": Key(None, COUNT, "self-attention blocks"),
     "model.num_heads": Key(None, COUNT, "heads of both kinds of attention"),
     "model.patch_size": Key(None, COUNT, "side of a patch in pixels"),
     "model.mlp_ratio": Key(None, POSITIVE, "hidden width of the MLPs over the width"),
-    "model.residual": Key(None, words(tuple(SCHEMES)), "scheme of the residual branches"),
-    "model.block_norm": Key(None, FLAG, "normalise residual branches"),
-    "model.layer_scale_init": Key(None, number(), "initial value of LayerScale's gammas, or of scalars"),
-    "model.talking_heads": Key(None, FLAG, "mix the heads of self-attention"),
+    "model.residual": Key(None, Words(tuple(SCHEMES)), "scheme of the residual branches"),
+    "model.block_norm": Key(None, bool, "normalise residual branches"),
+    "model.layer_scale_init": Key(None, Number(), "initial value of LayerScale's gammas, or of scalars"),
+    "model.talking_heads": Key(None, bool, "mix the heads of self-attention"),
     "model.class_token": Key(None, TOKEN, "class_attention, input, mean, or the number of the block it joins at"),
     "model.class_depth": Key(None, FROM_0, "class-attention blocks"),
     "model.class_mlp_ratio": Key(None, NOT_NEGATIVE, "mlp_ratio of the class-attention blocks; 0: no MLP"),
-    "model.distilled": Key(None, FLAG, "a second token and head, for a teacher"),
+    "model.distilled": Key(None, bool, "a second token and head, for a teacher"),
     "model.drop_path_rate": Key(None, BELOW_1, "stochastic-depth rate"),
-    "model.drop_path_growth": Key(None, words(DROP_PATH_GROWTHS), "of the rate over the depth"),
+    "model.drop_path_growth": Key(None, Words(DROP_PATH_GROWTHS), "of the rate over the depth"),
     "model.embedding_dropout": Key(0.0, BELOW_1, "dropout after the position embedding"),
     "model.attention_dropout": Key(0.0, BELOW_1, "dropout on attention weights"),
     "model.projection_dropout": Key(None, BELOW_1, "dropout after attention's projection; None: model.dropout"),
     "model.dropout": Key(0.0, BELOW_1, "dropout in MLPs"),
     "model.dtype": Key("float32", DTYPE, "of the computation"),
     "model.param_dtype": Key("float32", DTYPE, "of parameters, optimiser state and EMA"),
-    "model.precision": Key(None, words(("default", "high", "highest")), "of matmuls; None: JAX's default"),
-    "model.remat": Key("none", words(REMATS), "what is rematerialised in the backward pass"),
-    "model.attention": Key(None, words(IMPLEMENTATIONS), "implementation; None: the best known here"),
-    "model.stacked": Key(True, FLAG, "blocks in one nn.scan, which compiles fast"),
+    "model.precision": Key(None, Words(("default", "high", "highest")), "of matmuls; None: JAX's default"),
+    "model.remat": Key("none", Words(REMATS), "what is rematerialised in the backward pass"),
+    "model.attention": Key(None, Words(IMPLEMENTATIONS), "implementation; None: the best known here"),
+    "model.stacked": Key(True, bool, "blocks in one nn.scan, which compiles fast"),
     # where a run starts without a checkpoint of its own: these, then initialisation from the seed
-    "init.weights": Key(None, TEXT, "weights to start from: a file, a saved model or a run's workdir"),
-    "init.pretrained": Key(False, FLAG, "start from the released weights of model.name"),
-    "init.reset_head": Key(False, FLAG, "initialise the head anew, as other classes need"),
-    "init.ema": Key(False, FLAG, "take the EMA of the run in init.weights"),
-    "data.name": Key("imagenet2012", TEXT, "digits, a folder, synthetic, or a TFDS data set as array_record"),
-    "data.data_dir": Key(None, TEXT, "of TFDS; None: its own default"),
-    "data.train_split": Key("train", TEXT, "a split or a part of one, such as train[:90%]"),
-    "data.eval_split": Key("validation", TEXT, "split for evaluation"),
+    "init.weights": Key(None, str, "weights to start from: a file, a saved model or a run's workdir"),
+    "init.pretrained": Key(False, bool, "start from the released weights of model.name"),
+    "init.reset_head": Key(False, bool, "initialise the head anew, as other classes need"),
+    "init.ema": Key(False, bool, "take the EMA of the run in init.weights"),
+    "data.name": Key("imagenet2012", str, "digits, a folder, synthetic, or a TFDS data set as array_record"),
+    "data.data_dir": Key(None, str, "of TFDS; None: its own default"),
+    "data.train_split": Key("train", str, "a split or a part of one, such as train[:90%]"),
+    "data.eval_split": Key("validation", str, "split for evaluation"),
     "data.mean": Key((0.485, 0.456, 0.406), CHANNELS, "of each channel, on a scale from 0 to 1"),
     "data.std": Key((0.229, 0.224, 0.225), POSITIVE_CHANNELS, "of each channel"),
     "data.aug_repeats": Key(3, COUNT, "repeated augmentation: how often an image comes in a row"),
-    "data.balanced": Key(False, FLAG, "sample every class equally often"),
-    "data.resize": Key("exact", words(RESIZES), "exact: Pillow's bicubic, as published; fast: OpenCV's"),
-    "data.workers": Key(0, number(0, 1024, whole=True), "processes that decode images; 0: threads of this one"),
+    "data.balanced": Key(False, bool, "sample every class equally often"),
+    "data.resize": Key("exact", Words(RESIZES), "exact: Pillow's bicubic, as published; fast: OpenCV's"),
+    "data.workers": Key(0, Number(0, 1024, whole=True), "processes that decode images; 0: threads of this one"),
     "augment.scale": Key((0.08, 1.0), CROP_SCALE, "random resized crop: share of the image's area"),
     "augment.ratio": Key((0.75, 4 / 3), CROP_RATIO, "random resized crop: width over height"),
-    "augment.simple_crop": Key(False, FLAG, "DeiT III's simple random crop instead"),
-    "augment.hflip": Key(True, FLAG, "mirror with probability 1/2"),
-    "augment.pad_crop": Key(0, number(0, 2**14, whole=True), "pixels of padding before a crop of the same size"),
-    "augment.rotate": Key(0.0, number(0, 180), "largest rotation in degrees"),
+    "augment.simple_crop": Key(False, bool, "DeiT III's simple random crop instead"),
+    "augment.hflip": Key(True, bool, "mirror with probability 1/2"),
+    "augment.pad_crop": Key(0, Number(0, 2**14, whole=True), "pixels of padding before a crop of the same size"),
+    "augment.rotate": Key(0.0, Number(0, 180), "largest rotation in degrees"),
     "augment.zoom": Key(0.0, BELOW_1, "largest relative change of size"),
     "augment.shear": Key(0.0, NOT_NEGATIVE, "largest horizontal shear"),
     "augment.translate": Key(0.0, SHARE, "largest shift, as a share of the side"),
-    "augment.rand_augment": Key("rand-m9-mstd0.5-inc1", TEXT, "RandAugment as timm writes it; empty: none"),
-    "augment.three_augment": Key(False, FLAG, "DeiT III's: grayscale, solarisation or blur"),
+    "augment.rand_augment": Key("rand-m9-mstd0.5-inc1", str, "RandAugment as timm writes it; empty: none"),
+    "augment.three_augment": Key(False, bool, "DeiT III's: grayscale, solarisation or blur"),
     "augment.color_jitter": Key(0.0, NOT_NEGATIVE, "brightness, contrast and saturation change by up to this"),
     "augment.reprob": Key(0.25, SHARE, "probability of random erasing"),
     "augment.mixup": Key(0.8, NOT_NEGATIVE, "alpha of mixup; 0: none"),
@@ -241,31 +154,31 @@ KEYS: Mapping[str, Key] = {
     "augment.mixup_prob": Key(1.0, SHARE, "probability of mixing a group of rows at all"),
     "augment.mixup_switch_prob": Key(0.5, SHARE, "probability of CutMix where there are both"),
     "augment.mix_rows": Key(0, FROM_0, "rows that share a draw, even; 0: the whole batch"),
-    "loss.name": Key("softmax", words(("softmax", "binary")), "binary: each class is a yes or no of its own"),
+    "loss.name": Key("softmax", Words(("softmax", "binary")), "binary: each class is a yes or no of its own"),
     "loss.smoothing": Key(0.1, BELOW_1, "label smoothing"),
     "loss.target_threshold": Key(None, BELOW_1, "of binary: targets above it count as 1"),
-    "distill.kind": Key("none", words(("none", "hard", "soft")), "learn from a teacher; hard is the paper's"),
-    "distill.teacher": Key("regnety_160", TEXT, "a released name, a saved model or a run's workdir"),
-    "distill.weights": Key(None, TEXT, "a file for a named teacher, instead of its release"),
-    "distill.logits": Key(None, TEXT, "a file of recorded logits instead of a teacher"),
+    "distill.kind": Key("none", Words(("none", "hard", "soft")), "learn from a teacher; hard is the paper's"),
+    "distill.teacher": Key("regnety_160", str, "a released name, a saved model or a run's workdir"),
+    "distill.weights": Key(None, str, "a file for a named teacher, instead of its release"),
+    "distill.logits": Key(None, str, "a file of recorded logits instead of a teacher"),
     "distill.alpha": Key(0.5, SHARE, "the teacher's share of the loss"),
     "distill.temperature": Key(1.0, POSITIVE, "of soft distillation"),
-    "optimizer.name": Key("adamw", words(OPTIMIZERS), "the others take the keys below where they apply"),
+    "optimizer.name": Key("adamw", Words(OPTIMIZERS), "the others take the keys below where they apply"),
     "optimizer.learning_rate": Key(5e-4, NOT_NEGATIVE, "peak, for a batch of reference_batch images"),
     "optimizer.reference_batch": Key(512, FROM_0, "the peak is scaled by batch_size over this; 0: not scaled"),
-    "optimizer.warmup_epochs": Key(5.0, number(0, 1e6), "linear warm-up, a part of the run's length"),
+    "optimizer.warmup_epochs": Key(5.0, Number(0, 1e6), "linear warm-up, a part of the run's length"),
     "optimizer.warmup_learning_rate": Key(1e-6, NOT_NEGATIVE, "learning rate of step 0"),
-    "optimizer.schedule": Key("cosine", words(SCHEDULES), "after the warm-up"),
+    "optimizer.schedule": Key("cosine", Words(SCHEDULES), "after the warm-up"),
     "optimizer.final_learning_rate": Key(1e-5, NOT_NEGATIVE, "where the cosine ends"),
     "optimizer.decay_epochs": Key(None, EPOCHS, "of step: epochs between drops; None: 30"),
     "optimizer.decay_rate": Key(None, PART, "of step: factor of a drop; None: 0.1"),
-    "optimizer.per_epoch": Key(False, FLAG, "one rate an epoch, as in DeiT's published code"),
+    "optimizer.per_epoch": Key(False, bool, "one rate an epoch, as in DeiT's published code"),
     "optimizer.weight_decay": Key(0.05, NOT_NEGATIVE, "of kernels only, times the learning rate"),
     "optimizer.b1": Key(0.9, BELOW_1, "decay of the first moment"),
     "optimizer.b2": Key(0.999, BELOW_1, "decay of the second moment; lion wants 0.99"),
     "optimizer.eps": Key(None, POSITIVE, "None: 1e-8, for lamb 1e-6"),
     "optimizer.momentum": Key(0.9, BELOW_1, "of sgd"),
-    "optimizer.nesterov": Key(False, FLAG, "of sgd"),
+    "optimizer.nesterov": Key(False, bool, "of sgd"),
     "optimizer.layer_decay": Key(1.0, PART, "learning rate of a layer over that of the next"),
     "optimizer.train": Key("all", TRAINED, "what is trained; a number: so many last blocks"),
     "optimizer.sam_rho": Key(0.0, NOT_NEGATIVE, "radius of sharpness-aware minimisation; 0: none"),
@@ -273,7 +186,7 @@ KEYS: Mapping[str, Key] = {
     "optimizer.grad_accum": Key(1, COUNT, "micro batches a step, their gradients averaged"),
     "optimizer.ema_decay": Key(0.99996, BELOW_1, "of the parameters' EMA; 0: none is kept"),
     # first the head alone, then the last blocks too
-    "phases.head_epochs": Key(0.0, number(0, 1e6), "0: no phases; else these keys are rate, schedule and length"),
+    "phases.head_epochs": Key(0.0, Number(0, 1e6), "0: no phases; else these keys are rate, schedule and length"),
     "phases.head_learning_rate": Key(1e-3, NOT_NEGATIVE, "constant in the first phase"),
     "phases.blocks": Key(4, FROM_0, "last blocks that are trained in the second phase"),
     "phases.blocks_epochs": Key(15.0, EPOCHS, "length of the second phase"),
@@ -283,12 +196,12 @@ KEYS: Mapping[str, Key] = {
     "mesh.fsdp": Key(1, DEVICES, "devices with other images and a part of the parameters each"),
     "mesh.tensor": Key(1, DEVICES, "devices that share images and split the layers, within a process"),
     "eval.batch_size": Key(1024, COUNT, "images a step of evaluation, which the result does not depend on"),
-    "eval.every_epochs": Key(1.0, number(0, 1e9, above=True), "epochs between evaluations; the last step has one"),
+    "eval.every_epochs": Key(1.0, Number(0, 1e9, above=True), "epochs between evaluations; the last step has one"),
     "eval.crop_pct": Key(1.0, PART, "side of the centre crop over the resized short side"),
     "checkpoint.every_steps": Key(1000, COUNT, "steps between checkpoints, beside those of evaluations"),
     "checkpoint.keep": Key(2, COUNT, "newest checkpoints kept, beside the best by eval/accuracy"),
     "report.every_steps": Key(50, COUNT, "steps between lines of the log and of metrics.jsonl"),
-    "report.tensorboard": Key(False, FLAG, "write TensorBoard files to WORKDIR/tensorboard too"),
+    "report.tensorboard": Key(False, bool, "write TensorBoard files to WORKDIR/tensorboard too"),
 }
 
 # Settings that exclude each other, or of which one would have no effect: when, and what to do about it.
@@ -326,13 +239,56 @@ CONFLICTS: tuple[tuple[Callable[[Mapping[str, Any]], Any], str], ...] = (
 # fmt: on
 
 
-def get_config() -> ConfigDict:
-    """The defaults, locked: a key that is not in the table cannot be set."""
-    config = ConfigDict()
-    for name, key in KEYS.items():
-        section, _, last = name.rpartition(".")
-        if section and section not in config:
-            config[section] = ConfigDict()
-        values = config[section] if section else config
-        values[last] = placeholder(key.rule.kind) if key.default is None else key.default
-    return config.lock()
+def misfit(name: str, value: Any) -> UserError:
+    """The error of a value that its key cannot have."""
+    key = KEYS[name]
+    shown = repr(value) if value == "" else str(value)
+    none = ", or None" if key.default is None else ""
+    return UserError(
+        f"{setting(f'config.{name}')} is {shown} and must be {wanted(key.kind)}{none}{_hint(key.kind, value)}"
+    )
+
+
+def wanted(kind: Kind) -> str:
+    """What a value must be: the end of a sentence, such as `"a whole number from 1 to 1,024"`."""
+    match kind:
+        case Number():
+            also = "" if kind.also is None else f", or {kind.also}"
+            return f"a {'whole' if kind.whole else 'finite'} number{_range(kind)}{also}"
+        case Several():
+            count = " or ".join(map(str, kind.counts)) + " increasing" * kind.increasing
+            within = wanted(kind.each).removeprefix("a finite number")
+            return f"{count} finite numbers{within}, such as {kind.example}"
+        case Size():
+            return f"{wanted(kind.side)}, or height and width, such as {kind.both.example}"
+        case Words():
+            if len(kind.known) > _FEW:
+                return "a known name"
+            count = f", or {wanted(kind.count)}" if kind.count else ""
+            return f"one of {', '.join(kind.known)}{count}"
+    return "True or False" if kind is bool else "text"
+
+
+def _range(of: Number) -> str:
+    if of.low == -math.inf:
+        return ""
+    low, high = (f"{int(x):,}" if x % 1 == 0 else f"{x:g}" for x in (of.low, of.high))
+    if of.high == math.inf or (of.whole and of.high == INT32):
+        return f" above {low}" if of.above else f" of {low} or more"
+    if of.whole:
+        return f" from {low} to {high}"
+    if of.high > 1000:  # a comma among digits is none between ends
+        return f"{' above' if of.above else ' of at least'} {low} and at most {high}"
+    return f" in {'(' if of.above else '['}{low}, {high}{')' if of.below else ']'}"
+
+
+def _hint(kind: Kind, value: Any) -> str:
+    """What is near a wrong value."""
+    if isinstance(kind, Words):
+        few = len(kind.known) <= _FEW
+        near = nearest(str(value), kind.known, count=1 if few else 3)
+        return "" if few and not near.startswith("nearest") else f"; {near}"
+    if isinstance(kind, Number) and kind.whole and kind.high == INT32:
+        with contextlib.suppress(ValueError, TypeError):
+            return f" and at most {INT32:,}" * (int(value) > INT32)
+    return ""

@@ -15,7 +15,7 @@ from cait_jax.train.config import (
     load_config,
     parse_command_line,
 )
-from cait_jax.train.keys import KEYS, TEXT
+from cait_jax.train.keys import KEYS
 from cait_jax.train.setup import build
 from configs import common, digits
 
@@ -161,7 +161,7 @@ WRONG = (
 @pytest.mark.parametrize("key", sorted(KEYS))
 def test_no_value_passes_a_key_that_no_run_can_use(key):
     """Whatever is read is finite, of the key's type and in its range; all else is refused in one sentence."""
-    rule, optional = KEYS[key].rule, KEYS[key].default is None
+    kind, optional = KEYS[key].kind, KEYS[key].default is None
     accepted = {}
     for text in WRONG:
         sentence = None
@@ -173,7 +173,7 @@ def test_no_value_passes_a_key_that_no_run_can_use(key):
             assert sentence.startswith(f"--config.{key} is {text or repr(text)} and must be ")
             assert "\n" not in sentence
     for text, value in accepted.items():
-        assert value is None or rule is TEXT or value in (-0.5, (-0.5,))
+        assert value is None or kind is str or value in (-0.5, (-0.5,))
         assert value is not None or (text == "None" and optional)
 
 

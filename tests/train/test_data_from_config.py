@@ -10,7 +10,7 @@ from cait_jax.data.decode import crop_from_config, random_resized_crop, simple_r
 from cait_jax.data.sampler import CROPPING, permutation, philox
 from cait_jax.data.split import Encoded, InMemory
 from cait_jax.errors import UserError
-from cait_jax.train import keys
+from cait_jax.train.config import get_config
 from cait_jax.train.setup import build
 from configs import digits
 
@@ -19,7 +19,7 @@ FILES = Encoded(JPEGS, tuple(map(str, range(8))), 3)
 
 
 def config(**settings):
-    config = keys.get_config()
+    config = get_config()
     config.augment.scale = (0.5, 0.6)
     for key, value in settings.items():
         section, name = key.split(".")

@@ -15,8 +15,7 @@ from cait_jax.data.in_memory import SyntheticJpegs
 from cait_jax.data.sampler import copies_in_a_group
 from cait_jax.data.split import Encoded
 from cait_jax.models.variants import VARIANTS
-from cait_jax.train import keys
-from cait_jax.train.config import check_values, default_workdir, flatten, load_config
+from cait_jax.train.config import check_values, default_workdir, flatten, get_config, load_config
 from cait_jax.train.objectives.distillation import make_teacher
 from cait_jax.train.setup import build
 from configs import deit, imagenet
@@ -200,7 +199,7 @@ def test_the_configs_are_few():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_has_the_keys(name):
     config = load(name)
-    assert set(flatten(config)) == set(flatten(keys.get_config()))
+    assert set(flatten(config)) == set(flatten(get_config()))
     assert config.is_locked
     check_values(config)
 
@@ -208,7 +207,7 @@ def test_a_recipe_has_the_keys(name):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_what_a_config_file_names_exists(path):
     text = path.read_text()
-    known = flatten(keys.get_config())
+    known = flatten(get_config())
     assert set(re.findall(r"--config\.([\w.]+)=", text)) <= known.keys()
     for argument in arguments(path):
         assert all(part in text for part in argument.split(","))

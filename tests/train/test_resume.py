@@ -11,8 +11,7 @@ from PIL import Image
 from cait_jax import UserError
 from cait_jax.data.folder import load_folder
 from cait_jax.data.split import InMemory, identity
-from cait_jax.train import keys
-from cait_jax.train.config import as_json
+from cait_jax.train.config import as_json, get_config
 from cait_jax.train.metric_writer import MetricWriter, read_metrics
 from cait_jax.train.resume import check_resumable, check_resumed, check_same_data, rewind
 from configs import common
@@ -94,7 +93,7 @@ def test_a_run_of_before_knows_its_class_names():
 
 
 def config_of(root, batch_size=4):
-    config = keys.get_config()
+    config = get_config()
     config.data.name, config.data.eval_split = str(root), "val"
     config.eval.batch_size = batch_size
     return config

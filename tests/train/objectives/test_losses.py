@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cait_jax.train.keys import get_config
+from cait_jax.train.config import get_config
 from cait_jax.train.objectives.distillation import hard_distillation, soft_distillation
 from cait_jax.train.objectives.supervised import binary_cross_entropy, correct, cross_entropy
 
