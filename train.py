@@ -4,7 +4,8 @@ import sys
 
 from absl import app, flags
 
-from cait_jax.errors import UserError, config_flags, nearest, run_program, speaking
+from cait_jax.errors import UserError, config_flags, nearest, quiet_libraries, speaking
+from cait_jax.processes import end_program, join_processes
 from cait_jax.train import NonFiniteError, train
 from cait_jax.train.config import CommandLine, default_workdir, load_config, parse_command_line
 
@@ -36,8 +37,6 @@ def main(line: CommandLine) -> int:
     workdir = WORKDIR.value or default_workdir(line.file)
     address, count, index = COORDINATOR.value, PROCESSES.value, PROCESS.value
     if DISTRIBUTED.value or (address, count, index) != (None, None, None):
-        from cait_jax.train.distributed import join_processes
-
         join_processes(address=address, count=count, index=index)
     return 0 if train(config, workdir).finished else 130
 
@@ -67,10 +66,15 @@ def parse(argv: list[str]) -> CommandLine:
 
 def program() -> int:
     """The whole program; gives the exit status."""
+    quiet_libraries()
     with speaking(config_flags):
-        return run_program(
-            "train.py", lambda: app.run(main, flags_parser=parse), (UserError, NonFiniteError)
-        )
+        try:
+            app.run(main, flags_parser=parse)
+        except BaseException as error:
+            if isinstance(error, SystemExit) and isinstance(error.code, int):  # how absl returns
+                return error.code
+            end_program("train.py", error, (UserError, NonFiniteError))
+    return 0
 
 
 if __name__ == "__main__":

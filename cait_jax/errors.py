@@ -8,17 +8,14 @@ under `train.py`, and in a command as its option, if it has one.
 import contextlib
 import dataclasses
 import difflib
-import errno
 import logging
-import multiprocessing
-import os
 import re
 import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 # Control characters (C0, DEL, C1), line and paragraph separators, bidirectional overrides, surrogates.
 _CONTROL = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
@@ -177,49 +174,13 @@ def advise(*ways: Way | str, otherwise: str = "") -> str:
     return ", or ".join(open_ways) or otherwise
 
 
-# The end of a program: the sentence is the last line of standard error. Libraries write there too (logs, threads,
-# C++, until the process is gone), so their logs are dropped and nothing is written after the sentence.
-
-_NOISY_LOGGERS = (
-    "absl",
-    "asyncio",
-)  # Orbax, Grain and TFDS log through absl what they raise as well
-_PATIENCE_S = 2.0
-# What no program can foresee of the file system, and the remedy.
-_REMEDIES = {
-    code: remedy
-    for remedy, codes in {
-        "make room, or choose another place": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-        "change its permissions, or choose another place": (errno.EACCES, errno.EPERM),
-        "check the path, or choose another place": (errno.ENOENT,),
-        "check the disk, or choose another place": (errno.EIO,),
-        "mount it again, or choose another place": (errno.ESTALE,),
-        "choose another place": (errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EEXIST),
-        "give a file": (errno.EISDIR,),
-        "choose a shorter name": (errno.ENAMETOOLONG,),
-    }.items()
-    for code in codes
-}
-
-
-def explain(error: BaseException) -> str | None:
-    """A sentence for a refusal by the file system or too little memory; None for any other error."""
-    if isinstance(error, OSError) and error.errno in _REMEDIES:
-        reason = (error.strerror or os.strerror(error.errno)).lower()
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{reason}; {_REMEDIES[error.errno]}"
-    exhausted = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-    if exhausted or isinstance(error, MemoryError):
-        ways = advise(
-            Way("lower {}", "batch_size"), Way("lower {}", "image_size"), "use a smaller model"
-        )
-        return f"there is too little memory ({one_line(str(error))}): {ways}"
-    return None
+# Logs and the reports of threads, which would follow the sentence that ends a program
 
 
 def quiet_libraries() -> None:
     """Drops libraries' error logs, and what Python prints of exceptions that nobody can catch."""
-    for name in _NOISY_LOGGERS:  # a filter, as absl's flags set the level again
+    for name in ("absl", "asyncio"):  # Orbax, Grain and TFDS log through absl what they raise too
+        # A filter, as absl's flags set the level again.
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.CRITICAL)
     # Of the process that clears up after killed workers, which is started with these options.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
@@ -233,56 +194,3 @@ def _print_of_main_thread(
     """Python's own hook, but not for exceptions in the threads of C++ libraries."""
     if threading.current_thread() is threading.main_thread():
         sys.__excepthook__(kind, error, traceback)
-
-
-def _end_workers() -> None:
-    """Ends worker processes, whose own last words would follow the sentence."""
-    children = multiprocessing.active_children()
-    for child in children:
-        child.terminate()
-    for child in children:
-        child.join(_PATIENCE_S)
-    with contextlib.suppress(Exception):  # private: it reports what was left behind when it ends
-        from multiprocessing import resource_tracker
-
-        tracker: Any = resource_tracker
-        tracker._resource_tracker._stop()
-
-
-def leave(code: int, last: str | None = None) -> NoReturn:
-    """Ends the process now, `last` being the last line of standard error."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    _end_workers()
-    with contextlib.suppress(OSError):
-        stderr = os.dup(2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # from here on others write there
-        if last is not None:
-            encoding = sys.stderr.encoding or "utf-8"
-            os.write(stderr, f"{printable(last)}\n".encode(encoding, errors="backslashreplace"))
-    os._exit(code)
-
-
-def run_program(name: str, main: Callable[[], object], errors: tuple[type[Exception], ...]) -> int:
-    """Runs `main` and gives the exit status; ends the process with a sentence at a mistake of the user's.
-
-    Args:
-      name: of the program, which begins the sentence.
-      errors: exceptions that are a sentence. Any other is a defect and passes, with its traceback.
-    """
-    quiet_libraries()
-    try:
-        status = main()
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            leave(1, end.code)
-        status = end.code
-    except KeyboardInterrupt:
-        leave(130)
-    except Exception as error:
-        sentence = str(error) if isinstance(error, errors) else explain(error)
-        if sentence is None:
-            raise
-        leave(1, f"{name}: {sentence}")
-    return status if isinstance(status, int) else 0

@@ -6,7 +6,8 @@ from typing import Any
 import click
 
 from cait_jax.cli.common import running_command_options
-from cait_jax.errors import UserError, explain, leave, printable, quiet_libraries, speaking
+from cait_jax.errors import UserError, printable, quiet_libraries, speaking
+from cait_jax.processes import explain, leave
 
 # Each is a module of its name, which imports heavy libraries inside its command.
 COMMANDS = (

@@ -18,9 +18,9 @@ from cait_jax.data.loader import PrefetchIterator
 from cait_jax.data.split import identity
 from cait_jax.errors import Way, advise
 from cait_jax.files import run_folder
+from cait_jax.processes import check_shared
 from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train.config import as_json
-from cait_jax.train.distributed import check_shared
 from cait_jax.train.metric_writer import MetricWriter
 from cait_jax.train.objectives import supervised
 from cait_jax.train.resume import check_resumed, rewind

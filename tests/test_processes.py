@@ -1,5 +1,8 @@
-"""One run in several real processes: each reads its share of every batch, all go on after a kill."""
+"""The sentence as a program's last line. One run in several real processes: each reads its share of every batch,
+all go on after a kill.
+"""
 
+import errno
 import os
 import signal
 import socket
@@ -16,9 +19,10 @@ from tfds_files import numbered_jpeg, write_imagenet2012
 from trees import assert_same_bits
 
 from cait_jax.checkpoint.store import Checkpoints
+from cait_jax.processes import explain
 from cait_jax.train.metric_writer import read_metrics
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 STEPS = 8
 SETTINGS = {
     "model.name": "cait_nano4_patch4_8",
@@ -153,8 +157,8 @@ def test_a_process_that_fails_takes_the_others_with_it(tmp_path, environment, da
 DEFECT = """
 import sys
 import jax
-from cait_jax.errors import run_program
-from cait_jax.train.distributed import join_processes
+from cait_jax.errors import quiet_libraries
+from cait_jax.processes import end_program, join_processes
 
 def main():
     index = int(sys.argv[2])
@@ -163,7 +167,11 @@ def main():
         raise RuntimeError("a defect")
     jax.experimental.multihost_utils.sync_global_devices("for ever")
 
-sys.exit(run_program("prog", main, ()))
+quiet_libraries()
+try:
+    main()
+except BaseException as error:
+    end_program("prog", error, ())
 """
 
 
@@ -212,3 +220,107 @@ def test_a_workdir_of_its_own_is_refused_at_the_start(tmp_path, environment, dat
     for said in finish(started, status=1):
         assert "is not the same folder in all processes (process 1 does not see" in said
     assert not list((tmp_path / "one").glob(".shared-*"))
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+NOISE = """
+import asyncio, logging, multiprocessing, os, sys, threading, time, warnings
+from cait_jax.errors import quiet_libraries
+from cait_jax.processes import end_program
+
+class Mistake(Exception):
+    pass
+
+class Finaliser:
+    def __del__(self):
+        raise RuntimeError("nobody catches this")
+
+def chatter():
+    while True:
+        os.write(2, b"a library's own line\\n")
+        time.sleep(0.001)
+
+def child(queue):
+    queue.put(1)
+    time.sleep(0.5)
+    os.write(2, b"a child's last words\\n")
+
+def main():
+    logging.getLogger("absl").error("Traceback", exc_info=ValueError("x"))
+    logging.getLogger("asyncio").error("Task exception was never retrieved")
+    Finaliser()
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    context.Process(target=child, args=(queue,)).start()
+    queue.get()
+    threading.Thread(target=chatter, daemon=True).start()
+    threading.Thread(target=time.sleep, args=(1e6,)).start()  # which Python would wait for
+    time.sleep(0.05)
+    print("what was found")
+    {ending}
+
+if __name__ == "__main__":
+    quiet_libraries()
+    try:
+        main()
+    except BaseException as error:
+        end_program("prog", error, (Mistake,))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "last"),
+    [
+        ('raise Mistake("give another")', 1, "prog: give another"),
+        ('raise OSError(28, "No space left on device", "/x/y")', 1,
+         "prog: /x/y: no space left on device; make room, or choose another place"),
+        ('sys.exit("prog: as it is")', 1, "prog: as it is"),
+    ],
+)  # fmt: skip
+def test_the_sentence_is_the_last_line(tmp_path, ending, status, last):
+    program = tmp_path / "program.py"
+    program.write_text(NOISE.replace("{ending}", ending).replace("\\\\n", "\\n"))
+    result = subprocess.run(
+        [sys.executable, program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=ENVIRONMENT,
+    )
+    lines = result.stderr.splitlines()
+    assert (result.returncode, lines[-1]) == (status, last)
+    assert result.stdout == "what was found\n"
+    assert set(lines[:-1]) == {"a library's own line"}
+
+
+def test_a_defect_keeps_its_traceback(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from cait_jax.processes import end_program\n"
+        "try:\n    [][1]\nexcept Exception as error:\n    end_program('prog', error, (KeyError,))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (
+        1, "IndexError: list index out of range"
+    )  # fmt: skip
+
+
+def test_refusals_of_the_machine_are_sentences():
+    refused = PermissionError(errno.EACCES, "Permission denied", "/runs")
+    assert explain(refused) == (
+        "/runs: permission denied; change its permissions, or choose another place"
+    )
+    absent = FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/x")
+    assert explain(absent) == (
+        "/proc/x: no such file or directory; check the path, or choose another place"
+    )
+    exhausted = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes.")
+    assert "too little memory (RESOURCE_EXHAUSTED" in explain(exhausted)
+    assert explain(exhausted).endswith(
+        "lower batch_size, or lower image_size, or use a smaller model"
+    )
+    assert explain(BrokenPipeError(errno.EPIPE, "Broken pipe")) is None
+    assert explain(ValueError("a defect")) is None

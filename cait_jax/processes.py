@@ -1,0 +1,187 @@
+"""Processes: how each ends, and how several find each other, are one run and end together.
+
+The sentence that ends a program is the last line of standard error. Libraries write there too (threads, C++, until
+the process is gone), so nothing is written after it.
+"""
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import secrets
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cait_jax.errors import UserError, Way, advise, one_line, printable
+
+_PATIENCE_S = 2.0
+# What no program can foresee of the file system, and the remedy.
+_REMEDIES = {
+    code: remedy
+    for remedy, codes in {
+        "make room, or choose another place": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        "change its permissions, or choose another place": (errno.EACCES, errno.EPERM),
+        "check the path, or choose another place": (errno.ENOENT,),
+        "check the disk, or choose another place": (errno.EIO,),
+        "mount it again, or choose another place": (errno.ESTALE,),
+        "choose another place": (errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EEXIST),
+        "give a file": (errno.EISDIR,),
+        "choose a shorter name": (errno.ENAMETOOLONG,),
+    }.items()
+    for code in codes
+}
+
+
+def end_program(name: str, error: BaseException, errors: tuple[type[Exception], ...]) -> NoReturn:
+    """Ends the process by what a program raised: with a sentence, if it is a mistake of the user's.
+
+    Args:
+      name: of the program, which begins the sentence.
+      errors: exceptions that are a sentence. Any other is a defect and passes, with its traceback.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        leave(130)
+    if isinstance(error, SystemExit) and isinstance(error.code, str):
+        leave(1, error.code)
+    sentence = str(error) if isinstance(error, errors) else explain(error)
+    if sentence is None:
+        raise error
+    leave(1, f"{name}: {sentence}")
+
+
+def leave(code: int, last: str | None = None) -> NoReturn:
+    """Ends the process now, `last` being the last line of standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    _end_workers()
+    with contextlib.suppress(OSError):
+        stderr = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # from here on others write there
+        if last is not None:
+            encoding = sys.stderr.encoding or "utf-8"
+            os.write(stderr, f"{printable(last)}\n".encode(encoding, errors="backslashreplace"))
+    os._exit(code)
+
+
+def _end_workers() -> None:
+    """Ends worker processes, whose own last words would follow the sentence."""
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(_PATIENCE_S)
+    with contextlib.suppress(Exception):  # private: it reports what was left behind when it ends
+        from multiprocessing import resource_tracker
+
+        tracker: Any = resource_tracker
+        tracker._resource_tracker._stop()
+
+
+def explain(error: BaseException) -> str | None:
+    """A sentence for a refusal by the file system or too little memory; None for any other error."""
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        reason = (error.strerror or os.strerror(error.errno)).lower()
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{reason}; {_REMEDIES[error.errno]}"
+    exhausted = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if exhausted or isinstance(error, MemoryError):
+        ways = advise(
+            Way("lower {}", "batch_size"), Way("lower {}", "image_size"), "use a smaller model"
+        )
+        return f"there is too little memory ({one_line(str(error))}): {ways}"
+    return None
+
+
+def join_processes(
+    *,
+    address: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    heartbeat_seconds: int = 100,
+) -> None:
+    """Connects this process with the others of its run. To be called before JAX is used.
+
+    Without arguments they are found as JAX finds them: on TPU pods, in Slurm steps and under Open MPI up to 4.
+    From here on an uncaught exception ends the process at once, and so, soon after, the others.
+
+    Args:
+      address: host and port of process 0, such as `"10.0.0.1:8476"`.
+      index: this one's, from 0.
+      heartbeat_seconds: after how long a silent process counts as gone, and the others end.
+
+    Raises:
+      UserError: only some of the three are given, they make no sense, or nobody says who the others are.
+    """
+    given = (address, count, index)
+    if given != (None, None, None):
+        if address is None or count is None or index is None:
+            raise UserError(
+                "--coordinator=HOST:PORT, --processes=N and --process=I belong together: give all three, or "
+                "--distributed alone where Slurm, Open MPI or a TPU pod knows them"
+            )
+        if ":" not in address or not 0 <= index < count:
+            raise UserError(
+                f"--coordinator={address} --processes={count} --process={index} do not do: the first is a "
+                "host and a port, such as 10.0.0.1:8476, and the last counts from 0"
+            )
+    try:
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            # JAX's default binds every interface.
+            coordinator_bind_address=address if index == 0 else None,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+        )
+    except ValueError as error:
+        raise UserError(
+            "nothing here says who the other processes are (no Slurm step, no Open MPI up to 4, no TPU pod): give "
+            f"--coordinator=HOST:PORT, --processes=N and --process=I ({error})"
+        ) from error
+    _exit_on_uncaught_exceptions()
+
+
+def _exit_on_uncaught_exceptions() -> None:
+    """At its exit Python would wait for the other processes, which wait for this one's next step."""
+    report = sys.excepthook
+
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        report(kind, error, traceback)
+        if threading.current_thread() is threading.main_thread():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+
+    sys.excepthook = hook
+
+
+def check_shared(workdir: Path) -> None:
+    """Refuses a workdir that is not one folder for all processes: they would wait for ever in the first save.
+
+    Raises:
+      UserError: naming the processes that do not see what process 0 writes.
+    """
+    token = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
+    mark = workdir / f".shared-{token}"
+    if jax.process_index() == 0:
+        mark.touch()
+    multihost_utils.sync_global_devices("a mark in the workdir")
+    seen = multihost_utils.process_allgather(np.array(mark.exists()))
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not seen.all():
+        blind = ", ".join(str(index) for index in np.flatnonzero(~seen))
+        raise UserError(
+            f"{workdir.absolute()} is not the same folder in all processes (process {blind} does not see what "
+            "process 0 writes): give a --workdir on a file system that all machines share"
+        )
