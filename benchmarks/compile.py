@@ -30,6 +30,7 @@ def measure(path: str, depth: int, stacked: bool, plain: bool) -> dict[str, Any]
     start = time.perf_counter()
     import jax
 
+    from cait_jax.plan.compile import trace
     from cait_jax.train.config import load_config
     from cait_jax.train.setup import build
 
@@ -43,7 +44,7 @@ def measure(path: str, depth: int, stacked: bool, plain: bool) -> dict[str, Any]
         augment.reprob = augment.mixup = augment.cutmix = 0.0
     trainer = build(config)
     times = [time.perf_counter()]
-    traced = trainer.trace()
+    traced = trace(trainer)
     times.append(time.perf_counter())
     lowered = traced.lower()
     times.append(time.perf_counter())

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 from tabulate import tabulate
 
-from cait_jax.train.metric_writer import read_metrics
+from cait_jax.train.resume import read_metrics
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 LIMIT = 900  # seconds that a start may take

@@ -1,6 +1,7 @@
-"""AOT compilation for a TPU topology, cached on disk, and the search for the largest batch that fits."""
+"""A step traced from shapes, AOT-compiled for a TPU topology, cached on disk; the largest batch that fits."""
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from cait_jax.errors import UserError
 from cait_jax.plan.roofline import Topology
+from cait_jax.sharding import batch_sharding
+from cait_jax.train.setup import Trainer
 
 _NEEDED = re.compile(r"\(?(\d+(?:\.\d+)?)([KMGT])\)?")
 # v5p and v6e gather and scatter on SparseCores, and libtpu 0.0.52 fails to print a program that does.
@@ -24,6 +28,24 @@ _WITHOUT_SPARSE_CORES: dict[str, str | bool] = {
     "xla_tpu_enable_offloading_scatter_to_sparsecore": "false",
 }
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def abstract_batch(trainer: Trainer) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch."""
+    count, model = trainer.config.batch_size, trainer.model
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(trainer.mesh))
+    batch = {
+        "image": struct((count, *model.image_size, model.in_channels), jnp.uint8),
+        "label": struct((count,), jnp.int32),
+    }
+    if trainer.config.distill.logits is not None:
+        batch["teacher"] = struct((count, model.num_classes), jnp.float32)
+    return batch
+
+
+def trace(trainer: Trainer) -> Any:
+    """The step, traced from abstract values: its jaxpr, and what lowers and compiles it."""
+    return trainer.step.trace(trainer.abstract_state, abstract_batch(trainer), trainer.objective)
 
 
 @dataclasses.dataclass(frozen=True)

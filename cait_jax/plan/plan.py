@@ -15,7 +15,15 @@ from cait_jax.errors import UserError
 from cait_jax.kernels import DEFAULT_ATTENTION
 from cait_jax.models.inspect import abstract_variables, macs, macs_of, residual_bytes
 from cait_jax.models.zoo import create_model
-from cait_jax.plan.compile import Largest, cache_folder, compile_cached, largest_batch, tpu_devices
+from cait_jax.plan.compile import (
+    Largest,
+    abstract_batch,
+    cache_folder,
+    compile_cached,
+    largest_batch,
+    tpu_devices,
+    trace,
+)
 from cait_jax.plan.hlo import Collective, collectives, read_program
 from cait_jax.plan.roofline import Roofline, Topology, roofline, traffic_by_origin
 from cait_jax.sharding import AXES, check_batch_size, param_shardings
@@ -157,8 +165,8 @@ def _abstract_teacher(config: ConfigDict, model: Any) -> Any:
 
 def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> Plan:
     trainer = _trainer(config, tpu_devices(topology), topology.chip.family)
-    state, batch = trainer.abstract_state, trainer.abstract_batch()
-    traced = trainer.trace()
+    state, batch = trainer.abstract_state, abstract_batch(trainer)
+    traced = trace(trainer)
     held = local_bytes(state)
     found = compile_cached(traced.lower(), topology, folder, held + local_bytes(batch), say)
     program = None if found.refused else read_program(found.text)
@@ -205,7 +213,7 @@ def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) ->
     local.batch_size = max(1, config.batch_size // (topology.chips // tensor))
     local.mesh.data, local.mesh.fsdp, local.mesh.tensor = 1, 1, 1
     trainer = _trainer(local, jax.devices()[:1], topology.chip.family)
-    state, batch = trainer.abstract_state, trainer.abstract_batch()
+    state, batch = trainer.abstract_state, abstract_batch(trainer)
     params = local_bytes(state.params) // tensor
     held, gradient = local_bytes(state) // (fsdp * tensor), params // fsdp
 
@@ -233,7 +241,7 @@ def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) ->
         state=held,
         memory=memory,
         fits=memory <= topology.chip.memory,
-        operations=2 * macs_of(trainer.trace().jaxpr.jaxpr) / tensor,
+        operations=2 * macs_of(trace(trainer).jaxpr.jaxpr) / tensor,
         useful=_useful(trainer, dataclasses.replace(topology, shape=(1, 1))) / tensor,
         traffic=2 * config.optimizer.grad_accum * needed + 2 * (held + gradient),
         exchanged=tuple(each for each in exchanged if each.group > 1),

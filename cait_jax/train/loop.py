@@ -1,10 +1,11 @@
 """The training loop: step, checkpoint, evaluation and metrics, from the start of a run or where it was stopped."""
 
+import contextlib
 import dataclasses
 import math
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -161,7 +162,7 @@ def _run(
     batches = trainer.train_batches(start)
     eval_batches: PrefetchIterator | None = None
     try:
-        with StopSignal() as stop:
+        with stop_signal() as reached:
             for step in range(start + 1, total + 1):
                 batch = put_batch(next(batches), sharding)
                 state, step_metrics = trainer.train_step(state, batch)
@@ -170,7 +171,7 @@ def _run(
                 remaining = _steps_to_evaluation(trainer, step)
                 if eval_batches is None and remaining <= _PREFETCH_STEPS:
                     eval_batches = trainer.eval_batches()
-                stopping = stop.reached(step)
+                stopping = reached(step)
                 if not (remaining == 0 or stopping or step % config.checkpoint.every_steps == 0):
                     continue
 
@@ -205,7 +206,8 @@ def _run(
 
 def _steps_to_evaluation(trainer: Trainer, step: int) -> int:
     """Steps from a step to the next whose state is evaluated; 0 if its own is."""
-    every = max(1, round(trainer.config.eval.every_epochs * trainer.steps_per_epoch))
+    steps_per_epoch = len(trainer.train_split) / trainer.config.batch_size
+    every = max(1, round(trainer.config.eval.every_epochs * steps_per_epoch))
     remaining: int = min(-step % every, trainer.total_steps - step)
     return remaining
 
@@ -251,42 +253,33 @@ def _greeting(trainer: Trainer, state: TrainState, workdir: Path, start: int) ->
     )
 
 
-class StopSignal:
-    """While entered, the first SIGINT or SIGTERM requests a stop after the current step; a second acts as usual.
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Yields whether to stop after a step, the same in every process; to be asked at every step.
 
-    Several processes must stop after the same step. JAX's preemption service agrees on it, with a SIGTERM handler
-    that Python's would disable: there only SIGTERM counts. Outside the main thread Python allows no handlers, and
-    signals act as usual.
+    The first SIGINT or SIGTERM requests it; a second acts as usual. On the same step several processes agree by
+    JAX's preemption service, whose SIGTERM handler Python's would disable: there only SIGTERM counts. Outside the
+    main thread Python allows no handlers, and signals act as usual.
     """
+    if jax.process_count() > 1:
+        yield lambda step: bool(multihost_utils.reached_preemption_sync_point(step))
+        return
+    requested = threading.Event()
+    previous: dict[signal.Signals, Any] = {}
 
-    def __init__(self) -> None:
-        """Nothing is requested yet."""
-        self._requested = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        """Installs the handlers."""
-        alone = jax.process_count() == 1
-        if alone and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Restores the earlier handlers."""
-        self._restore()
-
-    def reached(self, step: int) -> bool:
-        """Whether to stop after this step, the same in every process; to be called at every step."""
-        if jax.process_count() > 1:
-            return bool(multihost_utils.reached_preemption_sync_point(step))
-        return self._requested
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
+    def restore() -> None:
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        self._previous.clear()
+        previous.clear()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        requested.set()
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield lambda step: requested.is_set()
+    finally:
+        restore()

@@ -1,7 +1,6 @@
 """Metrics of a run: `metrics.jsonl`, a bar on a terminal or lines in a log, TensorBoard."""
 
 import contextlib
-import json
 import math
 import os
 import sys
@@ -23,21 +22,6 @@ _SHORT_NAMES = {"learning_rate": "lr"}
 _FORMATS = {"loss": ".4f", "accuracy": ".3f", "lr": ".1e", "grad_norm": ".2f"}
 _TRAIN = "train/"
 _REDRAW_SECONDS = 0.1
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl` in their order, without a torn last one; `[]` for no file."""
-    file = Path(path)
-    return [row for _, row in metric_lines(file)] if file.exists() else []
-
-
-def metric_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each whole line and its row. A power cut can leave more than one line that is not whole."""
-    for line in file.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "step" in row:
-                yield line, row
 
 
 class MetricWriter:

@@ -26,7 +26,7 @@ class Optimizer(NamedTuple):
       transformation: the Optax chain, which follows `schedule`.
       schedule: step to learning rate.
       total_steps: of the run.
-      freeze: of `cait_jax.train.step.StepConfig`.
+      freeze: of `cait_jax.train.step.make_train_step`.
     """
 
     transformation: optax.GradientTransformation
@@ -213,12 +213,12 @@ def step_schedule(
     """One rate a step. The cosine starts at the end of the warm-up; `"step"` is timm's, updated every step."""
     warmup_steps = round(decay.warmup_epochs * examples / batch_size)
     if decay.kind == "cosine":
-        return warmup_cosine_schedule(
-            peak=decay.peak,
-            total_steps=total_steps,
+        return optax.warmup_cosine_decay_schedule(
+            init_value=decay.warmup_from,
+            peak_value=decay.peak,
             warmup_steps=warmup_steps,
-            warmup_from=decay.warmup_from,
-            final=decay.final,
+            decay_steps=max(total_steps, warmup_steps + 1),  # a run may end in its warm-up
+            end_value=decay.final,
         )
     every = Fraction(decay.decay_epochs)
     drops = range(1 + int(Fraction(total_steps * batch_size, examples) // every))
@@ -230,24 +230,6 @@ def step_schedule(
         return steps
     warmup = optax.linear_schedule(decay.warmup_from, decay.peak, warmup_steps)
     return lambda step: jnp.where(step < warmup_steps, warmup(step), steps(step))
-
-
-def warmup_cosine_schedule(
-    *,
-    peak: float,
-    total_steps: int,
-    warmup_steps: int,
-    warmup_from: float = 1e-6,
-    final: float = 1e-5,
-) -> optax.Schedule:
-    """Linear warm-up, then a cosine to `final` at `total_steps`; a warm-up may be longer than the run."""
-    cosine = optax.cosine_decay_schedule(
-        peak, max(total_steps - warmup_steps, 1), alpha=final / peak if peak else 0.0
-    )
-    if warmup_steps == 0:
-        return cosine
-    warmup = optax.linear_schedule(warmup_from, peak, warmup_steps)
-    return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
 def _first_step(epoch: int | Fraction, examples: int, batch_size: int) -> int:

@@ -1,6 +1,9 @@
-"""Checks that a resumed run has the settings and the data of its checkpoint; cuts its metrics to it."""
+"""What a run left behind: its metrics, cut to its checkpoint, whose settings and data a resumed run must have."""
 
-from collections.abc import Mapping
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,6 @@ from cait_jax.errors import UserError, can_set, setting
 from cait_jax.files import atomic_replace
 from cait_jax.renamed import current_config
 from cait_jax.train.config import as_json, flatten
-from cait_jax.train.metric_writer import metric_lines
 
 # What may differ when a run is resumed: it changes no number of the run.
 FREE_KEYS = ("report", "mesh", "data.data_dir", "data.workers")
@@ -105,6 +107,21 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if before.get("files_sha256") not in (None, now.get("files_sha256")):
         return "its files have other names or are in other classes now"
     return ""
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl` in their order, without a torn last one; `[]` for no file."""
+    file = Path(path)
+    return [row for _, row in metric_lines(file)] if file.exists() else []
+
+
+def metric_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each whole line and its row. A power cut can leave more than one line that is not whole."""
+    for line in file.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row:
+                yield line, row
 
 
 def rewind(path: Path, step: int, *, evaluated: bool = True) -> None:

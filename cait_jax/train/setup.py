@@ -37,7 +37,6 @@ from cait_jax.train.step import (
     Batch,
     Evaluate,
     Objective,
-    StepConfig,
     TrainState,
     create_state,
     make_train_step,
@@ -84,11 +83,6 @@ class Trainer:
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return self.optimizer.total_steps
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Training examples over batch size, not rounded."""
-        return len(self.train_split) / int(self.config.batch_size)
 
     def init_state(self) -> TrainState:
         """The state before the first step: from the weights that the config names, or from the seed."""
@@ -146,22 +140,6 @@ class Trainer:
         )
         return PrefetchIterator(batches, count=-(-len(self.eval_split) // size))
 
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings of a batch."""
-        count, model = self.config.batch_size, self.model
-        struct = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(self.mesh))
-        batch = {
-            "image": struct((count, *model.image_size, model.in_channels), jnp.uint8),
-            "label": struct((count,), jnp.int32),
-        }
-        if self.config.distill.logits is not None:
-            batch["teacher"] = struct((count, model.num_classes), jnp.float32)
-        return batch
-
-    def trace(self) -> Any:
-        """The step, traced from abstract values: its jaxpr, and what lowers and compiles it."""
-        return self.step.trace(self.abstract_state, self.abstract_batch(), self.objective)
-
 
 def build(
     config: ConfigDict,
@@ -211,7 +189,9 @@ def assemble(
             f"{INT32:,}"
         )
     settings = config.optimizer
-    step_config = StepConfig(
+    train_step = make_train_step(
+        built.transformation,
+        built.schedule,
         seed=config.seed,
         grad_accum=settings.grad_accum,
         ema_decay=settings.ema_decay,
@@ -223,7 +203,7 @@ def assemble(
         jax.eval_shape(built.freeze, shapes.params, 0)
     state_sharding = param_shardings(shapes, mesh)
     step = jax.jit(
-        constrain_batch(make_train_step(built.transformation, built.schedule, step_config), mesh),
+        constrain_batch(train_step, mesh),
         in_shardings=(state_sharding, batch_sharding(mesh), _shardings(objective)),
         out_shardings=(state_sharding, replicated(mesh)),
         donate_argnums=0,

@@ -1,6 +1,5 @@
 """One training step of any objective: a pure function of (state, batch)."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -18,6 +17,7 @@ Aux = dict[str, Any]
 Metrics = dict[str, Array]
 Tree = TypeVar("Tree")
 GradientOf = Callable[..., tuple[Any, Params]]
+Freeze = Callable[[Params, Array], Params]
 Evaluate = Callable[..., dict[str, dict[str, float]]]
 
 
@@ -81,25 +81,6 @@ class Objective(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class StepConfig:
-    """How a step follows the objective's gradient.
-
-    Attributes:
-      seed: keys are folded from it and the step.
-      grad_accum: micro batches of a step.
-      ema_decay: of the average of the parameters; 0: none is kept.
-      sam_rho: radius of sharpness-aware minimisation; 0: none.
-      freeze: stops the gradient of frozen parameters, given parameters and step; None: everything is trained.
-    """
-
-    seed: int = 0
-    grad_accum: int = 1
-    ema_decay: float = 0.0
-    sam_rho: float = 0.0
-    freeze: Callable[[Params, Array], Params] | None = None
-
-
 def create_state(
     params: Params, optimizer: optax.GradientTransformation, *, ema: bool, carried: Any = None
 ) -> TrainState:
@@ -114,9 +95,25 @@ def create_state(
 
 
 def make_train_step(
-    optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: StepConfig
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int = 0,
+    grad_accum: int = 1,
+    ema_decay: float = 0.0,
+    sam_rho: float = 0.0,
+    freeze: Freeze | None = None,
 ) -> Callable[[TrainState, Batch, Objective], tuple[TrainState, Metrics]]:
     """Builds the step; not jitted.
+
+    Args:
+      optimizer: the Optax chain, which follows `schedule`.
+      schedule: step to learning rate.
+      seed: keys are folded from it and the step.
+      grad_accum: micro batches of a step.
+      ema_decay: of the average of the parameters; 0: none is kept.
+      sam_rho: radius of sharpness-aware minimisation; 0: none.
+      freeze: stops the gradient of frozen parameters, given parameters and step; None: everything is trained.
 
     Returns:
       A function of state, batch and objective that gives the next state and the scalars `loss`, `learning_rate`
@@ -126,13 +123,13 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, objective: Objective
     ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         names = objective.rngs
         keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
 
         def loss(params: Params, micro: Batch) -> tuple[Array, Aux]:
-            if config.freeze is not None:
-                params = config.freeze(params, state.step)
+            if freeze is not None:
+                params = freeze(params, state.step)
             return objective.loss(params, state.carried, micro, keys, state.step)
 
         prepared = objective.prepare(batch, keys)
@@ -140,15 +137,13 @@ def make_train_step(
         def loss_and_gradient(params: Params) -> tuple[tuple[Array, Aux], Params]:
             of_micro_batch: GradientOf = jax.value_and_grad(loss, has_aux=True)
             return mean_over_micro_batches(
-                lambda micro: of_micro_batch(params, micro), prepared, config.grad_accum
+                lambda micro: of_micro_batch(params, micro), prepared, grad_accum
             )
 
-        (value, aux), gradient = sharpness_aware(loss_and_gradient, config.sam_rho)(state.params)
+        (value, aux), gradient = sharpness_aware(loss_and_gradient, sam_rho)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = apply_updates(state.params, updates)
-        ema = state.ema
-        if config.ema_decay:
-            ema = moving_average(ema, params, config.ema_decay)
+        ema = moving_average(state.ema, params, ema_decay) if ema_decay else state.ema
         carried = objective.update(state.carried, params, aux, state.step)
         metrics = {
             "loss": value,
@@ -175,13 +170,10 @@ def mean_over_micro_batches(function: Callable[[Batch], Tree], batch: Batch, cou
     if count == 1:
         return function(batch)
 
-    def cut(array: Array) -> Array:
-        return jnp.swapaxes(array.reshape(-1, count, *array.shape[1:]), 0, 1)
-
     def accumulate(total: Any, micro: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(micro)), None
 
-    micros = jax.tree.map(cut, batch)
+    micros = jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1), batch)
     first = jax.tree.map(lambda array: array[0], micros)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, first))
     total, _ = jax.lax.scan(accumulate, zeros, micros)

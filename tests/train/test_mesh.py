@@ -11,6 +11,7 @@ from trees import assert_same_bits
 
 from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
+from cait_jax.plan.compile import trace
 from cait_jax.plan.hlo import collectives, read_program, totals
 from cait_jax.sharding import batch_sharding, leaf_shapes, make_mesh, param_shardings, put_batch
 from cait_jax.train.setup import build
@@ -152,7 +153,7 @@ def test_an_axis_that_does_not_divide_is_not_sharded():
 
 def compiled_step(config, devices=None):
     trainer = build(config, devices)
-    return trainer.trace().lower().compile().as_text(), trainer.abstract_state
+    return trace(trainer).lower().compile().as_text(), trainer.abstract_state
 
 
 @pytest.mark.slow

@@ -12,8 +12,14 @@ from cait_jax import UserError
 from cait_jax.data.folder import load_folder
 from cait_jax.data.split import InMemory, identity
 from cait_jax.train.config import as_json, get_config
-from cait_jax.train.metric_writer import MetricWriter, read_metrics
-from cait_jax.train.resume import check_resumable, check_resumed, check_same_data, rewind
+from cait_jax.train.metric_writer import MetricWriter
+from cait_jax.train.resume import (
+    check_resumable,
+    check_resumed,
+    check_same_data,
+    read_metrics,
+    rewind,
+)
 from configs import common
 
 

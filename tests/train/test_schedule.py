@@ -19,7 +19,6 @@ from cait_jax.train.optimizer import (
     Decay,
     epoch_schedule,
     step_schedule,
-    warmup_cosine_schedule,
 )
 
 RECORDED = json.loads((Path(__file__).parents[1] / "fixtures" / "schedules.json").read_text())
@@ -90,9 +89,8 @@ def test_drops_are_at_the_first_step_of_their_epoch(warmup_epochs):
 
 
 def test_schedule_warms_up_linearly_and_ends_at_the_final_rate():
-    schedule = warmup_cosine_schedule(
-        peak=1e-3, total_steps=400, warmup_steps=100, warmup_from=1e-6, final=1e-5
-    )
+    decay = Decay(peak=1e-3, epochs=4.0, warmup_epochs=1.0, warmup_from=1e-6, final=1e-5)
+    schedule = step_schedule(decay, examples=200, batch_size=2, total_steps=400)
     rates = np.array([schedule(step) for step in range(401)])
     assert rates[0] == pytest.approx(1e-6, rel=1e-5)
     assert rates[50] == pytest.approx((1e-6 + 1e-3) / 2, rel=1e-5)
@@ -102,8 +100,16 @@ def test_schedule_warms_up_linearly_and_ends_at_the_final_rate():
     assert rates.argmax() == 100
 
 
+def test_without_a_warm_up_the_cosine_starts_at_the_peak():
+    decay = Decay(peak=1e-3, epochs=4.0, warmup_epochs=0.0, final=1e-5)
+    schedule = step_schedule(decay, examples=200, batch_size=2, total_steps=400)
+    found = [schedule(step) for step in (0, 200, 400)]
+    np.testing.assert_allclose(found, [1e-3, (1e-5 + 1e-3) / 2, 1e-5], rtol=1e-4)
+
+
 def test_a_run_shorter_than_its_warm_up_ends_inside_it():
-    schedule = warmup_cosine_schedule(peak=1e-3, total_steps=5, warmup_steps=100, warmup_from=0.0)
+    decay = Decay(peak=1e-3, epochs=0.05, warmup_epochs=1.0, warmup_from=0.0)
+    schedule = step_schedule(decay, examples=200, batch_size=2, total_steps=5)
     np.testing.assert_allclose([schedule(s) for s in range(5)], np.arange(5) * 1e-5, rtol=1e-5)
 
 

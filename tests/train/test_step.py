@@ -18,8 +18,8 @@ from cait_jax.sharding import (
     replicated,
 )
 from cait_jax.train.objectives.supervised import Supervised, cross_entropy
-from cait_jax.train.optimizer import make_optimizer, warmup_cosine_schedule
-from cait_jax.train.step import StepConfig, create_state, make_train_step, mean_over_micro_batches
+from cait_jax.train.optimizer import make_optimizer
+from cait_jax.train.step import create_state, make_train_step, mean_over_micro_batches
 
 BATCH = 16
 AUGMENTATION = Augmentation(hflip=True, rotate=10.0, translate=0.1, zoom=0.1, shear=0.1, pad_crop=1)
@@ -41,16 +41,15 @@ def run(devices, steps=20, accumulate=1, dtype="float32", **overrides):
         dtype=dtype, param_dtype=dtype, drop_path_rate=0.2, dropout=0.1, attention_dropout=0.1,
         embedding_dropout=0.1, precision="highest", **overrides,
     )  # fmt: skip
-    schedule = warmup_cosine_schedule(peak=1e-3, total_steps=steps, warmup_steps=2)
+    schedule = optax.warmup_cosine_decay_schedule(1e-6, 1e-3, 2, steps, end_value=1e-5)
     optimizer = make_optimizer(schedule, clip_norm=1.0)
-    settings = StepConfig(seed=3, grad_accum=accumulate, ema_decay=0.9)
     objective = Supervised(
         model, label_loss=cross_entropy, augmentation=AUGMENTATION, smoothing=0.1
     )
     mesh = make_mesh(devices)
     whole, rows = replicated(mesh), batch_sharding(mesh)
     step = jax.jit(
-        make_train_step(optimizer, schedule, settings),
+        make_train_step(optimizer, schedule, seed=3, grad_accum=accumulate, ema_decay=0.9),
         in_shardings=(whole, rows, whole),
         out_shardings=(whole, whole),
         donate_argnums=0,
@@ -97,7 +96,7 @@ def test_float64_agrees_to_its_own_rounding_on_eight_devices():
 
 def test_metrics_and_ema(alone):
     metrics, state = alone
-    schedule = warmup_cosine_schedule(peak=1e-3, total_steps=20, warmup_steps=2)
+    schedule = optax.warmup_cosine_decay_schedule(1e-6, 1e-3, 2, 20, end_value=1e-5)
     for step, values in enumerate(metrics):
         assert values["learning_rate"] == pytest.approx(float(schedule(step)), rel=1e-6)
         assert 0 <= values["accuracy"] <= 1
@@ -110,9 +109,9 @@ def test_metrics_and_ema(alone):
 def test_the_learning_rate_reported_is_the_one_applied():
     """With SGD at rate 1 times the schedule, the move over the gradient is the rate."""
     model = create_model("cait_nano4_patch4_8", num_classes=10, depth=1, drop_path_rate=0.0)
-    schedule = warmup_cosine_schedule(peak=1e-1, total_steps=4, warmup_steps=2, warmup_from=1e-3)
+    schedule = optax.warmup_cosine_decay_schedule(1e-3, 1e-1, 2, 4, end_value=1e-5)
     optimizer = optax.sgd(schedule)
-    step = jax.jit(make_train_step(optimizer, schedule, StepConfig()))
+    step = jax.jit(make_train_step(optimizer, schedule))
     objective = Supervised(model, cross_entropy)
     state = create_state(random_params(model), optimizer, ema=False)
     for batch in batches(3):

@@ -22,7 +22,7 @@ from cait_jax.train.objectives.distillation import (
 from cait_jax.train.objectives.supervised import Supervised, cross_entropy
 from cait_jax.train.optimizer import make_optimizer
 from cait_jax.train.setup import build
-from cait_jax.train.step import StepConfig, create_state, make_train_step
+from cait_jax.train.step import create_state, make_train_step
 from configs import digits
 
 CLASSES = 3
@@ -51,7 +51,7 @@ def one_step(model, settings, devices=1, grad_accum=1, teacher=None, beside=None
     objective = Supervised(model, **settings, teacher=teacher)
     params = random_params(model)
     step = jax.jit(
-        make_train_step(optimizer, schedule, StepConfig(grad_accum=grad_accum)),
+        make_train_step(optimizer, schedule, grad_accum=grad_accum),
         in_shardings=(whole, rows, whole),
         out_shardings=whole,
     )
