@@ -84,12 +84,8 @@ def train(
         data = {name: identity(split) for name, split in splits.items()}
         if checkpoints.latest_step() is not None:
             check_resumed(checkpoints.meta(), config, data, str(workdir))
-        meta: dict[str, Any] = {}
         restored = checkpoints.restore(trainer.abstract_state)
-        if restored is None:
-            start, state = 0, trainer.init_state()
-        else:
-            start, state, meta = restored
+        start, state, meta = restored or (0, trainer.init_state(), {})
         # Of the restored state's own evaluation; empty if none was due, or it was not finished.
         recorded = checkpoints.metrics(start) if start else {}
         evaluated = bool(recorded) or start == 0 or _steps_to_evaluation(trainer, start) > 0
@@ -150,7 +146,12 @@ def _run(
     def evaluate(step: int, batches: PrefetchIterator) -> None:
         """Evaluates the saved state of a step, and adds the metrics to its lines and its checkpoint."""
         nonlocal metrics
-        metrics = _evaluate(trainer, state, batches)
+        params = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
+        metrics = {
+            f"eval/{prefix}{name}": value
+            for prefix, values in trainer.evaluate(params, batches).items()
+            for name, value in values.items()
+        }
         writer.write(step, metrics)
         writer.log(step, metrics)
         writer.sync()
@@ -210,15 +211,6 @@ def _steps_to_evaluation(trainer: Trainer, step: int) -> int:
     every = max(1, round(trainer.config.eval.every_epochs * steps_per_epoch))
     remaining: int = min(-step % every, trainer.total_steps - step)
     return remaining
-
-
-def _evaluate(trainer: Trainer, state: TrainState, batches: PrefetchIterator) -> dict[str, float]:
-    params = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
-    return {
-        f"eval/{prefix}{name}": value
-        for prefix, values in trainer.evaluate(params, batches).items()
-        for name, value in values.items()
-    }
 
 
 def _check_finite(step: int, values: Mapping[str, float], last_saved: int) -> None:

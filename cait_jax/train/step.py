@@ -1,6 +1,7 @@
 """One training step of any objective: a pure function of (state, batch)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -135,12 +136,12 @@ def make_train_step(
         prepared = objective.prepare(batch, keys)
 
         def loss_and_gradient(params: Params) -> tuple[tuple[Array, Aux], Params]:
-            of_micro_batch: GradientOf = jax.value_and_grad(loss, has_aux=True)
-            return mean_over_micro_batches(
-                lambda micro: of_micro_batch(params, micro), prepared, grad_accum
-            )
+            gradient_of: GradientOf = jax.value_and_grad(loss, has_aux=True)
+            return mean_over_micro_batches(partial(gradient_of, params), prepared, grad_accum)
 
-        (value, aux), gradient = sharpness_aware(loss_and_gradient, sam_rho)(state.params)
+        (value, aux), gradient = loss_and_gradient(state.params)
+        if sam_rho:  # around the mean, so that the number of micro batches does not matter
+            _, gradient = loss_and_gradient(uphill(state.params, gradient, sam_rho))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = apply_updates(state.params, updates)
         ema = moving_average(state.ema, params, ema_decay) if ema_decay else state.ema
@@ -181,28 +182,14 @@ def mean_over_micro_batches(function: Callable[[Batch], Tree], batch: Batch, cou
     return mean
 
 
-def sharpness_aware(gradient_of: GradientOf, rho: float) -> GradientOf:
-    """The gradient at `params + rho * g / ||g||`, g being that at `params` (SAM, arXiv 2010.01412, algorithm 1).
+def uphill(params: Params, gradient: Params, rho: float) -> Params:
+    """`params + rho * g / ||g||`, with one norm over all parameters (SAM, arXiv 2010.01412, algorithm 1).
 
-    The norm is one over all parameters; both gradients have the same batch and keys. Around the mean over micro
-    batches, not inside it, the result does not depend on their number.
-
-    Args:
-      gradient_of: as `jax.value_and_grad` gives it; the value returned is that at `params`.
-      rho: 0.05 in the paper. 0 returns `gradient_of`.
+    The gradient there, of the same batch and keys, is the step's. `rho` is 0.05 in the paper.
     """
-    if rho == 0:
-        return gradient_of
-
-    def wrapped(params: Params, *args: Any, **kwargs: Any) -> tuple[Any, Params]:
-        value, gradient = gradient_of(params, *args, **kwargs)
-        norm = optax.tree.norm(gradient)
-        scale = rho / jnp.where(norm > 0, norm, jnp.ones_like(norm))
-        neighbour = jax.tree.map(lambda p, g: p + (scale * g).astype(p.dtype), params, gradient)
-        _, gradient = gradient_of(neighbour, *args, **kwargs)
-        return value, gradient
-
-    return wrapped
+    norm = optax.tree.norm(gradient)
+    scale = rho / jnp.where(norm > 0, norm, jnp.ones_like(norm))
+    return jax.tree.map(lambda p, g: p + (scale * g).astype(p.dtype), params, gradient)
 
 
 def moving_average(average: Params, params: Params, decay: float) -> Params:
