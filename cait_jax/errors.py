@@ -13,9 +13,11 @@ import re
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
+
+from cait_jax.renamed import KEY_OF
 
 # Control characters (C0, DEL, C1), line and paragraph separators, bidirectional overrides, surrogates.
 _CONTROL = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
@@ -82,21 +84,6 @@ def some(names: Sequence[str], count: int = 4) -> str:
 # Settings in sentences
 
 CONFIG = "config."
-_OF_MODEL = (
-    "width", "depth", "num_heads", "patch_size", "mlp_ratio", "residual", "block_norm", "layer_scale_init",
-    "talking_heads", "class_token", "class_depth", "class_mlp_ratio", "distilled", "drop_path_rate",
-    "drop_path_growth", "embedding_dropout", "attention_dropout", "projection_dropout", "dropout", "dtype",
-    "param_dtype", "precision", "remat", "attention", "stacked",
-)  # fmt: skip
-# Arguments of the Python API that a config has as well, and the key there.
-KEY_OF: Mapping[str, str] = {
-    **{name: f"config.{name}" for name in ("image_size", "seed", "epochs", "batch_size")},
-    **{name: f"config.init.{name}" for name in ("weights", "reset_head", "ema")},
-    **{name: f"config.data.{name}" for name in ("data_dir", "workers")},
-    "name_or_path": "config.model.name",
-    **{name: f"config.model.{name}" for name in _OF_MODEL},
-}
-
 UNSPECIFIED = object()
 # From a setting and its value, or `UNSPECIFIED`, to how it is written; None where it cannot be set.
 Interface = Callable[[str, Any], str | None]

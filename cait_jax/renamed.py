@@ -1,9 +1,24 @@
-"""Names that changed: old config keys, which command lines and saved runs may still have, and old config files."""
+"""Other names of config keys: arguments of the Python API; old names of keys, values and config files."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+_OF_MODEL = (
+    "width", "depth", "num_heads", "patch_size", "mlp_ratio", "residual", "block_norm", "layer_scale_init",
+    "talking_heads", "class_token", "class_depth", "class_mlp_ratio", "distilled", "drop_path_rate",
+    "drop_path_growth", "embedding_dropout", "attention_dropout", "projection_dropout", "dropout", "dtype",
+    "param_dtype", "precision", "remat", "attention", "stacked",
+)  # fmt: skip
+# Arguments of the Python API that a config has as well, and the key there.
+KEY_OF: Mapping[str, str] = {
+    **{name: f"config.{name}" for name in ("image_size", "seed", "epochs", "batch_size")},
+    **{name: f"config.init.{name}" for name in ("weights", "reset_head", "ema")},
+    **{name: f"config.data.{name}" for name in ("data_dir", "workers")},
+    "name_or_path": "config.model.name",
+    **{name: f"config.model.{name}" for name in _OF_MODEL},
+}
 
 # Old key to new, since the names of timm and big_vision are used where they have one.
 OLD_KEYS: Mapping[str, str] = {

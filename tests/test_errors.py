@@ -8,7 +8,6 @@ import pytest
 from cait_jax.cli.common import command_options
 from cait_jax.data.split import BrokenImage
 from cait_jax.errors import (
-    KEY_OF,
     Literal,
     UserError,
     Way,
@@ -23,6 +22,7 @@ from cait_jax.errors import (
     speaking,
     writable,
 )
+from cait_jax.renamed import KEY_OF
 from cait_jax.train.config import get_config
 
 

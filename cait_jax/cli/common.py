@@ -12,13 +12,13 @@ import click
 from cait_jax.cli.output import note
 from cait_jax.errors import (
     CONFIG,
-    KEY_OF,
     UNSPECIFIED,
     Interface,
     UserError,
     composed,
     config_flags,
 )
+from cait_jax.renamed import KEY_OF
 
 # In config.json of Hugging Face's transformers and of timm; in torchvision's ImageFolder.
 _CLASS_NAME_KEYS = ("id2label", "label_names", "class_to_idx")

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cait_jax.errors import KEY_OF, UserError, can_set, nearest, setting
+from cait_jax.errors import UserError, can_set, nearest, setting
 from cait_jax.models.cait import CaiT
 from cait_jax.models.variants import VARIANTS, VisionTransformer
+from cait_jax.renamed import KEY_OF
 
 if TYPE_CHECKING:
     from cait_jax.models.regnet import RegNetY

@@ -102,8 +102,12 @@ def train(
             primary=jax.process_index() == 0,
         ) as writer:
             if start >= trainer.total_steps and evaluated:
+                summary = "  ".join(
+                    f"{name} {math.nan if value is None else value:.4f}"
+                    for name, value in metrics.items()
+                )
                 writer.message(
-                    f"the run in {workdir} is finished ({start} steps, {_summary(metrics)}): to start "
+                    f"the run in {workdir} is finished ({start} steps, {summary}): to start "
                     "anew, give another --workdir or remove this one"
                 )
                 return Run(trainer.model, state, metrics, finished=True)
@@ -228,11 +232,6 @@ def _check_finite(step: int, values: Mapping[str, float], last_saved: int) -> No
             ),
         )
     )
-
-
-def _summary(metrics: dict[str, float]) -> str:
-    numbers = ((name, math.nan if value is None else value) for name, value in metrics.items())
-    return "  ".join(f"{name} {value:.4f}" for name, value in numbers)
 
 
 def _greeting(trainer: Trainer, state: TrainState, workdir: Path, start: int) -> str:
