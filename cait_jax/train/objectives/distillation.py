@@ -28,6 +28,24 @@ Teacher = Callable[[Images], Logits]
 _ROWS_CHECKED = 4096
 
 
+def logits_and_losses(
+    objective: Any, params: Any, batch: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[Logits, Losses]:
+    """Of a `Supervised` objective with a teacher: logits to compare with the label, and the loss of each example.
+
+    A distilled network's second head is compared with the teacher, else its only one. `options` are those of
+    `model.apply`.
+    """
+    variables, images = {"params": params}, batch["image"]
+    if objective.model.distilled:
+        logits, head = both_heads(objective.model, variables, images, **options)
+    else:
+        logits = head = objective.model.apply(variables, images, **options)
+    losses = objective.label_loss(logits, batch["target"])
+    teacher = batch["teacher"] if "teacher" in batch else objective.teacher(images)
+    return logits, objective.teacher_loss(losses, head, teacher)
+
+
 def loss_from_config(config: ConfigDict) -> Callable[..., Losses]:
     """`hard_distillation` or `soft_distillation`, as `distill.kind` is `"hard"` or `"soft"`."""
     distill = config.distill

@@ -92,27 +92,20 @@ class Supervised:
     ) -> tuple[Array, Aux]:
         """The mean loss in nats, and accuracy (0 to 1) against the largest part of a mixed label."""
         del carried, step
-        logits, teacher_head = self._logits(params, batch, keys)
-        losses = self.label_loss(logits, batch["target"])
-        if self.teacher_loss is not None:
-            teacher = batch["teacher"] if "teacher" in batch else self.teacher(batch["image"])
-            losses = self.teacher_loss(losses, teacher_head, teacher)
-        label = jnp.argmax(batch["target"], axis=-1)
-        return losses.mean(), {"metrics": {"accuracy": correct(logits, label).mean()}}
-
-    def _logits(self, params: Params, batch: Batch, keys: Keys) -> tuple[Logits, Logits]:
-        """Logits to compare with the label and with the teacher: of one head, or of a distilled network's two."""
         options: dict[str, Any] = {
             "train": True,
             "example_ids": batch["id"],
             "rngs": {"dropout": keys["dropout"], "drop_path": keys["drop_path"]},
         }
-        if self.teacher_loss is not None and self.model.distilled:
-            from cait_jax.train.objectives.distillation import both_heads
+        if self.teacher_loss is None:
+            logits = self.model.apply({"params": params}, batch["image"], **options)
+            losses = self.label_loss(logits, batch["target"])
+        else:
+            from cait_jax.train.objectives.distillation import logits_and_losses
 
-            return both_heads(self.model, {"params": params}, batch["image"], **options)
-        logits = self.model.apply({"params": params}, batch["image"], **options)
-        return logits, logits
+            logits, losses = logits_and_losses(self, params, batch, options)
+        label = jnp.argmax(batch["target"], axis=-1)
+        return losses.mean(), {"metrics": {"accuracy": correct(logits, label).mean()}}
 
     def update(self, carried: Any, params: Params, aux: Aux, step: Array) -> Any:
         """Nothing is carried."""
