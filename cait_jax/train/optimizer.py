@@ -42,17 +42,9 @@ def from_config(config: ConfigDict, examples: int) -> Optimizer:
       UserError: for phases or a trained part that make no sense.
     """
     settings = config.optimizer
-    make = functools.partial(
-        make_optimizer,
-        name=settings.name,
-        b1=settings.b1,
-        b2=settings.b2,
-        eps=settings.eps,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.grad_clip_norm,
-    )
+    keys = ("name", "b1", "b2", "eps", "momentum", "nesterov", "weight_decay")
+    arguments = {key: settings[key] for key in keys}
+    make = functools.partial(make_optimizer, **arguments, clip_norm=settings.grad_clip_norm)
     if config.phases.head_epochs:
         from cait_jax.train import layer_groups
 
