@@ -1,7 +1,6 @@
 """Learning-rate schedule, weight-decay mask and optimiser of a run."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -44,7 +43,10 @@ def from_config(config: ConfigDict, examples: int) -> Optimizer:
     settings = config.optimizer
     keys = ("name", "b1", "b2", "eps", "momentum", "nesterov", "weight_decay")
     arguments = {key: settings[key] for key in keys}
-    make = functools.partial(make_optimizer, **arguments, clip_norm=settings.grad_clip_norm)
+
+    def make(schedule: optax.Schedule) -> optax.GradientTransformation:
+        return make_optimizer(schedule, clip_norm=settings.grad_clip_norm, **arguments)
+
     if config.phases.head_epochs:
         from cait_jax.train import layer_groups
 
