@@ -62,15 +62,13 @@ def json_values(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def to_json(value: Any, **options: Any) -> str:
+def to_json(value: Any) -> str:
     """`json.dumps` with null for NaN and infinity."""
-    return json.dumps(json_values(value), allow_nan=False, **options)
+    return json.dumps(json_values(value), allow_nan=False)
 
 
 def commit(directory: Path, fields: Mapping[str, Any]) -> None:
     """Syncs all files under a directory, then writes its manifest: their sizes and SHA-256, and `fields`."""
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} was not written")
     files = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != MANIFEST:

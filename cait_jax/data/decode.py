@@ -41,7 +41,7 @@ _REASONS = {
     "could not create decoder object": _DAMAGED,
     "decoder error -2": _DAMAGED,
 }
-_START_OF_SCAN, _JPEG_LS, _COMMENT = 0xDA, 0xF7, 0xFE
+_START_OF_SCAN, _JPEG_LS = 0xDA, 0xF7
 _START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 
@@ -93,16 +93,14 @@ def center_crop(
     height, width = image_size
     with _broken_image():
         image = _decoded(_open(image), channels, exif)
-        resized = _covering_size(
-            (image.height, image.width),
-            (math.floor(height / crop_pct), math.floor(width / crop_pct)),
-        )
+        target = (math.floor(height / crop_pct), math.floor(width / crop_pct))
+        resized = _covering_size((image.height, image.width), target)
         top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
         if math.prod(resized) > MAX_PIXELS:  # a hair of an image: only what is kept is enlarged
             across, down = image.width / resized[1], image.height / resized[0]
             box = (left * across, top * down, (left + width) * across, (top + height) * down)
             return _pixels(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
-        image = image.resize((resized[1], resized[0]), Image.Resampling.BICUBIC)
+        image = image.resize(resized[::-1], Image.Resampling.BICUBIC)
         return _pixels(image.crop((left, top, left + width, top + height)))
 
 
@@ -133,33 +131,26 @@ def random_resized_crop(
       BrokenImage: as of `decode_image`.
       UserError: `resize` is unknown.
     """
-    _check_resize(resize)
-    height, width = image_size
     with _broken_image():
         image = _open(data)
         if image.format != "JPEG":  # which alone shrinks while decoding, and never turns itself
             image.load()
         orientation = opening.exif_orientation(image) if exif else 1
         on_its_side = orientation > 4
-        size = (image.width, image.height) if on_its_side else (image.height, image.width)
+        size = image.size if on_its_side else image.size[::-1]
         box = sample_box(rng, size, scale=scale, ratio=ratio)
         # Cropped as stored, and turned when small.
-        stored = box if orientation == 1 else opening.stored_box(box, size, orientation)
-        top, left, box_height, box_width = stored
-        stored_size = (height, width) if on_its_side else (width, height)
-        edges = (left, top, left + box_width, top + box_height)
+        top, left, height, width = opening.stored_box(box, size, orientation)
+        stored_size = image_size if on_its_side else image_size[::-1]
+        edges = (left, top, left + width, top + height)
         reduction = _jpeg_reduction(image, box[2:], image_size) if resize == "fast" else 1
         if reduction > 1:
             image.draft(None, (image.width // reduction, image.height // reduction))
-            image = _decoded(image, channels)
             x0, y0, x1, y1 = (edge / reduction for edge in edges)
+            image = _decoded(image, channels)
             image = image.resize(stored_size, Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
-            pixels = _pixels(image)
         else:
-            pixels = _resize(_decoded(image, channels).crop(edges), stored_size, resize)
-        if orientation == 1:
-            return pixels
-        image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+            image = _resize(_decoded(image, channels).crop(edges), stored_size, resize)
         return _pixels(opening.turned(image, orientation))
 
 
@@ -177,7 +168,6 @@ def simple_random_crop(
     The image is resized to just cover the crop, reflected by 4 pixels on every side, and cropped uniformly.
     Arguments and errors are as for `random_resized_crop`.
     """
-    _check_resize(resize)
     height, width = image_size
     with _broken_image():
         image = _decoded(_open(data), channels, exif)
@@ -188,7 +178,7 @@ def simple_random_crop(
             top = int(rng.integers(image.height - part_height + 1))
             image = image.crop((left, top, left + part_width, top + part_height))
             resized = _covering_size((image.height, image.width), image_size)
-        pixels = _resize(image, resized[::-1], resize)
+        pixels = _pixels(_resize(image, resized[::-1], resize))
         top = int(rng.integers(resized[0] + 2 * _PADDING - height + 1))
         left = int(rng.integers(resized[1] + 2 * _PADDING - width + 1))
         padded = np.pad(pixels, ((_PADDING, _PADDING), (_PADDING, _PADDING), (0, 0)), "reflect")
@@ -248,7 +238,7 @@ def sample_box(
 def _broken_image() -> Iterator[None]:
     try:
         yield
-    except (MemoryError, BrokenImage):
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # Pillow's decoders report broken files in any type
         raise BrokenImage(_REASONS.get(str(error), str(error)) or type(error).__name__) from error
@@ -304,38 +294,33 @@ def _is_needed(marker: int, content: bytes) -> bool:
             return content.startswith(b"Exif\0\0")
         case 0xEE:  # Adobe's colour transform
             return len(content) >= 12
-    return not (0xE0 <= marker <= 0xEF or marker == _COMMENT)
+    return not 0xE0 <= marker <= 0xEF and marker != 0xFE  # of applications, and comments
 
 
 def _decoded(image: Image.Image, channels: int, exif: bool = False) -> Image.Image:
     """The image in mode RGB or L, upright by its EXIF orientation if asked for."""
-    mode = "L" if channels == 1 else "RGB"
     image.load()
     converted = image
     if image.has_transparency_data or image.mode == "F" or image.mode.startswith("I"):
         converted = opening.to_opaque_eight_bits(image)
-    if converted.mode != mode:
+    mode = "L" if channels == 1 else "RGB"
+    if converted.mode != mode:  # or it would be copied
         converted = converted.convert(mode)
     return opening.turned(converted, opening.exif_orientation(image)) if exif else converted
 
 
-def _check_resize(resize: str) -> None:
+def _resize(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:
+    """Resizes to (width, height)."""
     if resize not in RESIZES:
         raise UserError(f"resize is {resize!r}; {nearest(resize, RESIZES)}")
-
-
-def _resize(image: Image.Image, size: tuple[int, int], resize: str) -> UInt8[np.ndarray, "h w c"]:
-    """Resizes to (width, height)."""
     if resize == "exact":
-        return _pixels(image.resize(size, Image.Resampling.BICUBIC))
+        return image.resize(size, Image.Resampling.BICUBIC)
     import cv2
 
-    pixels = np.asarray(image)
     # Areas antialias only while neither side grows.
     shrunk = (min(size[0], image.width), min(size[1], image.height))
-    pixels = cv2.resize(pixels, shrunk, interpolation=cv2.INTER_AREA)
-    pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC)
-    return pixels.reshape(size[1], size[0], -1)
+    pixels = cv2.resize(np.asarray(image), shrunk, interpolation=cv2.INTER_AREA)
+    return Image.fromarray(cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC))
 
 
 def _pixels(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:

@@ -33,7 +33,6 @@ MAX_BROKEN = 0.01
 """The greatest fraction of the images read in training that may be broken."""
 JUDGED_FROM = 100
 """How many images are read before that fraction is judged; as many broken ones in a row are too many at once."""
-
 _WORKER_ENDED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")  # Grain's message
 _MAX_THREADS = 16
 _log = logging.getLogger(__name__)
@@ -58,7 +57,6 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
         self._why_broken: dict[int, str] = {}
 
     def __next__(self) -> Batch:
-        """The next batch; no more come after `close`."""
         if self._batches is None:
             raise StopIteration
         try:
@@ -104,7 +102,6 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
             batches.close()
 
     def __exit__(self, *exception: object) -> None:
-        """Closes the iterator."""
         self.close()
 
 
@@ -121,7 +118,6 @@ class PrefetchIterator(Iterator[Batch], AbstractContextManager["PrefetchIterator
         self._first: Future[Batch] | None = self._thread.submit(next, batches)
 
     def __next__(self) -> Batch:
-        """The next batch; no more come after `close`."""
         if self._thread is None or not self._left:
             raise StopIteration
         self._left -= 1
@@ -136,7 +132,6 @@ class PrefetchIterator(Iterator[Batch], AbstractContextManager["PrefetchIterator
             thread.shutdown(wait=False)
 
     def __exit__(self, *exception: object) -> None:
-        """Closes the iterator."""
         self.close()
 
 
@@ -173,8 +168,8 @@ def train_batches(
       extras: arrays with a row for each example of the split, such as a teacher's logits, for the batches.
 
     Returns:
-      Batches with `image`, uint8 (b, height, width, channels), `label`, int32 (b,), and the rows of `extras` by
-      their names, where b is `batch_size / process_count`.
+      Batches of `image`, uint8 (b, height, width, channels), `label`, int32 (b,), and the rows of `extras`; b is
+      `batch_size / process_count`.
 
     Raises:
       UserError: the batch is larger than the split or does not divide by the processes, or the images in memory
@@ -290,8 +285,8 @@ class _TrainingExamples:
 
     def example(self, number: int, index: int) -> Batch:
         """Example `index` of the split, cropped as number `number` of this process."""
-        stream = philox(self.sampler.seed, int(self.rows.position(number)), CROPPING)
-        rng = np.random.Generator(stream)
+        position = int(self.rows.position(number))
+        rng = np.random.Generator(philox(self.sampler.seed, position, CROPPING))
         return _example(self.split, index, lambda data: self.crop(data, rng))
 
     def why_broken(self, number: int, index: int) -> str:
@@ -351,9 +346,7 @@ def _grain_batches(
     dataset = grain.MapDataset.source(examples)
     if not workers:
         threads = min(_MAX_THREADS, os.cpu_count() or 1)
-        buffered = grain.ReadOptions(
-            num_threads=threads, prefetch_buffer_size=max(threads, 2 * batch_size)
-        )
+        buffered = grain.ReadOptions(threads, prefetch_buffer_size=max(threads, 2 * batch_size))
         return iter(dataset.to_iter_dataset(buffered).batch(batch_size))
 
     if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts its workers

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -12,17 +12,6 @@ from cait_jax.errors import UserError
 
 class BrokenImage(UserError):
     """An image that cannot be read or decoded."""
-
-
-@runtime_checkable
-class Records(Protocol):
-    """Random access to records `{"image": bytes, "label": int}`, with or without `"file_name"`."""
-
-    def __len__(self) -> int:
-        """The number of records."""
-
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
-        """Record `index`, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,8 @@ class Encoded:
     """A split whose images are read and decoded on access.
 
     Attributes:
-      records: the examples in the order of the data set; picklable if worker processes read them.
+      records: the examples in the order of the data set, by index and with a length, each `{"image": bytes,
+        "label": int}` with or without `"file_name"`; picklable if worker processes read them.
       class_names: in the order of the labels.
       channels: 3 for RGB, 1 for luminance.
       multi_label: whether records have any number of correct classes in `labels`, as well as a `label`.
@@ -62,7 +52,7 @@ class Encoded:
       left_out: of a folder: a sentence on its files that are not read.
     """
 
-    records: Records
+    records: Any
     class_names: tuple[str, ...]
     channels: int
     multi_label: bool = False
@@ -100,7 +90,7 @@ def read_record(split: Encoded, index: int) -> Mapping[str, Any]:
       BrokenImage: it cannot be read, or is empty; it is named.
     """
     try:
-        record = split.records[index]
+        record: Mapping[str, Any] = split.records[index]
     except MemoryError:
         raise
     except UserError as error:  # which names the file
