@@ -125,10 +125,33 @@ def agree_on_step(directory: Path, choose: Callable[[], int | None]) -> int | No
     return None if choice == _NOTHING_SAVED else choice
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """The metadata of the step at `path`."""
-    meta: dict[str, Any] = ocp.JsonCheckpointHandler().restore(path / META)
+def read_meta(
+    directory: Path, steps: Sequence[int], step: int | None, damage: dict[int, str]
+) -> dict[str, Any]:
+    """The metadata of a step that is chosen as by `choose_step`, without a look into its arrays."""
+    chosen = choose_step(directory, steps, step, damage, prefix=f"{META}/")
+    if chosen is None:
+        raise UserError(f"There is no checkpoint under {directory}.")
+    meta: dict[str, Any] = ocp.JsonCheckpointHandler().restore(directory / str(chosen) / META)
     return meta
+
+
+def restore(
+    directory: Path,
+    choose: Callable[[], int | None],
+    latest_step: Callable[[], int | None],
+    read: Callable[[Path], tuple[PyTree, dict[str, Any]]],
+) -> tuple[int, PyTree, dict[str, Any]] | None:
+    """The step that process 0 chooses and what `read` gives of it; chosen anew if a run deletes it meanwhile."""
+    while True:
+        newest = latest_step()
+        try:
+            chosen = agree_on_step(directory, choose)
+            return None if chosen is None else (chosen, *read(directory / str(chosen)))
+        except Exception:
+            overtaken = latest_step() != newest  # only then is a step deleted
+            if not overtaken or jax.process_count() > 1:
+                raise
 
 
 def read_state(path: Path, template: PyTree) -> tuple[PyTree, dict[str, Any]]:

@@ -149,10 +149,7 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
         self._join()
         if step is None:
             self._close_manager()  # what is passed over is moved away when it opens again
-        chosen = self._choose(step, prefix=f"{reader.META}/")
-        if chosen is None:
-            raise UserError(f"There is no checkpoint under {self._directory}.")
-        return reader.read_meta(self._path(chosen))
+        return reader.read_meta(self._directory, self._steps(), step, self._damage)
 
     def restore(
         self, template: PyTree, step: int | None = None
@@ -172,7 +169,7 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
         Raises:
           UserError: no step is good; the one asked for is missing or damaged; tree, shape or dtype differs.
         """
-        return self._read(step, lambda path: reader.read_state(path, template))
+        return self._restore(step, lambda path: reader.read_state(path, template))
 
     def restore_part(
         self, part: str, template: PyTree | None = None, step: int | None = None
@@ -181,7 +178,7 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
 
         As `restore`, but without a template the part comes as it was saved, in dicts and lists.
         """
-        return self._read(step, lambda path: reader.read_part(path, part, template))
+        return self._restore(step, lambda path: reader.read_part(path, part, template))
 
     def wait(self) -> None:
         """Returns when what was saved is committed. A failure is raised once; the next `save` starts afresh."""
@@ -276,11 +273,11 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
             "make room or mend the disk, then run the same command again, which goes on from the last checkpoint"
         )
 
-    # Choosing and reading
+    # Reading
 
     def _steps(self) -> list[int]:
         """The steps that Orbax has finished writing, ascending."""
-        found = self._directory.glob("*")
+        found = self._directory.iterdir() if self._directory.is_dir() else ()
         return sorted(int(path.name) for path in found if path.name.isdecimal() and path.is_dir())
 
     def _committed(self) -> dict[int, float | None]:
@@ -297,10 +294,7 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
         known = {step: value for step, value in committed.items() if value is not None}
         return max(known, key=lambda step: (self._sign * known[step], step), default=None)
 
-    def _choose(self, step: int | None, prefix: str = "") -> int | None:
-        return reader.choose_step(self._directory, self._steps(), step, self._damage, prefix)
-
-    def _read(
+    def _restore(
         self, step: int | None, read: Callable[[Path], tuple[PyTree, dict[str, Any]]]
     ) -> tuple[int, PyTree, dict[str, Any]] | None:
         self._join()
@@ -308,13 +302,8 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
             return None
         if step is None:
             self._close_manager()
-        while True:
-            newest = self.latest_step()
-            try:
-                chosen = reader.agree_on_step(self._directory, lambda: self._choose(step))
-                return None if chosen is None else (chosen, *read(self._path(chosen)))
-            except Exception:
-                # Another process may have deleted the step while it was read, once a newer one was committed.
-                overtaken = step is None and self.latest_step() != newest
-                if not overtaken or jax.process_count() > 1:
-                    raise
+
+        def choose() -> int | None:
+            return reader.choose_step(self._directory, self._steps(), step, self._damage)
+
+        return reader.restore(self._directory, choose, self.latest_step, read)

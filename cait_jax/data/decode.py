@@ -140,7 +140,8 @@ def random_resized_crop(
         size = image.size if on_its_side else image.size[::-1]
         box = sample_box(rng, size, scale=scale, ratio=ratio)
         # Cropped as stored, and turned when small.
-        top, left, height, width = opening.stored_box(box, size, orientation)
+        stored = box if orientation == 1 else opening.stored_box(box, size, orientation)
+        top, left, height, width = stored
         stored_size = image_size if on_its_side else image_size[::-1]
         edges = (left, top, left + width, top + height)
         reduction = _jpeg_reduction(image, box[2:], image_size) if resize == "fast" else 1
@@ -151,7 +152,7 @@ def random_resized_crop(
             image = image.resize(stored_size, Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
         else:
             image = _resize(_decoded(image, channels).crop(edges), stored_size, resize)
-        return _pixels(opening.turned(image, orientation))
+        return _pixels(image if orientation == 1 else opening.turned(image, orientation))
 
 
 def simple_random_crop(

@@ -106,13 +106,12 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
 
 
 class PrefetchIterator(Iterator[Batch], AbstractContextManager["PrefetchIterator", None]):
-    """The first `count` of some batches, of which one is loaded from the start; closing does not wait.
+    """The first `count` of `batches`, of which one is loaded from the start; closing does not wait.
 
     Starting and ending the processes that decode images takes seconds, so a thread does both.
     """
 
     def __init__(self, batches: Batches, count: int) -> None:
-        """Takes over `batches` and starts to load."""
         self._batches, self._left = batches, count
         self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "prefetch")
         self._first: Future[Batch] | None = self._thread.submit(next, batches)

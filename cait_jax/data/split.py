@@ -24,7 +24,6 @@ class InMemory:
     left_out = None
 
     def __len__(self) -> int:
-        """The number of examples."""
         return len(self.images)
 
     @property
@@ -60,7 +59,6 @@ class Encoded:
     left_out: str | None = None
 
     def __len__(self) -> int:
-        """The number of examples."""
         return len(self.records)
 
     @property
