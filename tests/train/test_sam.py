@@ -36,6 +36,7 @@ def test_without_a_distance_it_is_the_plain_gradient():
 def test_where_the_gradient_is_zero_it_stays_zero():
     params = jax.tree.map(jnp.zeros_like, PARAMS)
     _, gradient = jax.jit(GRADIENT_OF)(params, 1.0)
-    _, gradient = jax.jit(GRADIENT_OF)(jax.jit(uphill)(params, gradient, 0.05), 1.0)
+    there = jax.jit(lambda params, g: uphill(params, g, 0.05))(params, gradient)
+    _, gradient = jax.jit(GRADIENT_OF)(there, 1.0)
     for leaf in jax.tree.leaves(gradient):
         np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
