@@ -4,8 +4,8 @@ Command: python benchmarks/ladder.py [--data_dir=DIR] [--seeds=3] [--rungs=one_h
 
 5,000 training and 1,000 test images of CIFAR-10 at 224 pixels, patches of 16, width 64, one block, batch 32, 15
 epochs, Adam at 1e-3, no augmentation: the setting of a published tutorial. Prints, and writes to OUT/ladder.json,
-the test accuracy after the last epoch, mean and standard deviation over seeds. A run is saved after each epoch; the
-same command continues it. OUT/RUNG_seedN.msgpack keeps its parameters.
+the test accuracy after the last epoch, mean and standard deviation over seeds. A run is saved after each epoch;
+the same command continues it. OUT/RUNG_seedN.msgpack keeps its parameters.
 """
 
 import argparse

@@ -78,13 +78,10 @@ class SelfAttention(nn.Module):
             maps = jnp.einsum("bqhc,bkhc->bhqk", q, k, **dtypes.accumulate)
             record(self, "logits", maps * scale if self.talking_heads else maps)
             if self.talking_heads:
-                maps = mix_heads(maps, *pre, precision)
-                record(self, "mixed_logits", maps)
-            maps = nn.softmax(maps, axis=-1)
-            record(self, "softmax", maps)
+                maps = record(self, "mixed_logits", mix_heads(maps, *pre, precision))
+            maps = record(self, "softmax", nn.softmax(maps, axis=-1))
             if self.talking_heads:
-                maps = mix_heads(maps, *post, precision)
-                record(self, "mixed_softmax", maps)
+                maps = record(self, "mixed_softmax", mix_heads(maps, *post, precision))
             maps = Dropout(self.attention_dropout, name="attn_drop")(maps, example_ids)
             x = jnp.einsum("bhqk,bkhc->bqhc", maps.astype(v.dtype), v, precision=precision)
         else:
@@ -121,8 +118,8 @@ class ClassAttention(nn.Module):
         v = linear(u, width, "v", dtypes).reshape(batch, tokens, heads, head_dim)
 
         logits = jnp.einsum("bqhc,bkhc->bhqk", q * head_dim**-0.5, k, **dtypes.accumulate)
-        maps = nn.softmax(logits, axis=-1)
-        record(self, "softmax", maps)
+        record(self, "logits", logits)
+        maps = record(self, "softmax", nn.softmax(logits, axis=-1))
         x = jnp.einsum("bhqk,bkhc->bqhc", maps.astype(v.dtype), v, precision=dtypes.precision)
         return linear(x.reshape(batch, 1, width), width, "proj", dtypes)
 
@@ -327,7 +324,7 @@ class CaiT(nn.Module):
                     block(x, example_ids, 1.0 if scale is None else scale),
                     None,
                 ),
-                variable_axes={"params": 0, "intermediates": 0},
+                variable_axes={"params": 0, "intermediates": 0, "perturbations": 0},
                 split_rngs={"params": True, "dropout": True, "drop_path": True},
                 length=self.depth,
             )

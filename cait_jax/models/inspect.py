@@ -24,17 +24,23 @@ def forward_intermediates(
         `blocks`: `features` (depth, batch, tokens, width) and, of self-attention, `logits`, `softmax` and,
           with talking heads, `mixed_logits`, `mixed_softmax` (depth, batch, heads, tokens, tokens); a list
           of such dicts without the leading axis where a token joins on the way;
-        `blocks_token_only`, with class attention: `features` (class_depth, batch, 1, width) and `softmax`
-          (class_depth, batch, heads, 1, 1 + patches), the class token's own column first;
+        `blocks_token_only`, with class attention: `features` (class_depth, batch, 1, width), `logits` and
+          `softmax` (class_depth, batch, heads, 1, 1 + patches), the class token's own column first;
         `stages`, of RegNetY: a list of the stages' outputs (batch, height, width, channels);
         `features`: (batch, width), what the head reads;
         `logits_class` and `logits_distillation`, of a distilled network.
     """
     output, mutated = model.apply(variables, images, mutable=["intermediates"])
+    if isinstance(model, CaiT):
+        return output, by_stage(model, mutated["intermediates"])
     tree = dict(mutated["intermediates"])
-    if not isinstance(model, CaiT):
-        stages = [tree.pop(name)["features"] for name in sorted(tree) if name != "features"]
-        return output, {"stages": stages, **tree}
+    stages = [tree.pop(name)["features"] for name in sorted(tree) if name != "features"]
+    return output, {"stages": stages, **tree}
+
+
+def by_stage(model: CaiT, collection: Mapping[str, Any]) -> dict[str, Any]:
+    """A collection in which blocks recorded arrays, in the structure of `forward_intermediates`."""
+    tree = dict(collection)
     if "blocks" in tree:
         tree["blocks"] = _flatten(tree["blocks"])
     else:
@@ -45,7 +51,7 @@ def forward_intermediates(
     ]
     if token_only:
         tree["blocks_token_only"] = _stack(token_only)
-    return output, tree
+    return tree
 
 
 def _stack(trees: list[Any]) -> Any:
@@ -53,7 +59,7 @@ def _stack(trees: list[Any]) -> Any:
 
 
 def _flatten(block: Mapping[str, Any]) -> dict[str, Array]:
-    return {"features": block["features"], **block["attn"]}
+    return {**{name: value for name, value in block.items() if name == "features"}, **block["attn"]}
 
 
 @functools.cache

@@ -159,6 +159,12 @@ def mix_heads(maps: Maps, kernel: Array, bias: Array, precision: Any = None) -> 
     return mixed + bias.astype(maps.dtype)[None, :, None, None]
 
 
-def record(module: nn.Module, name: str, value: Array) -> None:
-    """Stores `value` in the `intermediates` collection where the caller made it mutable."""
+def record(module: nn.Module, name: str, value: Array) -> Array:
+    """Sows `value` into `intermediates` where the caller made that mutable, and returns it.
+
+    An entry of the collection `perturbations` is added first: the gradient with respect to it is that of `value`.
+    """
+    if module.has_variable("perturbations", name):
+        value = value + module.get_variable("perturbations", name)
     module.sow("intermediates", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    return value

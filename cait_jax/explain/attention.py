@@ -1,0 +1,145 @@
+"""Attention maps over the image, from the intermediates of one forward pass.
+
+A map has one of four `KINDS`: scores before and weights after the softmax, each before and after talking heads.
+`mixed_weights` multiply the values; their rows need not sum to 1, and they can be negative. Without talking heads
+mixed and unmixed maps are the same.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cait_jax.errors import UserError
+from cait_jax.models.cait import CaiT
+
+# Kind to the names it is recorded under: where heads are not mixed there is only the second.
+KINDS = {
+    "scores": ("logits",),
+    "mixed_scores": ("mixed_logits", "logits"),
+    "weights": ("softmax",),
+    "mixed_weights": ("mixed_softmax", "softmax"),
+}
+
+Intermediates = Mapping[str, Any]
+ImageMaps = Float[Array, "batch heads rows columns"]
+
+
+def check_transformer(model: Any) -> CaiT:
+    """The model, if it has attention.
+
+    Raises:
+      UserError: it has none, as RegNetY.
+    """
+    if not isinstance(model, CaiT):
+        raise UserError(
+            f"{type(model).__name__} is a convolutional network and has no attention to show: choose a CaiT, DeiT "
+            "or ViT"
+        )
+    return model
+
+
+def check_class_token(model: Any) -> CaiT:
+    """The model, if it has attention and a class token.
+
+    Raises:
+      UserError: one of them is missing.
+    """
+    model = check_transformer(model)
+    if model.class_token == "mean":
+        raise UserError(
+            "this network has no class token (its head reads the mean patch), so there is no attention of one: "
+            "use rollout, relevance or a gradient"
+        )
+    return model
+
+
+def patch_grid(model: CaiT) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    height, width = model.image_size
+    return height // model.patch_size, width // model.patch_size
+
+
+def special_tokens(model: CaiT) -> tuple[int, ...]:
+    """For each self-attention block the number of tokens (class, distillation) in front of the patches."""
+    if model.class_token == "input":
+        return (1 + model.distilled,) * model.depth
+    if isinstance(model.class_token, int):
+        return tuple(int(block >= model.class_token) for block in range(model.depth))
+    return (0,) * model.depth
+
+
+def self_attention(
+    model: CaiT, inside: Intermediates, kind: str = "mixed_weights"
+) -> list[Float[Array, "batch heads queries keys"]]:
+    """The self-attention of each block, special tokens first; `inside` is of `forward_intermediates`."""
+    blocks = inside["blocks"]
+    if isinstance(blocks, list):
+        return [_find(block, kind) for block in blocks]
+    return list(_find(blocks, kind))
+
+
+def class_attention(
+    model: CaiT, inside: Intermediates, kind: str = "mixed_weights"
+) -> list[Float[Array, "batch heads 1 keys"]]:
+    """The class attention of each class-attention block, the class token's own column first."""
+    if not model.class_depth:
+        return []
+    return list(_find(inside["blocks_token_only"], kind))
+
+
+def class_token_maps(
+    model: CaiT, inside: Intermediates, kind: str = "mixed_weights"
+) -> Float[Array, "layers batch heads rows columns"]:
+    """What the class token reads from each patch: of every class-attention block of a CaiT, else of every
+    self-attention block that has the token. Weights do not sum to 1, as those on other tokens are left out.
+
+    Raises:
+      UserError: the network has no class token.
+    """
+    model = check_class_token(model)
+    if maps := class_attention(model, inside, kind):
+        return jnp.stack([over_image(model, row[:, :, 0, 1:]) for row in maps])
+    layers = zip(self_attention(model, inside, kind), special_tokens(model), strict=True)
+    return jnp.stack([over_image(model, maps[:, :, 0, n:]) for maps, n in layers if n])
+
+
+def read_by(
+    model: CaiT, inside: Intermediates, patch: int, kind: str = "mixed_weights"
+) -> Float[Array, "layers batch heads rows columns"]:
+    """What a patch, counted row by row, reads from every patch in each self-attention block."""
+    layers = zip(self_attention(model, inside, kind), special_tokens(model), strict=True)
+    patch = _check_patch(model, patch)
+    return jnp.stack([over_image(model, maps[:, :, n + patch, n:]) for maps, n in layers])
+
+
+def readers_of(
+    model: CaiT, inside: Intermediates, patch: int, kind: str = "mixed_weights"
+) -> Float[Array, "layers batch heads rows columns"]:
+    """What every patch reads from a patch, counted row by row, in each self-attention block."""
+    layers = zip(self_attention(model, inside, kind), special_tokens(model), strict=True)
+    patch = _check_patch(model, patch)
+    return jnp.stack([over_image(model, maps[:, :, n:, n + patch]) for maps, n in layers])
+
+
+def over_image(
+    model: CaiT, values: Float[Array, "*lead patches"]
+) -> Float[Array, "*lead rows columns"]:
+    """Values of the patches, without special tokens, as a grid."""
+    return values.reshape(*values.shape[:-1], *patch_grid(model))
+
+
+def _check_patch(model: CaiT, patch: int) -> int:
+    rows, columns = patch_grid(model)
+    if not 0 <= patch < rows * columns:
+        raise UserError(
+            f"there is no patch {patch}: an image has {rows} x {columns}, 0 to {rows * columns - 1}, row by row"
+        )
+    return patch
+
+
+def _find(block: Mapping[str, Array], kind: str) -> Array:
+    if kind not in KINDS:
+        raise UserError(f"there is no kind of attention map {kind!r}: {', '.join(KINDS)}")
+    return next(block[name] for name in KINDS[kind] if name in block)

@@ -1,0 +1,145 @@
+"""How far an attribution map can be trusted: deletion and insertion (Petsiuk et al., RISE, arXiv 1806.07421).
+
+Patches are taken away in the order of the map, largest first, or put back in that order, while the class's
+probability is read. If the map is right the first curve falls early (a small area) and the second rises early (a
+large area). A random map and a blob in the centre score what a map is worth that knows nothing of the network.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from cait_jax.explain.attention import patch_grid
+from cait_jax.explain.attribution import Classes, PatchMaps, Variables, attribute
+from cait_jax.models.layers import Images
+
+BLUR = 10.0  # standard deviation in pixels of what insertion starts from, at 224 pixels; as RISE has it, about
+BASELINES = ("random", "centre")
+
+
+class Curves(NamedTuple):
+    """Probabilities of each image's class, after no patch, some, and at last all, in equal steps.
+
+    Areas are of the trapezoid rule over the fraction of patches, in [0, 1].
+    """
+
+    deletion: Float[Array, "batch points"]
+    insertion: Float[Array, "batch points"]
+
+    @property
+    def deletion_area(self) -> Float[Array, "batch"]:
+        """Less is better."""
+        return _area(self.deletion)
+
+    @property
+    def insertion_area(self) -> Float[Array, "batch"]:
+        """More is better."""
+        return _area(self.insertion)
+
+
+def deletion_insertion(
+    model: Any,
+    variables: Variables,
+    images: Images,
+    classes: Classes,
+    maps: PatchMaps,
+    *,
+    steps: int = 14,
+) -> Curves:
+    """Both curves of one map an image, at `steps + 1` points.
+
+    Deletion leads from the image to its mean colour (0, normalised), insertion from the blurred image to the
+    image. Patches of equal value go row by row.
+    """
+    images = jnp.asarray(images)
+    rows, columns = patch_grid(model)
+    patches = rows * columns
+    order = jnp.argsort(-maps.reshape(maps.shape[0], patches), axis=1, stable=True)
+    rank = jnp.argsort(order, axis=1)  # of each patch, 0 the largest
+    blurred = blur(images, BLUR * max(images.shape[1:3]) / 224)
+
+    def at(step: Array) -> tuple[Array, Array]:
+        first = rank < jnp.round(step * patches / steps)
+        mask = first.reshape(-1, rows, columns)
+        mask = jnp.repeat(jnp.repeat(mask, model.patch_size, 1), model.patch_size, 2)[..., None]
+        deleted, inserted = jnp.where(mask, 0.0, images), jnp.where(mask, images, blurred)
+        return tuple(_probability(model, variables, x, classes) for x in (deleted, inserted))
+
+    deletion, insertion = jax.lax.map(at, jnp.arange(steps + 1))
+    return Curves(deletion.T, insertion.T)
+
+
+def compare(
+    methods: Sequence[str],
+    model: Any,
+    variables: Variables,
+    images: Images,
+    classes: Classes,
+    key: PRNGKeyArray,
+    *,
+    steps: int = 14,
+) -> dict[str, tuple[PatchMaps, Curves]]:
+    """Maps and curves of each method, and of the maps `random` and `centre` on the same images."""
+    maps = {method: attribute(method, model, variables, images, classes) for method in methods}
+    shape = (images.shape[0], *patch_grid(model))
+    maps |= {
+        "random": jax.random.uniform(key, shape),
+        "centre": jnp.broadcast_to(centre_blob(shape[1], shape[2]), shape),
+    }
+    score = jax.jit(
+        lambda variables, images, classes, maps: deletion_insertion(
+            model, variables, images, classes, maps, steps=steps
+        )
+    )
+    return {name: (found, score(variables, images, classes, found)) for name, found in maps.items()}
+
+
+def summary(curves: Mapping[str, Curves]) -> dict[str, dict[str, float]]:
+    """For each method the mean over images, and its standard error, of both areas."""
+
+    def mean(name: str, areas: Any) -> dict[str, float]:
+        areas = np.asarray(areas, np.float64)
+        error = areas.std(ddof=1) / np.sqrt(areas.size) if areas.size > 1 else float("nan")
+        return {name: float(areas.mean()), f"{name}_error": float(error)}
+
+    return {
+        method: mean("deletion", found.deletion_area) | mean("insertion", found.insertion_area)
+        for method, found in curves.items()
+    }
+
+
+def centre_blob(rows: int, columns: int) -> Float[Array, "rows columns"]:
+    """A Gaussian in the middle, of a quarter of each side."""
+    y = (jnp.arange(rows) + 0.5) / rows - 0.5
+    x = (jnp.arange(columns) + 0.5) / columns - 0.5
+    return jnp.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * 0.25**2))
+
+
+def blur(images: Images, sigma: float) -> Float[Array, "batch height width channels"]:
+    """A Gaussian blur with edge padding; `sigma` in pixels."""
+    radius = max(1, int(3 * sigma))
+    taps = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
+    taps = (taps / taps.sum()).astype(images.dtype)
+
+    def along(x: Array, axis: int) -> Array:
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (radius, radius)
+        padded = jnp.pad(x, pad, mode="edge")
+        return jnp.apply_along_axis(lambda v: jnp.convolve(v, taps, mode="valid"), axis, padded)
+
+    return along(along(jnp.asarray(images), 1), 2)
+
+
+def _probability(
+    model: Any, variables: Variables, images: Any, classes: Int[Array, "batch"]
+) -> Float[Array, "batch"]:
+    probabilities = jax.nn.softmax(model.apply(variables, images))
+    return jnp.take_along_axis(probabilities, classes[:, None], axis=1)[:, 0]
+
+
+def _area(curve: Float[Array, "batch points"]) -> Float[Array, "batch"]:
+    return (curve[:, 1:] + curve[:, :-1]).mean(axis=1) / 2
