@@ -16,6 +16,7 @@ COMMANDS = (
     "predict",
     "evaluate",
     "features",
+    "explain",
     "finetune",
     "convert",
     "data",

@@ -17,6 +17,7 @@ from cait_jax.errors import (
     UserError,
     composed,
     config_flags,
+    nearest,
 )
 from cait_jax.renamed import KEY_OF
 
@@ -257,11 +258,40 @@ def _names_in_json(file: Path, text: str) -> list[Any]:
     return list(value)
 
 
-def image_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def class_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds `--class`, which may be repeated; the command gets `classes`, for `class_indices`."""
+    return click.option(
+        "--class", "classes", multiple=True, metavar="NAME",
+        help="A class by its name or number; may be repeated.  [default: the most probable]",
+    )(function)  # fmt: skip
+
+
+def class_indices(loaded: LoadedModel, names: Sequence[str]) -> list[int]:
+    """The numbers of classes given by `--class`: a data set's name, a readable name in any case, or a number.
+
+    Raises:
+      UserError: there is no such class, or the model has no head.
+    """
+    words = loaded.class_words if names else []
+    index = {str(i): i for i in range(len(words))}
+    index |= {word.lower(): i for i, word in reversed(list(enumerate(words)))}
+    index |= {name: i for i, name in enumerate(loaded.label_names or ()) if names}
+    found = []
+    for name in names:
+        if not words:
+            raise UserError("this network has no head, so it knows no classes: leave out --class")
+        key = name if name in index else name.lower()
+        if key not in index:
+            raise UserError(f"--class: there is no class {name!r}; {nearest(name, index)}")
+        found.append(index[key])
+    return found
+
+
+def image_options(function: Callable[..., Any], *, batch_size: int = 32) -> Callable[..., Any]:
     """Adds IMAGE arguments and `--batch-size`; the command gets `paths`, the files they name."""
 
     @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-    @click.option("--batch-size", default=32, show_default=True, type=COUNT)
+    @click.option("--batch-size", default=batch_size, show_default=True, type=COUNT)
     @functools.wraps(function)
     def with_paths(images: tuple[str, ...], **others: Any) -> Any:
         from cait_jax.data.image_files import find_images, left_out_in_words

@@ -89,6 +89,21 @@ def class_attention(
     return list(_find(inside["blocks_token_only"], kind))
 
 
+def all_attention(
+    model: CaiT, inside: Intermediates, kind: str = "mixed_weights"
+) -> list[Float[Array, "batch heads queries keys"]]:
+    """Self-attention of each block, then class attention of each class-attention block."""
+    return [*self_attention(model, inside, kind), *class_attention(model, inside, kind)]
+
+
+def token_names(model: CaiT, layer: int) -> list[str]:
+    """What the columns of a layer's maps are, layers counted as in `all_attention`: "class", "0,0", "0,1", ..."""
+    rows, columns = patch_grid(model)
+    special = special_tokens(model)[layer] if layer < model.depth else 1
+    patches = [f"{row},{column}" for row in range(rows) for column in range(columns)]
+    return ["class", "distillation"][:special] + patches
+
+
 def class_token_maps(
     model: CaiT, inside: Intermediates, kind: str = "mixed_weights"
 ) -> Float[Array, "layers batch heads rows columns"]:

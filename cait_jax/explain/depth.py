@@ -55,19 +55,22 @@ def cka(a: Float[Array, "n p"], b: Float[Array, "n q"]) -> Float[Array, ""]:
 
 
 def cka_matrix(
-    features: Sequence[Float[Array, "n p"]], others: Sequence[Float[Array, "n q"]] | None = None
-) -> Float[Array, "layers layers_too"]:
+    features: Sequence[Float[Array, "n p"]] | Float[Array, "layers n p"],
+    others: Sequence[Float[Array, "n q"]] | Float[Array, "others n q"] | None = None,
+) -> Float[Array, "layers others"]:
     """CKA of each layer with each, or with each of another network."""
     others = features if others is None else others
     return jnp.stack([jnp.stack([cka(a, b) for b in others]) for a in features])
 
 
-def layer_features(model: CaiT, inside: Mapping[str, Any]) -> list[Float[Array, "n width"]]:
-    """The features of each self-attention block for `cka_matrix`: the mean patch of each image."""
+def layer_features(
+    model: CaiT, inside: Mapping[str, Any]
+) -> list[Float[Array, "batch patches width"]]:
+    """The patches' features after each self-attention block."""
     rows, columns = patch_grid(model)
     blocks = inside["blocks"]
     each = [b["features"] for b in blocks] if isinstance(blocks, list) else blocks["features"]
-    return [features[:, -rows * columns :].mean(axis=1) for features in each]
+    return [features[:, -rows * columns :] for features in each]
 
 
 def branch_ratio(

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
-from cait_jax.explain.attention import patch_grid
+from cait_jax.explain.attention import check_transformer, patch_grid
 from cait_jax.explain.attribution import Classes, PatchMaps, Variables, attribute
 from cait_jax.models.layers import Images
 
-BLUR = 10.0  # standard deviation in pixels of what insertion starts from, at 224 pixels; as RISE has it, about
+BLUR = 10.0  # standard deviation, in pixels of 224, of the blur that insertion starts from; at least half a patch
 BASELINES = ("random", "centre")
 
 
@@ -33,12 +33,12 @@ class Curves(NamedTuple):
     @property
     def deletion_area(self) -> Float[Array, "batch"]:
         """Less is better."""
-        return _area(self.deletion)
+        return area(self.deletion)
 
     @property
     def insertion_area(self) -> Float[Array, "batch"]:
         """More is better."""
-        return _area(self.insertion)
+        return area(self.insertion)
 
 
 def deletion_insertion(
@@ -60,7 +60,7 @@ def deletion_insertion(
     patches = rows * columns
     order = jnp.argsort(-maps.reshape(maps.shape[0], patches), axis=1, stable=True)
     rank = jnp.argsort(order, axis=1)  # of each patch, 0 the largest
-    blurred = blur(images, BLUR * max(images.shape[1:3]) / 224)
+    blurred = blur(images, max(BLUR * max(images.shape[1:3]) / 224, model.patch_size / 2))
 
     def at(step: Array) -> tuple[Array, Array]:
         first = rank < jnp.round(step * patches / steps)
@@ -79,23 +79,24 @@ def compare(
     variables: Variables,
     images: Images,
     classes: Classes,
-    key: PRNGKeyArray,
     *,
+    seed: int = 0,
     steps: int = 14,
 ) -> dict[str, tuple[PatchMaps, Curves]]:
-    """Maps and curves of each method, and of the maps `random` and `centre` on the same images."""
+    """Maps and curves of each method, and of the maps `random` and `centre` on the same images.
+
+    An image's random map is drawn from the seed and its pixels, whatever batch it is in.
+    """
     maps = {method: attribute(method, model, variables, images, classes) for method in methods}
-    shape = (images.shape[0], *patch_grid(model))
+    shape = (images.shape[0], *patch_grid(check_transformer(model)))
     maps |= {
-        "random": jax.random.uniform(key, shape),
+        "random": random_maps(images, shape, seed),
         "centre": jnp.broadcast_to(centre_blob(shape[1], shape[2]), shape),
     }
-    score = jax.jit(
-        lambda variables, images, classes, maps: deletion_insertion(
-            model, variables, images, classes, maps, steps=steps
-        )
-    )
-    return {name: (found, score(variables, images, classes, found)) for name, found in maps.items()}
+    return {
+        name: (found, deletion_insertion(model, variables, images, classes, found, steps=steps))
+        for name, found in maps.items()
+    }
 
 
 def summary(curves: Mapping[str, Curves]) -> dict[str, dict[str, float]]:
@@ -110,6 +111,13 @@ def summary(curves: Mapping[str, Curves]) -> dict[str, dict[str, float]]:
         method: mean("deletion", found.deletion_area) | mean("insertion", found.insertion_area)
         for method, found in curves.items()
     }
+
+
+def random_maps(images: Images, shape: tuple[int, int, int], seed: int) -> PatchMaps:
+    """Uniform noise, its key folded from the seed and the sum of an image's values, rounded to thousandths."""
+    sums = jnp.round(jnp.asarray(images) * 1000).astype(jnp.int32).sum(axis=(1, 2, 3))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), sums)
+    return jax.vmap(lambda key: jax.random.uniform(key, shape[1:]))(keys)
 
 
 def centre_blob(rows: int, columns: int) -> Float[Array, "rows columns"]:
@@ -141,5 +149,6 @@ def _probability(
     return jnp.take_along_axis(probabilities, classes[:, None], axis=1)[:, 0]
 
 
-def _area(curve: Float[Array, "batch points"]) -> Float[Array, "batch"]:
-    return (curve[:, 1:] + curve[:, :-1]).mean(axis=1) / 2
+def area(curve: Float[Array | np.ndarray, "*batch points"]) -> Float[Any, "*batch"]:
+    """The area under a curve by the trapezoid rule, its points equally far apart from 0 to 1."""
+    return (curve[..., 1:] + curve[..., :-1]).mean(axis=-1) / 2

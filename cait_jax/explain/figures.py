@@ -1,0 +1,380 @@
+"""Figures of arrays, by matplotlib (the extra `figures`). Images are uint8 (height, width, channels)."""
+
+import importlib.util
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from cait_jax.errors import UserError, printable
+from cait_jax.files import atomic_replace
+
+FORMATS = ("png", "svg", "pdf")
+_STYLE = {
+    "font.size": 8.0,
+    "axes.titlesize": 8.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "image.interpolation": "nearest",
+    "legend.frameon": False,
+    "svg.hashsalt": "cait",
+}
+_SEQUENTIAL, _DIVERGING = "magma", "RdBu_r"
+_SIDE = 1.3  # inches of an image
+Image = Shaped[np.ndarray, "height width channels"]
+Map = Float[np.ndarray, "rows columns"]
+
+
+def require_matplotlib() -> None:
+    """Raises UserError where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError('pictures are drawn by matplotlib: pip install "cait-jax[figures]"')
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> Path:
+    """Writes a figure as PNG, SVG or PDF by the file's ending; the same figure gives the same bytes.
+
+    Raises:
+      UserError: for another ending, or a file that cannot be written.
+    """
+    path = Path(path)
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise UserError(f"{path} must end in .png, .svg or .pdf to be a picture")
+    metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    data = io.BytesIO()
+    with _style():
+        figure.savefig(data, format=kind, dpi=150, metadata=metadata[kind])
+    try:
+        with atomic_replace(path) as temporary:
+            temporary.write_bytes(data.getvalue())
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; choose another folder for the picture"
+        ) from error
+    return path
+
+
+def attention_maps(
+    image: Image,
+    maps: Float[np.ndarray, "layers heads rows columns"],
+    *,
+    layer_names: Sequence[str],
+    title: str = "",
+    patch: tuple[int, int] | None = None,
+) -> Any:
+    """Maps over an image: a row for each layer, a column for each head and one for their mean.
+
+    Each map has a scale of its own: black to yellow from 0 to its maximum or, where it has negative values, blue to
+    red about 0; its range is written above it. `patch`, a row and a column, is outlined.
+    """
+    layers, heads = maps.shape[:2]
+    with _style():
+        figure = _figure(heads + 2, layers, title)
+        grid = figure.subplots(layers, heads + 2, squeeze=False)
+        for row, (axes, of_layer, name) in enumerate(zip(grid, maps, layer_names, strict=True)):
+            _show_image(axes[0], image)
+            axes[0].set_ylabel(name)
+            if patch is not None:
+                _outline(axes[0], image, of_layer.shape[1:], patch)
+            for head, values in enumerate([*of_layer, of_layer.mean(axis=0)]):
+                _show_map(axes[head + 1], image, values)
+                label = "mean\n" if head == heads else f"head {head}\n"
+                scale = f"{values.min():.2g} to {values.max():.2g}"
+                axes[head + 1].set_title(label * (row == 0) + scale)
+    return figure
+
+
+def attention_matrices(
+    matrices: Mapping[str, Float[np.ndarray, "heads queries keys"]],
+    *,
+    query_names: Sequence[str],
+    key_names: Sequence[str],
+    title: str = "",
+) -> Any:
+    """Heat maps of one layer: a row for each kind (scores, weights, mixed or not), a column for each head."""
+    heads = next(iter(matrices.values())).shape[0]
+    with _style():
+        figure = _figure(heads, len(matrices), title, side=2.2)
+        grid = figure.subplots(len(matrices), heads, squeeze=False)
+        for axes_row, (kind, values) in zip(grid, matrices.items(), strict=True):
+            for head, axes in enumerate(axes_row):
+                _show_matrix(figure, axes, values[head], query_names, key_names)
+                axes.set_title(f"{kind.replace('_', ' ')}, head {head}")
+    return figure
+
+
+def attributions(
+    image: Image,
+    maps: Mapping[str, Map],
+    *,
+    curves: Mapping[str, Sequence[Any]] | None = None,
+    areas: Mapping[str, tuple[float, float]] | None = None,
+    title: str = "",
+) -> Any:
+    """One map by each method beside the image; with `curves`, deletion and insertion below.
+
+    `areas` (deletion, insertion) stand above the maps: less and more are better.
+    """
+    with _style():
+        columns = len(maps) + 1
+        figure = _figure(columns, 3 if curves else 1, title, side=1.7)
+        upper = figure if curves is None else figure.subfigures(2, 1, height_ratios=[1, 1.5])[0]
+        axes = upper.subplots(1, columns, squeeze=False)[0]
+        _show_image(axes[0], image)
+        axes[0].set_title("image")
+        for axis, (name, values) in zip(axes[1:], maps.items(), strict=True):
+            _show_map(axis, image, values)
+            score = "\ndel {:.3f}, ins {:.3f}".format(*areas[name]) if areas else ""
+            axis.set_title(f"{name.replace('_', ' ')}{score}")
+        if curves is not None:
+            lower = figure.subfigs[1].subplots(1, 2)
+            names = "patches deleted (less area is better)", "patches inserted (more is better)"
+            for part, (axis, label) in enumerate(zip(lower, names, strict=True)):
+                for name, pair in curves.items():
+                    fraction = np.linspace(0, 100, len(pair[part]))
+                    known = name in ("random", "centre")
+                    axis.plot(
+                        fraction, pair[part], label=name.replace("_", " "), ls="--" if known else "-",
+                        color={"random": "0.6", "centre": "0.3"}.get(name), lw=1.3,
+                    )  # fmt: skip
+                axis.set(xlabel=f"% of {label}", ylim=(0, 1.02), xlim=(0, 100))
+            lower[0].set_ylabel("probability of the class")
+            lower[1].legend(fontsize=7)
+    return figure
+
+
+def contact_sheet(
+    images: Sequence[Image], maps: Sequence[Map], captions: Sequence[str], *, columns: int = 8
+) -> Any:
+    """Every image with its map beside it."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    with _style():
+        figure = _figure(columns * 2, rows, side=1.25)
+        grid = figure.subplots(rows, columns * 2, squeeze=False)
+        for axis in grid.flat:
+            axis.set_axis_off()
+        for i, (image, values, caption) in enumerate(zip(images, maps, captions, strict=True)):
+            left, right = grid[i // columns, i % columns * 2 : i % columns * 2 + 2]
+            _show_image(left, image)
+            left.set_title(printable(caption), fontsize=7, loc="left", parse_math=False)
+            _show_map(right, image, values)
+    return figure
+
+
+def depth_profile(
+    statistics: Mapping[str, Float[np.ndarray, "layers heads"]],
+    *,
+    cka: Float[np.ndarray, "layers layers"] | None = None,
+    branch_ratio: Float[np.ndarray, "blocks 2"] | None = None,
+    title: str = "",
+) -> Any:
+    """Statistics by layer: a dot for each head and a line through their mean; CKA; branch norms."""
+    panels = len(statistics) + (cka is not None) + (branch_ratio is not None)
+    columns = min(panels, 4)
+    rows = -(-panels // columns)
+    with _style():
+        figure = _figure(columns, rows, title, side=2.6)
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axis in axes[panels:]:
+            axis.set_axis_off()
+        for axis, (name, values) in zip(axes, statistics.items(), strict=False):
+            layers = np.arange(len(values))
+            axis.plot(np.repeat(layers, values.shape[1]), values.ravel(), ".", ms=3, color="0.6")
+            axis.plot(layers, values.mean(axis=1), lw=1.5)
+            axis.set(title=name, xlabel="block", ylim=(0, None))
+        if branch_ratio is not None:
+            axis = axes[len(statistics)]
+            for part, name in enumerate(("attention", "MLP")):
+                axis.plot(branch_ratio[:, part], ".-", label=name)
+            axis.set(title="||branch|| / ||x||", xlabel="block", yscale="log")
+            axis.legend()
+        if cka is not None:
+            axis = axes[panels - 1]
+            shown = axis.imshow(cka, vmin=0, vmax=1, cmap=_SEQUENTIAL, origin="lower")
+            axis.set(title="CKA of features", xlabel="block", ylabel="block")
+            figure.colorbar(shown, ax=axis, shrink=0.8)
+    return figure
+
+
+def patch_numbers(image: Image, grid: tuple[int, int], *, title: str = "") -> Any:
+    """The image cut in patches, each with its number, row by row from 0."""
+    rows, columns = grid
+    with _style():
+        figure = _figure(1, 1, title, side=min(8.0, max(3.0, 0.3 * columns)))
+        axis = figure.subplots()
+        _show_image(axis, image)
+        height, width = image.shape[0] / rows, image.shape[1] / columns
+        for edge in range(1, rows):
+            axis.axhline(edge * height - 0.5, color="white", lw=0.5)
+        for edge in range(1, columns):
+            axis.axvline(edge * width - 0.5, color="white", lw=0.5)
+        for number in range(rows * columns):
+            row, column = divmod(number, columns)
+            axis.text(
+                (column + 0.5) * width - 0.5, (row + 0.5) * height - 0.5, str(number), ha="center",
+                va="center", color="white", fontsize=6,
+                bbox={"facecolor": "black", "alpha": 0.45, "pad": 0.8, "edgecolor": "none"},
+            )  # fmt: skip
+    return figure
+
+
+def flattened_patches(
+    patches: Shaped[np.ndarray, "patches values"], *, title: str = "the patches, flattened"
+) -> Any:
+    """The matrix that the patch embedding multiplies: a row for each patch."""
+    with _style():
+        figure = _figure(1, 1, title, side=4.0)
+        axis = figure.subplots()
+        axis.imshow(patches, cmap="gray", aspect="auto")
+        axis.set(xlabel="value (row, column, channel)", ylabel="patch")
+    return figure
+
+
+def filters(
+    values: Float[np.ndarray, "count side side channels"],
+    *,
+    captions: Sequence[str] | None = None,
+    columns: int = 16,
+    title: str = "",
+) -> Any:
+    """Patch-embedding filters or their principal components, each on a scale of its own about grey."""
+    count = len(values)
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    with _style():
+        figure = _figure(columns, rows, title, side=0.6 if captions is None else 0.9)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axis in grid.flat:
+            axis.set_axis_off()
+        for i, (axis, filter_) in enumerate(zip(grid.flat, values, strict=False)):
+            largest = np.abs(filter_).max()
+            _show_image(axis, 0.5 + 0.5 * filter_ / (largest if largest > 0 else 1.0))
+            if captions is not None:
+                axis.set_title(captions[i], fontsize=6)
+    return figure
+
+
+def position_similarity(
+    similarity: Float[np.ndarray, "rows columns rows columns"], *, most: int = 14, title: str = ""
+) -> Any:
+    """Cosine similarity of each position embedding with all others, laid out as the patches are.
+
+    Of more than `most` rows or columns evenly spaced ones are shown.
+    """
+    rows, columns = similarity.shape[:2]
+    shown = [
+        np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)) for n in (rows, columns)
+    ]
+    with _style():
+        figure = _figure(len(shown[1]), len(shown[0]), title, side=0.55)
+        grid = figure.subplots(len(shown[0]), len(shown[1]), squeeze=False)
+        for axes, row in zip(grid, shown[0], strict=True):
+            for axis, column in zip(axes, shown[1], strict=True):
+                picture = axis.imshow(similarity[row, column], vmin=-1, vmax=1, cmap=_DIVERGING)
+                axis.set(xticks=[], yticks=[])
+        figure.colorbar(picture, ax=list(grid.flat), shrink=0.6, label="cosine similarity")
+    return figure
+
+
+def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str = "") -> Any:
+    """Loss, accuracy, learning rate and gradient norm of runs, from the rows of their metrics."""
+    panels: dict[str, tuple[str, ...]] = {
+        "loss": ("train/loss", "eval/loss"),
+        "accuracy": ("train/accuracy", "eval/accuracy"),
+        "learning rate": ("train/learning_rate",),
+        "gradient norm": ("train/grad_norm",),
+    }
+    with _style():
+        figure = _figure(4, 1, title, side=2.8)
+        for axis, (name, keys) in zip(figure.subplots(1, 4), panels.items(), strict=True):
+            for color, (run, rows) in enumerate(runs.items()):
+                for key, style in zip(keys, ("-", ".--"), strict=False):
+                    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+                    if points:
+                        part = "" if len(keys) == 1 else f" {key.split('/')[0]}"
+                        axis.plot(
+                            *np.transpose(points), style, lw=1.2, ms=4, color=f"C{color % 10}",
+                            alpha=0.6 if style == "-" and len(keys) > 1 else 1.0,
+                            label=f"{printable(run)}{part}",
+                        )  # fmt: skip
+            axis.set(title=name, xlabel="step")
+            if axis.lines and name in ("loss", "gradient norm"):
+                axis.set_yscale("log")
+            if axis.lines:
+                axis.legend(fontsize=6)
+            else:
+                axis.text(0.5, 0.5, "not recorded", ha="center", transform=axis.transAxes)
+    return figure
+
+
+def _figure(columns: int, rows: int, title: str = "", side: float = _SIDE) -> Any:
+    from matplotlib.figure import Figure
+
+    size = (columns * side + 0.4, rows * side * 1.15 + 0.3 + 0.25 * bool(title))
+    figure = Figure(figsize=size, layout="constrained")
+    if title:
+        figure.suptitle(printable(title), fontsize=9, parse_math=False)
+    return figure
+
+
+def _style() -> Any:
+    require_matplotlib()
+    import matplotlib as mpl
+
+    return mpl.rc_context(_STYLE)
+
+
+def _show_image(axis: Any, image: Image) -> None:
+    gray = image.shape[-1] == 1
+    axis.imshow(image[..., 0] if gray else image, cmap="gray" if gray else None)
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _show_map(axis: Any, image: Image, values: Map) -> None:
+    """A map over its image in grey; where it has negative values about 0 in two colours."""
+    height, width = image.shape[:2]
+    grey = image.mean(axis=-1) if image.shape[-1] > 1 else image[..., 0]
+    axis.imshow(grey, cmap="gray", extent=(0, width, height, 0))
+    most = float(np.abs(values).max()) or 1.0
+    signed = bool((values < 0).any())
+    axis.imshow(
+        values, cmap=_DIVERGING if signed else _SEQUENTIAL, vmin=-most if signed else 0.0, vmax=most,
+        alpha=0.7, extent=(0, width, height, 0),
+    )  # fmt: skip
+    axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _show_matrix(
+    figure: Any, axis: Any, values: Any, query_names: Sequence[str], key_names: Sequence[str]
+) -> None:
+    signed = bool((values < 0).any())
+    most = float(np.abs(values).max()) or 1.0
+    picture = axis.imshow(
+        values, cmap=_DIVERGING if signed else _SEQUENTIAL, vmin=-most if signed else 0.0, vmax=most,
+        aspect="auto",
+    )  # fmt: skip
+    figure.colorbar(picture, ax=axis, shrink=0.8)
+    for set_ticks, names in ((axis.set_xticks, key_names), (axis.set_yticks, query_names)):
+        step = max(1, -(-len(names) // 16))
+        at = np.arange(0, len(names), step)
+        set_ticks(at, [names[i] for i in at], fontsize=5)
+    axis.tick_params(axis="x", rotation=90)
+
+
+def _outline(axis: Any, image: Image, grid: tuple[int, ...], patch: tuple[int, int]) -> None:
+    from matplotlib.patches import Rectangle
+
+    height, width = image.shape[0] / grid[0], image.shape[1] / grid[1]
+    corner = (patch[1] * width - 0.5, patch[0] * height - 0.5)
+    axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="red", lw=1.2))
