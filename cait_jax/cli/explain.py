@@ -235,7 +235,7 @@ def _figures(loaded: LoadedModel, image: Any, arrays: Any, layer: int) -> Iterat
             curves = {
                 m: (arrays["deletion"][m][number], arrays["insertion"][m][number]) for m in maps
             }
-            areas = {m: tuple(area(curve) for curve in pair) for m, pair in curves.items()}
+            areas = {m: (float(area(d)), float(area(i))) for m, (d, i) in curves.items()}
         part = "attribution" if number == 0 else f"attribution-{number + 1}"
         title = _title(loaded, arrays, number)
         yield part, figures.attributions(image, maps, curves=curves, areas=areas, title=title)
@@ -268,13 +268,13 @@ def _figures(loaded: LoadedModel, image: Any, arrays: Any, layer: int) -> Iterat
             ),
         )
     if "entropy" in arrays:
-        names = {
+        titles = {
             "entropy": "entropy (nats)",
             "distance": "mean distance (pixels)",
             "share_on_special": "share on class token",
             "share_on_most_read": "share on most-read patch",
         }
-        statistics = {title: arrays[name] for name, title in names.items() if name in arrays}
+        statistics = {title: arrays[name] for name, title in titles.items() if name in arrays}
         yield (
             "depth",
             figures.depth_profile(
@@ -325,17 +325,17 @@ def _contact_sheet(loaded: LoadedModel, seen: Sequence[tuple[Any, Any, str]]) ->
 
 def _scores(each: Sequence[Any]) -> str:
     """Mean and standard error over images and classes of both areas, a line a method."""
-    import numpy as np
+    import jax.numpy as jnp
 
     from cait_jax.explain.faithfulness import Curves, summary
 
     curves = {
         method: Curves(
-            *(np.concatenate([arrays[part][method] for arrays in each])
-              for part in ("deletion", "insertion"))
+            jnp.concatenate([arrays["deletion"][method] for arrays in each]),
+            jnp.concatenate([arrays["insertion"][method] for arrays in each]),
         )
         for method in each[0]["deletion"]
-    }  # fmt: skip
+    }
     rows = [
         {
             "method": method,

@@ -37,7 +37,8 @@ def check_transformer(model: Any) -> CaiT:
             f"{type(model).__name__} is a convolutional network and has no attention to show: choose a CaiT, DeiT "
             "or ViT"
         )
-    return model
+    transformer: CaiT = model
+    return transformer
 
 
 def check_class_token(model: Any) -> CaiT:
@@ -46,13 +47,13 @@ def check_class_token(model: Any) -> CaiT:
     Raises:
       UserError: one of them is missing.
     """
-    model = check_transformer(model)
-    if model.class_token == "mean":
+    transformer = check_transformer(model)
+    if transformer.class_token == "mean":
         raise UserError(
             "this network has no class token (its head reads the mean patch), so there is no attention of one: "
             "use rollout, relevance or a gradient"
         )
-    return model
+    return transformer
 
 
 def patch_grid(model: CaiT) -> tuple[int, int]:
@@ -72,7 +73,7 @@ def special_tokens(model: CaiT) -> tuple[int, ...]:
 
 def self_attention(
     model: CaiT, inside: Intermediates, kind: str = "mixed_weights"
-) -> list[Float[Array, "batch heads queries keys"]]:
+) -> list[Float[Array, "batch heads _ _"]]:
     """The self-attention of each block, special tokens first; `inside` is of `forward_intermediates`."""
     blocks = inside["blocks"]
     if isinstance(blocks, list):
@@ -91,7 +92,7 @@ def class_attention(
 
 def all_attention(
     model: CaiT, inside: Intermediates, kind: str = "mixed_weights"
-) -> list[Float[Array, "batch heads queries keys"]]:
+) -> list[Float[Array, "batch heads _ _"]]:
     """Self-attention of each block, then class attention of each class-attention block."""
     return [*self_attention(model, inside, kind), *class_attention(model, inside, kind)]
 

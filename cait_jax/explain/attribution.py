@@ -37,7 +37,7 @@ from cait_jax.models.layers import Images
 Variables = Mapping[str, Any]
 Classes = Int[Array, "batch"]
 PatchMaps = Float[Array, "batch rows columns"]
-Matrices = Float[Array, "batch queries keys"]
+Matrices = Float[Array, "batch _ _"]  # (batch, queries, keys), of one block among others
 
 
 def attribute(
@@ -214,7 +214,8 @@ def _pixel_gradient(
     def score(images: Any) -> Array:
         return _of_classes(model.apply(variables, images), classes).sum()
 
-    return jax.grad(score)(images)
+    gradient: Array = jax.grad(score)(images)
+    return gradient
 
 
 def _by_patch(model: Any, values: Float[Array, "batch height width channels"]) -> PatchMaps:

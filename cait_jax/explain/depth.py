@@ -34,13 +34,14 @@ def attention_distance(model: CaiT, weights: Weights) -> ByHead:
     distance = jnp.hypot(y[:, None] - y[None, :], x[:, None] - x[None, :]) * model.patch_size
     special = weights.shape[-1] - rows * columns
     among = weights[:, :, special:, special:]
-    mean = (among * distance).sum(axis=-1) / among.sum(axis=-1)
+    mean = (among * distance[None, None]).sum(axis=-1) / among.sum(axis=-1)
     return mean.mean(axis=(0, 2))
 
 
 def share_on_special(weights: Weights, special: int = 1) -> ByHead:
     """Share of attention on the first `special` tokens, mean over images and queries."""
-    return weights[..., :special].sum(axis=-1).mean(axis=(0, 2))
+    share: Array = weights[..., :special].sum(axis=-1)
+    return share.mean(axis=(0, 2))
 
 
 def share_on_most_read(weights: Weights, special: int = 0) -> ByHead:
@@ -51,13 +52,15 @@ def share_on_most_read(weights: Weights, special: int = 0) -> ByHead:
 def cka(a: Float[Array, "n p"], b: Float[Array, "n q"]) -> Float[Array, ""]:
     """Linear CKA of two sets of features of the same n examples, in [0, 1] (arXiv 1905.00414)."""
     a, b = a - a.mean(axis=0, keepdims=True), b - b.mean(axis=0, keepdims=True)
-    return jnp.sum((a.T @ b) ** 2) / (jnp.linalg.norm(a.T @ a) * jnp.linalg.norm(b.T @ b))
+    norms = jnp.linalg.norm(a.T @ a) * jnp.linalg.norm(b.T @ b)
+    similarity: Array = jnp.sum((a.T @ b) ** 2) / norms
+    return similarity
 
 
 def cka_matrix(
-    features: Sequence[Float[Array, "n p"]] | Float[Array, "layers n p"],
-    others: Sequence[Float[Array, "n q"]] | Float[Array, "others n q"] | None = None,
-) -> Float[Array, "layers others"]:
+    features: Sequence[Float[Array, "n _"]] | Float[Array, "layers n p"],
+    others: Sequence[Float[Array, "n _"]] | Float[Array, "others n q"] | None = None,
+) -> Float[Array, "_ _"]:
     """CKA of each layer with each, or with each of another network."""
     others = features if others is None else others
     return jnp.stack([jnp.stack([cka(a, b) for b in others]) for a in features])

@@ -67,7 +67,10 @@ def deletion_insertion(
         mask = first.reshape(-1, rows, columns)
         mask = jnp.repeat(jnp.repeat(mask, model.patch_size, 1), model.patch_size, 2)[..., None]
         deleted, inserted = jnp.where(mask, 0.0, images), jnp.where(mask, images, blurred)
-        return tuple(_probability(model, variables, x, classes) for x in (deleted, inserted))
+        return (
+            _probability(model, variables, deleted, classes),
+            _probability(model, variables, inserted, classes),
+        )
 
     deletion, insertion = jax.lax.map(at, jnp.arange(steps + 1))
     return Curves(deletion.T, insertion.T)
@@ -149,6 +152,7 @@ def _probability(
     return jnp.take_along_axis(probabilities, classes[:, None], axis=1)[:, 0]
 
 
-def area(curve: Float[Array | np.ndarray, "*batch points"]) -> Float[Any, "*batch"]:
+def area(curve: Float[Array, "*batch points"]) -> Float[Array, "*batch"]:
     """The area under a curve by the trapezoid rule, its points equally far apart from 0 to 1."""
-    return (curve[..., 1:] + curve[..., :-1]).mean(axis=-1) / 2
+    mean: Array = (curve[..., 1:] + curve[..., :-1]).mean(axis=-1)
+    return mean / 2

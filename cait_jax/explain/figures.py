@@ -14,7 +14,7 @@ from cait_jax.errors import UserError, printable
 from cait_jax.files import atomic_replace
 
 FORMATS = ("png", "svg", "pdf")
-_STYLE = {
+_STYLE: Any = {
     "font.size": 8.0,
     "axes.titlesize": 8.0,
     "axes.spines.top": False,
@@ -70,8 +70,8 @@ def attention_maps(
 ) -> Any:
     """Maps over an image: a row for each layer, a column for each head and one for their mean.
 
-    Each map has a scale of its own: black to yellow from 0 to its maximum or, where it has negative values, blue to
-    red about 0; its range is written above it. `patch`, a row and a column, is outlined.
+    Each map has a scale of its own: black to yellow from 0 to its maximum or, where it has negative values, blue
+    to red about 0. Its range is written above it. `patch`, a row and a column, is outlined.
     """
     layers, heads = maps.shape[:2]
     with _style():
@@ -314,6 +314,56 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, title: s
     return figure
 
 
+def layer_scales(
+    steps: Sequence[int],
+    values: Mapping[str, Float[np.ndarray, "records blocks width"]],
+    *,
+    title: str = "",
+) -> Any:
+    """LayerScale of each branch: mean |gamma| of blocks over time; |gamma| by block and channel at the end."""
+    with _style():
+        figure = _figure(2, len(values), title, side=3.2)
+        grid = figure.subplots(len(values), 2, squeeze=False)
+        for (left, right), (branch, gamma) in zip(grid, values.items(), strict=True):
+            size = np.abs(gamma)
+            _lines_by_block(figure, left, steps, size.mean(axis=2))
+            left.set(title=f"{branch}: mean |gamma|", xlabel="step", yscale="log")
+            shown = right.imshow(size[-1], aspect="auto", cmap=_SEQUENTIAL, vmin=0)
+            right.set(
+                title=f"{branch}: |gamma|, step {steps[-1]}", xlabel="channel", ylabel="block"
+            )
+            figure.colorbar(shown, ax=right, shrink=0.8)
+    return figure
+
+
+def branch_ratios(
+    steps: Sequence[int], values: Float[np.ndarray, "records blocks 2"], *, title: str = ""
+) -> Any:
+    """`||branch|| / ||x||` of each block over time, of attention and of MLPs."""
+    with _style():
+        figure = _figure(2, 1, title, side=3.2)
+        for part, (axis, name) in enumerate(
+            zip(figure.subplots(1, 2), ("attention", "MLP"), strict=True)
+        ):
+            _lines_by_block(figure, axis, steps, values[:, :, part])
+            axis.set(title=f"{name}: ||branch|| / ||x||", xlabel="step", yscale="log")
+    return figure
+
+
+def _lines_by_block(
+    figure: Any, axis: Any, steps: Sequence[int], values: Float[np.ndarray, "records blocks"]
+) -> None:
+    import matplotlib as mpl
+
+    colors = mpl.colormaps["viridis"]
+    blocks = values.shape[1]
+    for block in range(blocks):
+        axis.plot(steps, values[:, block], lw=1.0, color=colors(block / max(1, blocks - 1)))
+    norm = mpl.colors.Normalize(0, blocks - 1)
+    scale = mpl.cm.ScalarMappable(norm=norm, cmap=colors)
+    figure.colorbar(scale, ax=axis, shrink=0.8, label="block")
+
+
 def _figure(columns: int, rows: int, title: str = "", side: float = _SIDE) -> Any:
     from matplotlib.figure import Figure
 
@@ -368,7 +418,7 @@ def _show_matrix(
     for set_ticks, names in ((axis.set_xticks, key_names), (axis.set_yticks, query_names)):
         step = max(1, -(-len(names) // 16))
         at = np.arange(0, len(names), step)
-        set_ticks(at, [names[i] for i in at], fontsize=5)
+        set_ticks(at, [names[int(i)] for i in at], fontsize=5)
     axis.tick_params(axis="x", rotation=90)
 
 

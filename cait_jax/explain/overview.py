@@ -13,7 +13,7 @@ from cait_jax.explain.attribution import attribute
 from cait_jax.explain.faithfulness import compare
 from cait_jax.explain.patches import cut_patches
 from cait_jax.models.cait import CaiT
-from cait_jax.models.intermediates import forward_intermediates
+from cait_jax.models.inspect import forward_intermediates
 
 Arrays = dict[str, Any]
 
@@ -107,7 +107,8 @@ def _attributions(
         }
 
     each = [of_class(chosen[:, number]) for number in range(chosen.shape[1])]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *each)
+    stacked: Arrays = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *each)
+    return stacked
 
 
 def _statistics(model: CaiT, variables: Any, images: Array, inside: Any) -> Arrays:

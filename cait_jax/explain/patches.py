@@ -49,4 +49,5 @@ def position_similarity(
     special = special_tokens(model)[0] if model.class_token == "input" else 0
     embedding = variables["params"]["pos_embed"][0, special:]
     unit = embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
-    return (unit @ unit.T).reshape(rows, columns, rows, columns)
+    similarity: Array = unit @ unit.T
+    return similarity.reshape(rows, columns, rows, columns)
