@@ -7,7 +7,8 @@ import click
 
 from cait_jax.cli.common import running_command_options
 from cait_jax.errors import UserError, printable, quiet_libraries, speaking
-from cait_jax.processes import explain, leave
+from cait_jax.processes import explain as explain_error  # `cait_jax.cli.explain` is a command
+from cait_jax.processes import leave
 
 # Each is a module of its name, which imports heavy libraries inside its command.
 COMMANDS = (
@@ -17,6 +18,7 @@ COMMANDS = (
     "evaluate",
     "features",
     "explain",
+    "plot",
     "finetune",
     "convert",
     "data",
@@ -57,7 +59,7 @@ class Commands(click.Group):
                     vars(error)["message"] = printable(error.message, keep="\n\t")
                     raise
                 except Exception as error:
-                    message = str(error) if isinstance(error, UserError) else explain(error)
+                    message = str(error) if isinstance(error, UserError) else explain_error(error)
                     if message is None:
                         raise
         except KeyboardInterrupt:

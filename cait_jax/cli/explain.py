@@ -20,7 +20,7 @@ from cait_jax.cli.common import (
     run_over_images,
     with_class_names,
 )
-from cait_jax.cli.output import check_writable, echo, table
+from cait_jax.cli.output import check_writable, echo, note, table
 from cait_jax.errors import UserError
 
 METHODS = ("class_attention", "rollout", "relevance", "input_gradient", "integrated_gradients")
@@ -115,8 +115,12 @@ def command(
         steps=steps if scored else None,
         seed=seed,
     )
+    total = len(paths)
+    paths = [path for path in paths if not _too_small(path, loaded.model)]
+    if not paths:
+        raise UserError("no image is left to explain: give larger ones")
     output.mkdir(parents=True, exist_ok=True)
-    names, broken, seen = _file_names(paths), 0, []
+    names, broken, seen = _file_names(paths), total - len(paths), []
     for answers in run_over_images(
         loaded, function, paths, batch_size=batch_size, title=model_name
     ):
@@ -136,7 +140,7 @@ def command(
         echo(str(save(_contact_sheet(loaded, seen), output / f"contact_sheet.{suffix}")))
     if scored and seen:
         echo(_scores([arrays for _, arrays, _ in seen]))
-    exit_if_broken(ctx, broken, len(paths))
+    exit_if_broken(ctx, broken, total)
 
 
 def _fitting_methods(
@@ -179,6 +183,27 @@ def _check_model(model: Any, show: Sequence[str], patch: int | None, layer: int)
         raise UserError(f"there is no --layer {layer}: they are counted from 0 to {last}")
     if "attention" in show:
         check_class_token(model)
+
+
+def _too_small(path: Path, model: Any) -> bool:
+    """Whether an image has fewer pixels than there are patches, with a note; not of one that cannot be read."""
+    from PIL import Image
+
+    from cait_jax.explain.attention import patch_grid
+
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except Exception:  # it is reported when it is decoded
+        return False
+    rows, columns = patch_grid(model)
+    if height >= rows and width >= columns:
+        return False
+    note(
+        f"{path} is left out: it has {width} x {height} pixels, fewer than the network's {columns} x {rows} "
+        "patches"
+    )
+    return True
 
 
 def _file_names(paths: Sequence[Path]) -> dict[Path, str]:

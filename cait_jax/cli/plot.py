@@ -1,6 +1,7 @@
 """`cait plot`: curves of training runs, drawn once or while a run goes on."""
 
 import base64
+import functools
 import io
 import time
 from collections.abc import Callable, Sequence
@@ -66,8 +67,9 @@ def command(
         raise click.UsageError("--layer-scale and --branch-ratio are two pictures: ask for one")
     if chosen and len(paths) > 1:
         raise click.UsageError(f"--{chosen[0].replace('_', '-')} takes one RUN")
-    drawings = [lambda part=part: _inspected(paths[0], part) for part in chosen]
-    drawings = drawings or [lambda: _curves(paths)]
+    drawings = [functools.partial(_inspected, paths[0], part) for part in chosen]
+    if watch or not chosen:
+        drawings.insert(0, functools.partial(_curves, paths))
     if not watch:
         output = Path("curves.png") if output is None else output
         check_writable(output)
@@ -78,7 +80,7 @@ def command(
         raise UserError(f"{output} must end in .html with --watch")
     check_writable(output)
     title = ", ".join(path.name for path in paths)
-    _watch([lambda: _curves(paths), *(drawings if chosen else [])], output, title, every)
+    _watch(drawings, output, title, every)
 
 
 def _watch(drawings: Sequence[Callable[[], Any]], output: Path, title: str, every: float) -> None:

@@ -33,12 +33,14 @@ class Curves(NamedTuple):
     @property
     def deletion_area(self) -> Float[Array, "batch"]:
         """Less is better."""
-        return area(self.deletion)
+        found: Array = area(self.deletion)
+        return found
 
     @property
     def insertion_area(self) -> Float[Array, "batch"]:
         """More is better."""
-        return area(self.insertion)
+        found: Array = area(self.insertion)
+        return found
 
 
 def deletion_insertion(
@@ -152,7 +154,6 @@ def _probability(
     return jnp.take_along_axis(probabilities, classes[:, None], axis=1)[:, 0]
 
 
-def area(curve: Float[Array, "*batch points"]) -> Float[Array, "*batch"]:
+def area(curve: Float[Array | np.ndarray, "*batch points"]) -> Any:
     """The area under a curve by the trapezoid rule, its points equally far apart from 0 to 1."""
-    mean: Array = (curve[..., 1:] + curve[..., :-1]).mean(axis=-1)
-    return mean / 2
+    return (curve[..., 1:] + curve[..., :-1]).mean(axis=-1) / 2

@@ -189,11 +189,13 @@ def depth_profile(
             axis.plot(np.repeat(layers, values.shape[1]), values.ravel(), ".", ms=3, color="0.6")
             axis.plot(layers, values.mean(axis=1), lw=1.5)
             axis.set(title=name, xlabel="block", ylim=(0, None))
+            axis.xaxis.get_major_locator().set_params(integer=True)
         if branch_ratio is not None:
             axis = axes[len(statistics)]
             for part, name in enumerate(("attention", "MLP")):
                 axis.plot(branch_ratio[:, part], ".-", label=name)
             axis.set(title="||branch|| / ||x||", xlabel="block", yscale="log")
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.legend()
         if cka is not None:
             axis = axes[panels - 1]
