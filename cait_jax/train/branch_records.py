@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cait_jax.augment.pipeline import normalise
-from cait_jax.errors import UserError
+from cait_jax.errors import UserError, setting
 from cait_jax.explain.depth import branch_ratio
 from cait_jax.files import atomic_replace
 from cait_jax.models.cait import CaiT
@@ -27,9 +27,15 @@ def branch_recorder(trainer: Trainer, workdir: Path) -> Callable[[int, Any, Any]
     and `layer_scale_2` (blocks, width). A record depends on the step alone: a resumed run writes the same again.
 
     Raises:
-      UserError: the record cannot be written.
+      UserError: the network is no transformer, or a record cannot be written.
     """
-    model, data = trainer.model, trainer.config.data
+    data = trainer.config.data
+    if not isinstance(trainer.model, CaiT):
+        raise UserError(
+            f"{setting('config.report.inspect_every')} is for transformers, and {trainer.config.model.name} is "
+            "none: leave it at 0"
+        )
+    model: CaiT = trainer.model
 
     def record(params: Any, images: Array) -> dict[str, Array]:
         images = normalise(images[:IMAGES], data.mean, data.std)

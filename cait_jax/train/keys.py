@@ -201,6 +201,7 @@ KEYS: Mapping[str, Key] = {
     "checkpoint.every_steps": Key(1000, COUNT, "steps between checkpoints, beside those of evaluations"),
     "checkpoint.keep": Key(2, COUNT, "newest checkpoints kept, beside the best by eval/accuracy"),
     "report.every_steps": Key(50, COUNT, "steps between lines of the log and of metrics.jsonl"),
+    "report.inspect_every": Key(0, FROM_0, "steps between records of LayerScale and branch norms; 0: none"),
     "report.tensorboard": Key(False, bool, "write TensorBoard files to WORKDIR/tensorboard too"),
 }
 

@@ -116,7 +116,14 @@ def train(
             left_out = (trainer.train_split.left_out, trainer.eval_split.left_out)
             for message in dict.fromkeys(filter(None, left_out)):  # once of a folder for both
                 writer.message(message)
-            return _run(trainer, state, start, metrics, data, checkpoints, writer, evaluated)
+            record = None
+            if config.report.inspect_every:
+                from cait_jax.train.branch_records import branch_recorder
+
+                record = branch_recorder(trainer, workdir)
+            return _run(
+                trainer, state, start, metrics, data, checkpoints, writer, evaluated, record
+            )
 
 
 def _run(
@@ -128,6 +135,7 @@ def _run(
     checkpoints: Checkpoints,
     writer: MetricWriter,
     evaluated: bool,
+    record: Callable[[int, Any, Any], None] | None,
 ) -> Run:
     config, total = trainer.config, trainer.total_steps
     sharding = batch_sharding(trainer.mesh)
@@ -173,6 +181,8 @@ def _run(
                 state, step_metrics = trainer.train_step(state, batch)
                 write_pending()
                 pending = (step, step_metrics)
+                if record is not None and step % config.report.inspect_every == 0:
+                    record(step, state.params, batch)
                 remaining = _steps_to_evaluation(trainer, step)
                 if eval_batches is None and remaining <= _PREFETCH_STEPS:
                     eval_batches = trainer.eval_batches()
