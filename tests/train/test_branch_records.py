@@ -21,8 +21,6 @@ def small(**model):
     config = digits.get_config()
     config.model.depth = 2
     config.batch_size, config.steps = 16, 6
-    config.data.train_split = "train[:64]"
-    config.data.eval_split = "test[:16]"
     config.report.inspect_every = 2
     for key, value in model.items():
         config.model[key] = value
@@ -86,5 +84,5 @@ def test_a_network_without_attention_is_refused(tmp_path):
     trainer = build(small())
     objective = trainer.objective.replace(model=create_model("regnety_160"))
     trainer = dataclasses.replace(trainer, objective=objective)
-    with pytest.raises(UserError, match="inspect_every is for transformers, and .* is none"):
+    with pytest.raises(UserError, match=r"inspect_every is for transformers, and .* is none"):
         branch_recorder(trainer, tmp_path)
