@@ -24,20 +24,21 @@ BASELINES = ("random", "centre")
 class Curves(NamedTuple):
     """Probabilities of each image's class, after no patch, some, and at last all, in equal steps.
 
-    Areas are of the trapezoid rule over the fraction of patches, in [0, 1].
+    Areas are of the trapezoid rule over the fraction of patches, in [0, 1]. Where several classes were given for
+    an image, an axis of them follows that of the images.
     """
 
-    deletion: Float[Array, "batch points"]
-    insertion: Float[Array, "batch points"]
+    deletion: Float[Array, "batch *chosen points"]
+    insertion: Float[Array, "batch *chosen points"]
 
     @property
-    def deletion_area(self) -> Float[Array, "batch"]:
+    def deletion_area(self) -> Float[Array, "batch *chosen"]:
         """Less is better."""
         found: Array = area(self.deletion)
         return found
 
     @property
-    def insertion_area(self) -> Float[Array, "batch"]:
+    def insertion_area(self) -> Float[Array, "batch *chosen"]:
         """More is better."""
         found: Array = area(self.insertion)
         return found
@@ -47,12 +48,12 @@ def deletion_insertion(
     model: Any,
     variables: Variables,
     images: Images,
-    classes: Classes,
+    classes: Int[Array, "batch *chosen"],
     maps: PatchMaps,
     *,
     steps: int = 14,
 ) -> Curves:
-    """Both curves of one map an image, at `steps + 1` points.
+    """Both curves of one map an image, at `steps + 1` points, for its class or for each of several.
 
     Deletion leads from the image to its mean colour (0, normalised), insertion from the blurred image to the
     image. Patches of equal value go row by row.
@@ -75,7 +76,7 @@ def deletion_insertion(
         )
 
     deletion, insertion = jax.lax.map(at, jnp.arange(steps + 1))
-    return Curves(deletion.T, insertion.T)
+    return Curves(jnp.moveaxis(deletion, 0, -1), jnp.moveaxis(insertion, 0, -1))
 
 
 def compare(
@@ -148,10 +149,11 @@ def blur(images: Images, sigma: float) -> Float[Array, "batch height width chann
 
 
 def _probability(
-    model: Any, variables: Variables, images: Any, classes: Int[Array, "batch"]
-) -> Float[Array, "batch"]:
+    model: Any, variables: Variables, images: Any, classes: Int[Array, "batch *chosen"]
+) -> Float[Array, "batch *chosen"]:
     probabilities = jax.nn.softmax(model.apply(variables, images))
-    return jnp.take_along_axis(probabilities, classes[:, None], axis=1)[:, 0]
+    flat = classes.reshape(classes.shape[0], -1)
+    return jnp.take_along_axis(probabilities, flat, axis=1).reshape(classes.shape)
 
 
 def area(curve: Float[Array | np.ndarray, "*batch points"]) -> Any:
