@@ -171,7 +171,10 @@ METHODS: Mapping[str, Callable[..., PatchMaps]] = {
 
 
 def _read_back(
-    model: CaiT, blocks: Sequence[Matrices], class_blocks: Sequence[Matrices], residual: float = 1.0
+    model: CaiT,
+    blocks: Sequence[Float[Array, "batch _ _"]],
+    class_blocks: Sequence[Float[Array, "batch 1 _"]],
+    residual: float = 1.0,
 ) -> PatchMaps:
     """What the output holds of each patch, if a block maps the tokens' shares R to `residual * R + A @ R`.
 
