@@ -55,7 +55,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     with zipfile.ZipFile(built[0]) as wheel:
         names = wheel.namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"cait_jax"}
-    ours = {str(path.relative_to(ROOT)) for path in (ROOT / "cait_jax").rglob("*.py")}
+    package = [path for path in (ROOT / "cait_jax").rglob("*") if path.suffix not in ("", ".pyc")]
+    ours = {str(path.relative_to(ROOT)) for path in package}
+    assert "cait_jax/explain/report/report.js" in ours
     assert ours <= set(names)
     assert "cait_jax/py.typed" in names
     assert any(name.endswith("LICENSE") for name in names)

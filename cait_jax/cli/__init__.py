@@ -18,6 +18,7 @@ COMMANDS = (
     "evaluate",
     "features",
     "explain",
+    "report",
     "plot",
     "finetune",
     "convert",

@@ -112,6 +112,41 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         "--model", "-m", required=True, metavar="NAME|DIR",
         help="A name of `cait models`, a saved model's directory, or a training run's.",
     )  # fmt: skip
+    @_source_options
+    @functools.wraps(function)
+    def with_load(model: str, load_named: Callable[..., LoadedModel], **others: Any) -> Any:
+        return function(load=functools.partial(load_named, model), model_name=model, **others)
+
+    return with_load
+
+
+def models_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As `model_options`, for one or two: the command gets `load`, which gives a list, and `model_names`."""
+
+    @click.option(
+        "--model", "-m", "model", multiple=True, required=True, metavar="NAME|DIR",
+        help="A name of `cait models`, a saved model's directory, or a training run's; given twice, both are "
+        "shown side by side.",
+    )  # fmt: skip
+    @_source_options
+    @functools.wraps(function)
+    def with_load(
+        model: tuple[str, ...], load_named: Callable[..., LoadedModel], **others: Any
+    ) -> Any:
+        if len(model) > 2:
+            raise UserError(f"--model is given {len(model)} times: give it once or twice")
+
+        def load(**attributes: Any) -> list[LoadedModel]:
+            return [load_named(name, several=len(model) > 1, **attributes) for name in model]
+
+        return function(load=load, model_names=model, **others)
+
+    return with_load
+
+
+def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what `--model` leaves open; the command gets `load_named`, a function of its name and attributes."""
+
     @click.option(
         "--weights", type=click.Path(path_type=Path), metavar="PATH",
         help="Weights instead of the released ones: a .safetensors or .pth file, or a directory.",
@@ -124,17 +159,17 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         help="Of a training run, or of a file that holds both, the averaged parameters.",
     )
     @functools.wraps(function)
-    def with_load(
-        model: str,
-        weights: Path | None,
-        image_size: int | None,
-        antialias: bool,
-        ema: bool,
-        **others: Any,
+    def with_load_named(
+        weights: Path | None, image_size: int | None, antialias: bool, ema: bool, **others: Any
     ) -> Any:
-        def load(**attributes: Any) -> LoadedModel:
+        def load_named(name: str, several: bool = False, **attributes: Any) -> LoadedModel:
+            if several and weights is not None:
+                raise UserError(
+                    f"--weights {weights} could be of either --model: give one --model, or save each with its "
+                    "weights (`cait convert`) and name the directories"
+                )
             return load_model(
-                model,
+                name,
                 weights=weights,
                 image_size=image_size,
                 antialias=antialias,
@@ -142,9 +177,9 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 **attributes,
             )
 
-        return function(load=load, model_name=model, **others)
+        return function(load_named=load_named, **others)
 
-    return with_load
+    return with_load_named
 
 
 def dtype_option(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -70,6 +70,17 @@ def read_header(data: bytes) -> None:
         _open(data)
 
 
+def read_size(data: bytes) -> tuple[int, int]:
+    """Height and width of an image as stored, from its header.
+
+    Raises:
+      BrokenImage: as of `read_header`.
+    """
+    with _broken_image():
+        image = _open(data)
+        return image.height, image.width
+
+
 def center_crop(
     image: bytes | Image.Image,
     *,

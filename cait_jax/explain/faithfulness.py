@@ -28,17 +28,17 @@ class Curves(NamedTuple):
     an image, an axis of them follows that of the images.
     """
 
-    deletion: Float[Array, "batch *chosen points"]
-    insertion: Float[Array, "batch *chosen points"]
+    deletion: Float[Array, "batch *rest points"]
+    insertion: Float[Array, "batch *rest points"]
 
     @property
-    def deletion_area(self) -> Float[Array, "batch *chosen"]:
+    def deletion_area(self) -> Float[Array, "batch *rest"]:
         """Less is better."""
         found: Array = area(self.deletion)
         return found
 
     @property
-    def insertion_area(self) -> Float[Array, "batch *chosen"]:
+    def insertion_area(self) -> Float[Array, "batch *rest"]:
         """More is better."""
         found: Array = area(self.insertion)
         return found
@@ -48,7 +48,7 @@ def deletion_insertion(
     model: Any,
     variables: Variables,
     images: Images,
-    classes: Int[Array, "batch *chosen"],
+    classes: Int[Array, "batch *rest"],
     maps: PatchMaps,
     *,
     steps: int = 14,
@@ -149,8 +149,8 @@ def blur(images: Images, sigma: float) -> Float[Array, "batch height width chann
 
 
 def _probability(
-    model: Any, variables: Variables, images: Any, classes: Int[Array, "batch *chosen"]
-) -> Float[Array, "batch *chosen"]:
+    model: Any, variables: Variables, images: Any, classes: Int[Array, "batch *rest"]
+) -> Float[Array, "batch *rest"]:
     probabilities = jax.nn.softmax(model.apply(variables, images))
     flat = classes.reshape(classes.shape[0], -1)
     return jnp.take_along_axis(probabilities, flat, axis=1).reshape(classes.shape)
