@@ -1,11 +1,11 @@
 """What the loop costs: 500 training steps of the digits through it, against the bare compiled step.
 
-Command: python benchmarks/loop.py [--rounds=5] [--steps=500] [--out=runs/benchmark_loop]
+Command: python benchmarks/loop.py [--rounds=5] [--steps=500] [--inspect_every=100] [--out=runs/benchmark_loop]
 
 One side is `cait_jax.train.loop`'s own loop (batches, transfer, metrics read, bar or lines, metrics.jsonl), from
 the moment the first step has finished to the last, without evaluation and checkpoint, which are not steps.
-The other calls the same compiled step as often on one batch that already lies on the device. Rounds alternate;
-the ratio is that of the medians.
+The other calls the same compiled step as often on one batch that already lies on the device. A third is the loop
+with `report.inspect_every`. Rounds alternate; ratios are those of medians.
 """
 
 import argparse
@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side")
     parser.add_argument("--steps", type=int, default=500, help="steps of one measurement")
+    parser.add_argument("--inspect_every", type=int, default=100, help="steps between records")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_loop"))
     args = parser.parse_args()
     out = args.out / time.strftime("%Y%m%d-%H%M%S")
@@ -69,17 +70,22 @@ def main() -> None:
     config.checkpoint.every_steps = 10**9
     trainer = build(config)
     bare(trainer, args.steps)
-    sides: dict[str, list[float]] = {"bare step": [], "loop": []}
+    recording = config.copy_and_resolve_references()
+    recording.report.inspect_every = args.inspect_every
+    sides: dict[str, list[float]] = {"bare step": [], "loop": [], "recording": []}
     for i in range(args.rounds):
         sides["bare step"].append(bare(trainer, args.steps))
-        sides["loop"].append(through_the_loop(config, out / str(i), args.steps))
+        sides["loop"].append(through_the_loop(config, out / f"loop{i}", args.steps))
+        sides["recording"].append(through_the_loop(recording, out / f"recording{i}", args.steps))
 
     medians = {name: statistics.median(times) for name, times in sides.items()}
     ratio = medians["loop"] / medians["bare step"]
+    recorded = medians["recording"] / medians["loop"]
     print(f"{'':10} {'median s':>9}  all")
     for name, times in sides.items():
         print(f"{name:10} {medians[name]:9.3f}  {' '.join(f'{t:.3f}' for t in times)}")
     print(f"ratio      {ratio:9.4f}  of {args.steps} steps of {config.batch_size} images")
+    print(f"records    {recorded:9.4f}  of the loop, one every {args.inspect_every} steps")
     (out / "loop.json").write_text(
         json.dumps(
             {
@@ -88,6 +94,7 @@ def main() -> None:
                 "jax": jax.__version__,
                 "seconds": sides,
                 "ratio": ratio,
+                "records_ratio": recorded,
             },
             indent=2,
         )
