@@ -54,10 +54,16 @@ SHOWN = ("attribution", "attention", "patch", "matrices", "depth", "patches")
     "embedding. May be repeated.",
 )  # fmt: skip
 @click.option(
-    "--patch", type=click.IntRange(0), help="A patch, counted row by row.  [default: the middle]"
+    "--patch",
+    type=click.IntRange(0, 2**28),
+    help="A patch, counted row by row.  [default: the middle]",
 )
 @click.option(
-    "--layer", type=click.IntRange(0), default=0, show_default=True, help="Of --show matrices."
+    "--layer",
+    type=click.IntRange(0, 1023),
+    default=0,
+    show_default=True,
+    help="Of --show matrices.",
 )
 @click.option(
     "--steps", type=click.IntRange(1, 1000), default=14, show_default=True, help="Points of curves."

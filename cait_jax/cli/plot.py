@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from cait_jax.cli.common import Finite
 from cait_jax.cli.output import check_writable, echo
 from cait_jax.errors import UserError, printable
 
@@ -39,7 +40,7 @@ _PAGE = """<!doctype html>
 )
 @click.option("--watch", is_flag=True, help="Refresh an HTML page until interrupted.")
 @click.option(
-    "--every", type=click.FloatRange(0.1, 3600), default=10.0, show_default=True, metavar="SECONDS",
+    "--every", type=Finite(0.1, 3600), default=10.0, show_default=True, metavar="SECONDS",
     help="Between refreshments of --watch.",
 )  # fmt: skip
 def command(

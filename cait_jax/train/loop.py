@@ -158,12 +158,7 @@ def _run(
     def evaluate(step: int, batches: PrefetchIterator) -> None:
         """Evaluates the saved state of a step, and adds the metrics to its lines and its checkpoint."""
         nonlocal metrics
-        params = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
-        metrics = {
-            f"eval/{prefix}{name}": value
-            for prefix, values in trainer.evaluate(params, batches).items()
-            for name, value in values.items()
-        }
+        metrics = _evaluate(trainer, state, batches)
         writer.write(step, metrics)
         writer.log(step, metrics)
         writer.sync()
@@ -225,6 +220,15 @@ def _steps_to_evaluation(trainer: Trainer, step: int) -> int:
     every = max(1, round(trainer.config.eval.every_epochs * steps_per_epoch))
     remaining: int = min(-step % every, trainer.total_steps - step)
     return remaining
+
+
+def _evaluate(trainer: Trainer, state: TrainState, batches: PrefetchIterator) -> dict[str, float]:
+    params = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
+    return {
+        f"eval/{prefix}{name}": value
+        for prefix, values in trainer.evaluate(params, batches).items()
+        for name, value in values.items()
+    }
 
 
 def _check_finite(step: int, values: Mapping[str, float], last_saved: int) -> None:

@@ -78,8 +78,10 @@ def test_a_run_without_records_is_told_how_to_make_them(run):
 
 @pytest.mark.slow
 def test_watch_refreshes_a_page_until_interrupted(run):
+    # A shell that starts the tests in the background has them, and what they start, ignore SIGINT.
+    program = "import signal, cait_jax.cli as cli; signal.signal(2, signal.default_int_handler); cli.main()"
     process = subprocess.Popen(
-        [sys.executable, "-m", "cait_jax", "plot", run, "--watch", "--every", "0.2"],
+        [sys.executable, "-c", program, "plot", run, "--watch", "--every", "0.2"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     page = run / "curves.html"
