@@ -111,7 +111,7 @@ def _watch(drawings: Sequence[Callable[[], Any]], output: Path, title: str, ever
 
 
 def _curves(runs: Sequence[Path]) -> Any:
-    from cait_jax.explain.figures import training_curves
+    from cait_jax.explain.curves import training_curves
     from cait_jax.train.resume import read_metrics
 
     rows = {}
@@ -129,7 +129,7 @@ def _inspected(run: Path, part: str) -> Any:
     """The picture of what `report.inspect_every` recorded."""
     import numpy as np
 
-    from cait_jax.explain import figures
+    from cait_jax.explain import curves
 
     files = sorted((run / "inspect").glob("*.npz"))
     if not files:
@@ -137,8 +137,8 @@ def _inspected(run: Path, part: str) -> Any:
     steps = [int(file.stem) for file in files]
     records = [dict(np.load(file)) for file in files]
     if part == "branch_ratio":
-        return figures.branch_ratios(steps, np.stack([r["branch_ratio"] for r in records]))
+        return curves.branch_ratios(steps, np.stack([r["branch_ratio"] for r in records]))
     names = [name for name in records[0] if name.startswith("layer_scale")]
     if not names:
         raise UserError(f"the network of {run} has no LayerScale: see --branch-ratio")
-    return figures.layer_scales(steps, {n: np.stack([r[n] for r in records]) for n in names})
+    return curves.layer_scales(steps, {n: np.stack([r[n] for r in records]) for n in names})

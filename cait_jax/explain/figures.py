@@ -24,7 +24,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "svg.hashsalt": "cait",
 }
-_SEQUENTIAL, _DIVERGING = "magma", "RdBu_r"
+SEQUENTIAL, DIVERGING = "magma", "RdBu_r"
 _SIDE = 1.3  # inches of an image
 Image = Shaped[np.ndarray, "height width channels"]
 Map = Float[np.ndarray, "rows columns"]
@@ -48,7 +48,7 @@ def save(figure: Any, path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{path} must end in .png, .svg or .pdf to be a picture")
     metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     data = io.BytesIO()
-    with _style():
+    with figure_style():
         figure.savefig(data, format=kind, dpi=150, metadata=metadata[kind])
     try:
         with atomic_replace(path) as temporary:
@@ -74,8 +74,8 @@ def attention_maps(
     to red about 0. Its range is written above it. `patch`, a row and a column, is outlined.
     """
     layers, heads = maps.shape[:2]
-    with _style():
-        figure = _figure(heads + 2, layers, title)
+    with figure_style():
+        figure = new_figure(heads + 2, layers, title)
         grid = figure.subplots(layers, heads + 2, squeeze=False)
         for row, (axes, of_layer, name) in enumerate(zip(grid, maps, layer_names, strict=True)):
             _show_image(axes[0], image)
@@ -99,8 +99,8 @@ def attention_matrices(
 ) -> Any:
     """Heat maps of one layer: a row for each kind (scores, weights, mixed or not), a column for each head."""
     heads = next(iter(matrices.values())).shape[0]
-    with _style():
-        figure = _figure(heads, len(matrices), title, side=2.2)
+    with figure_style():
+        figure = new_figure(heads, len(matrices), title, side=2.2)
         grid = figure.subplots(len(matrices), heads, squeeze=False)
         for axes_row, (kind, values) in zip(grid, matrices.items(), strict=True):
             for head, axes in enumerate(axes_row):
@@ -121,9 +121,9 @@ def attributions(
 
     `areas` (deletion, insertion) stand above the maps: less and more are better.
     """
-    with _style():
+    with figure_style():
         columns = len(maps) + 1
-        figure = _figure(columns, 3 if curves else 1, title, side=1.7)
+        figure = new_figure(columns, 3 if curves else 1, title, side=1.7)
         upper = figure if curves is None else figure.subfigures(2, 1, height_ratios=[1, 1.5])[0]
         axes = upper.subplots(1, columns, squeeze=False)[0]
         _show_image(axes[0], image)
@@ -155,8 +155,8 @@ def contact_sheet(
     """Every image with its map beside it."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    with _style():
-        figure = _figure(columns * 2, rows, side=1.25)
+    with figure_style():
+        figure = new_figure(columns * 2, rows, side=1.25)
         grid = figure.subplots(rows, columns * 2, squeeze=False)
         for axis in grid.flat:
             axis.set_axis_off()
@@ -179,8 +179,8 @@ def depth_profile(
     panels = len(statistics) + (cka is not None) + (branch_ratio is not None)
     columns = min(panels, 4)
     rows = -(-panels // columns)
-    with _style():
-        figure = _figure(columns, rows, title, side=2.6)
+    with figure_style():
+        figure = new_figure(columns, rows, title, side=2.6)
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axis in axes[panels:]:
             axis.set_axis_off()
@@ -199,7 +199,7 @@ def depth_profile(
             axis.legend()
         if cka is not None:
             axis = axes[panels - 1]
-            shown = axis.imshow(cka, vmin=0, vmax=1, cmap=_SEQUENTIAL, origin="lower")
+            shown = axis.imshow(cka, vmin=0, vmax=1, cmap=SEQUENTIAL, origin="lower")
             axis.set(title="CKA of features", xlabel="block", ylabel="block")
             figure.colorbar(shown, ax=axis, shrink=0.8)
     return figure
@@ -208,8 +208,8 @@ def depth_profile(
 def patch_numbers(image: Image, grid: tuple[int, int], *, title: str = "") -> Any:
     """The image cut in patches, each with its number, row by row from 0."""
     rows, columns = grid
-    with _style():
-        figure = _figure(1, 1, title, side=min(8.0, max(3.0, 0.3 * columns)))
+    with figure_style():
+        figure = new_figure(1, 1, title, side=min(8.0, max(3.0, 0.3 * columns)))
         axis = figure.subplots()
         _show_image(axis, image)
         height, width = image.shape[0] / rows, image.shape[1] / columns
@@ -231,8 +231,8 @@ def flattened_patches(
     patches: Shaped[np.ndarray, "patches values"], *, title: str = "the patches, flattened"
 ) -> Any:
     """The matrix that the patch embedding multiplies: a row for each patch."""
-    with _style():
-        figure = _figure(1, 1, title, side=4.0)
+    with figure_style():
+        figure = new_figure(1, 1, title, side=4.0)
         axis = figure.subplots()
         axis.imshow(patches, cmap="gray", aspect="auto")
         axis.set(xlabel="value (row, column, channel)", ylabel="patch")
@@ -250,8 +250,8 @@ def filters(
     count = len(values)
     columns = min(columns, count)
     rows = -(-count // columns)
-    with _style():
-        figure = _figure(columns, rows, title, side=0.6 if captions is None else 0.9)
+    with figure_style():
+        figure = new_figure(columns, rows, title, side=0.6 if captions is None else 0.9)
         grid = figure.subplots(rows, columns, squeeze=False)
         for axis in grid.flat:
             axis.set_axis_off()
@@ -274,99 +274,19 @@ def position_similarity(
     shown = [
         np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)) for n in (rows, columns)
     ]
-    with _style():
-        figure = _figure(len(shown[1]), len(shown[0]), title, side=0.55)
+    with figure_style():
+        figure = new_figure(len(shown[1]), len(shown[0]), title, side=0.55)
         grid = figure.subplots(len(shown[0]), len(shown[1]), squeeze=False)
         for axes, row in zip(grid, shown[0], strict=True):
             for axis, column in zip(axes, shown[1], strict=True):
-                picture = axis.imshow(similarity[row, column], vmin=-1, vmax=1, cmap=_DIVERGING)
+                picture = axis.imshow(similarity[row, column], vmin=-1, vmax=1, cmap=DIVERGING)
                 axis.set(xticks=[], yticks=[])
         figure.colorbar(picture, ax=list(grid.flat), shrink=0.6, label="cosine similarity")
     return figure
 
 
-def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str = "") -> Any:
-    """Loss, accuracy, learning rate and gradient norm of runs, from the rows of their metrics."""
-    panels: dict[str, tuple[str, ...]] = {
-        "loss": ("train/loss", "eval/loss"),
-        "accuracy": ("train/accuracy", "eval/accuracy"),
-        "learning rate": ("train/learning_rate",),
-        "gradient norm": ("train/grad_norm",),
-    }
-    with _style():
-        figure = _figure(4, 1, title, side=2.8)
-        for axis, (name, keys) in zip(figure.subplots(1, 4), panels.items(), strict=True):
-            for color, (run, rows) in enumerate(runs.items()):
-                for key, style in zip(keys, ("-", ".--"), strict=False):
-                    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-                    if points:
-                        part = "" if len(keys) == 1 else f" {key.split('/')[0]}"
-                        axis.plot(
-                            *np.transpose(points), style, lw=1.2, ms=4, color=f"C{color % 10}",
-                            alpha=0.6 if style == "-" and len(keys) > 1 else 1.0,
-                            label=f"{printable(run)}{part}",
-                        )  # fmt: skip
-            axis.set(title=name, xlabel="step")
-            if axis.lines and name in ("loss", "gradient norm"):
-                axis.set_yscale("log")
-            if axis.lines:
-                axis.legend(fontsize=6)
-            else:
-                axis.text(0.5, 0.5, "not recorded", ha="center", transform=axis.transAxes)
-    return figure
-
-
-def layer_scales(
-    steps: Sequence[int],
-    values: Mapping[str, Float[np.ndarray, "records blocks width"]],
-    *,
-    title: str = "",
-) -> Any:
-    """LayerScale of each branch: mean |gamma| of blocks over time; |gamma| by block and channel at the end."""
-    with _style():
-        figure = _figure(2, len(values), title, side=3.2)
-        grid = figure.subplots(len(values), 2, squeeze=False)
-        for (left, right), (branch, gamma) in zip(grid, values.items(), strict=True):
-            size = np.abs(gamma)
-            _lines_by_block(figure, left, steps, size.mean(axis=2))
-            left.set(title=f"{branch}: mean |gamma|", xlabel="step", yscale="log")
-            shown = right.imshow(size[-1], aspect="auto", cmap=_SEQUENTIAL, vmin=0)
-            right.set(
-                title=f"{branch}: |gamma|, step {steps[-1]}", xlabel="channel", ylabel="block"
-            )
-            figure.colorbar(shown, ax=right, shrink=0.8)
-    return figure
-
-
-def branch_ratios(
-    steps: Sequence[int], values: Float[np.ndarray, "records blocks 2"], *, title: str = ""
-) -> Any:
-    """`||branch|| / ||x||` of each block over time, of attention and of MLPs."""
-    with _style():
-        figure = _figure(2, 1, title, side=3.2)
-        for part, (axis, name) in enumerate(
-            zip(figure.subplots(1, 2), ("attention", "MLP"), strict=True)
-        ):
-            _lines_by_block(figure, axis, steps, values[:, :, part])
-            axis.set(title=f"{name}: ||branch|| / ||x||", xlabel="step", yscale="log")
-    return figure
-
-
-def _lines_by_block(
-    figure: Any, axis: Any, steps: Sequence[int], values: Float[np.ndarray, "records blocks"]
-) -> None:
-    import matplotlib as mpl
-
-    colors = mpl.colormaps["viridis"]
-    blocks = values.shape[1]
-    for block in range(blocks):
-        axis.plot(steps, values[:, block], lw=1.0, color=colors(block / max(1, blocks - 1)))
-    norm = mpl.colors.Normalize(0, blocks - 1)
-    scale = mpl.cm.ScalarMappable(norm=norm, cmap=colors)
-    figure.colorbar(scale, ax=axis, shrink=0.8, label="block")
-
-
-def _figure(columns: int, rows: int, title: str = "", side: float = _SIDE) -> Any:
+def new_figure(columns: int, rows: int, title: str = "", side: float = _SIDE) -> Any:
+    """An empty figure for so many panels, each of `side` inches."""
     from matplotlib.figure import Figure
 
     size = (columns * side + 0.4, rows * side * 1.15 + 0.3 + 0.25 * bool(title))
@@ -376,7 +296,8 @@ def _figure(columns: int, rows: int, title: str = "", side: float = _SIDE) -> An
     return figure
 
 
-def _style() -> Any:
+def figure_style() -> Any:
+    """The style of every figure, as a context."""
     require_matplotlib()
     import matplotlib as mpl
 
@@ -399,7 +320,7 @@ def _show_map(axis: Any, image: Image, values: Map) -> None:
     most = float(np.abs(values).max()) or 1.0
     signed = bool((values < 0).any())
     axis.imshow(
-        values, cmap=_DIVERGING if signed else _SEQUENTIAL, vmin=-most if signed else 0.0, vmax=most,
+        values, cmap=DIVERGING if signed else SEQUENTIAL, vmin=-most if signed else 0.0, vmax=most,
         alpha=0.7, extent=(0, width, height, 0),
     )  # fmt: skip
     axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
@@ -413,7 +334,7 @@ def _show_matrix(
     signed = bool((values < 0).any())
     most = float(np.abs(values).max()) or 1.0
     picture = axis.imshow(
-        values, cmap=_DIVERGING if signed else _SEQUENTIAL, vmin=-most if signed else 0.0, vmax=most,
+        values, cmap=DIVERGING if signed else SEQUENTIAL, vmin=-most if signed else 0.0, vmax=most,
         aspect="auto",
     )  # fmt: skip
     figure.colorbar(picture, ax=axis, shrink=0.8)

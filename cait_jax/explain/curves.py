@@ -1,0 +1,91 @@
+"""Figures of training runs: metrics, LayerScale and branch norms over time."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from cait_jax.errors import printable
+from cait_jax.explain.figures import SEQUENTIAL, figure_style, new_figure
+
+
+def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str = "") -> Any:
+    """Loss, accuracy, learning rate and gradient norm of runs, from the rows of their metrics."""
+    panels: dict[str, tuple[str, ...]] = {
+        "loss": ("train/loss", "eval/loss"),
+        "accuracy": ("train/accuracy", "eval/accuracy"),
+        "learning rate": ("train/learning_rate",),
+        "gradient norm": ("train/grad_norm",),
+    }
+    with figure_style():
+        figure = new_figure(4, 1, title, side=2.8)
+        for axis, (name, keys) in zip(figure.subplots(1, 4), panels.items(), strict=True):
+            for color, (run, rows) in enumerate(runs.items()):
+                for key, style in zip(keys, ("-", ".--"), strict=False):
+                    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+                    if points:
+                        part = "" if len(keys) == 1 else f" {key.split('/')[0]}"
+                        axis.plot(
+                            *np.transpose(points), style, lw=1.2, ms=4, color=f"C{color % 10}",
+                            alpha=0.6 if style == "-" and len(keys) > 1 else 1.0,
+                            label=f"{printable(run)}{part}",
+                        )  # fmt: skip
+            axis.set(title=name, xlabel="step")
+            if axis.lines and name in ("loss", "gradient norm"):
+                axis.set_yscale("log")
+            if axis.lines:
+                axis.legend(fontsize=6)
+            else:
+                axis.text(0.5, 0.5, "not recorded", ha="center", transform=axis.transAxes)
+    return figure
+
+
+def layer_scales(
+    steps: Sequence[int],
+    values: Mapping[str, Float[np.ndarray, "records blocks width"]],
+    *,
+    title: str = "",
+) -> Any:
+    """LayerScale of each branch: mean |gamma| of blocks over time; |gamma| by block and channel at the end."""
+    with figure_style():
+        figure = new_figure(2, len(values), title, side=3.2)
+        grid = figure.subplots(len(values), 2, squeeze=False)
+        for (left, right), (branch, gamma) in zip(grid, values.items(), strict=True):
+            size = np.abs(gamma)
+            _lines_by_block(figure, left, steps, size.mean(axis=2))
+            left.set(title=f"{branch}: mean |gamma|", xlabel="step", yscale="log")
+            shown = right.imshow(size[-1], aspect="auto", cmap=SEQUENTIAL, vmin=0)
+            right.set(
+                title=f"{branch}: |gamma|, step {steps[-1]}", xlabel="channel", ylabel="block"
+            )
+            figure.colorbar(shown, ax=right, shrink=0.8)
+    return figure
+
+
+def branch_ratios(
+    steps: Sequence[int], values: Float[np.ndarray, "records blocks 2"], *, title: str = ""
+) -> Any:
+    """`||branch|| / ||x||` of each block over time, of attention and of MLPs."""
+    with figure_style():
+        figure = new_figure(2, 1, title, side=3.2)
+        for part, (axis, name) in enumerate(
+            zip(figure.subplots(1, 2), ("attention", "MLP"), strict=True)
+        ):
+            _lines_by_block(figure, axis, steps, values[:, :, part])
+            axis.set(title=f"{name}: ||branch|| / ||x||", xlabel="step", yscale="log")
+    return figure
+
+
+def _lines_by_block(
+    figure: Any, axis: Any, steps: Sequence[int], values: Float[np.ndarray, "records blocks"]
+) -> None:
+    import matplotlib as mpl
+
+    colors = mpl.colormaps["viridis"]
+    blocks = values.shape[1]
+    for block in range(blocks):
+        axis.plot(steps, values[:, block], lw=1.0, color=colors(block / max(1, blocks - 1)))
+    norm = mpl.colors.Normalize(0, blocks - 1)
+    scale = mpl.cm.ScalarMappable(norm=norm, cmap=colors)
+    figure.colorbar(scale, ax=axis, shrink=0.8, label="block")
