@@ -9,9 +9,15 @@ from jaxtyping import Float
 from cait_jax.errors import printable
 from cait_jax.explain.figures import SEQUENTIAL, figure_style, new_figure
 
+_NAME = 60
+
 
 def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str = "") -> Any:
-    """Loss, accuracy, learning rate and gradient norm of runs, from the rows of their metrics."""
+    """Loss, accuracy, learning rate and gradient norm of runs, from the rows of their metrics.
+
+    A colour for each run, whose name the legend below has, its last 60 characters at most; lines are of training,
+    dots of evaluation.
+    """
     panels: dict[str, tuple[str, ...]] = {
         "loss": ("train/loss", "eval/loss"),
         "accuracy": ("train/accuracy", "eval/accuracy"),
@@ -21,24 +27,35 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, title: s
     with figure_style():
         figure = new_figure(4, 1, title, side=2.8)
         for axis, (name, keys) in zip(figure.subplots(1, 4), panels.items(), strict=True):
-            for color, (run, rows) in enumerate(runs.items()):
+            for color, rows in enumerate(runs.values()):
                 for key, style in zip(keys, ("-", ".--"), strict=False):
                     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
                     if points:
-                        part = "" if len(keys) == 1 else f" {key.split('/')[0]}"
                         axis.plot(
                             *np.transpose(points), style, lw=1.2, ms=4, color=f"C{color % 10}",
                             alpha=0.6 if style == "-" and len(keys) > 1 else 1.0,
-                            label=f"{printable(run)}{part}",
                         )  # fmt: skip
             axis.set(title=name, xlabel="step")
             if axis.lines and name in ("loss", "gradient norm"):
                 axis.set_yscale("log")
-            if axis.lines:
-                axis.legend(fontsize=6)
-            else:
+            if not axis.lines:
                 axis.text(0.5, 0.5, "not recorded", ha="center", transform=axis.transAxes)
+        _legend(figure, runs)
     return figure
+
+
+def _legend(figure: Any, runs: Sequence[str] | Mapping[str, Any]) -> None:
+    """Under the panels, so that long names take no room from them."""
+    from matplotlib.lines import Line2D
+
+    names = [printable(run) for run in runs]
+    names = [name if len(name) <= _NAME else f"…{name[1 - _NAME :]}" for name in names]
+    lines = [Line2D([], [], color=f"C{i % 10}", label=name) for i, name in enumerate(names)]
+    lines += [
+        Line2D([], [], color="0.4", lw=1.2, alpha=0.6, label="training"),
+        Line2D([], [], color="0.4", ls="--", marker=".", label="evaluation"),
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=7)
 
 
 def layer_scales(

@@ -101,3 +101,16 @@ def test_watch_refreshes_a_page_until_interrupted(run):
     text = page.read_text()
     assert 'http-equiv="refresh" content="0.2"' in text
     assert len(re.findall('src="data:image/svg', text)) == 1
+
+
+def test_a_long_path_takes_no_room_from_the_panels(run, tmp_path):
+    """Matplotlib warns where it cannot fit a panel, and warnings are errors."""
+    deep = tmp_path.joinpath(*(f"directory{i:02d}" * 4 for i in range(5)), "run")
+    deep.parent.mkdir(parents=True)
+    run.rename(deep)
+    cait("plot", deep, "-o", tmp_path / "c.png")
+    short = tmp_path / "short"
+    deep.rename(short)
+    cait("plot", short, "-o", tmp_path / "d.png")
+    with Image.open(tmp_path / "c.png") as long, Image.open(tmp_path / "d.png") as other:
+        assert long.size == other.size
