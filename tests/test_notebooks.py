@@ -62,6 +62,7 @@ def test_a_notebook_runs_from_a_clean_kernel(path, tmp_path, monkeypatch, compil
     for name, value in compilation_cache.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NOTEBOOKS_SMALL", "1")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # most of the time is compilation
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, *filter(None, sys.path)]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
