@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from marks import slow_unless
 
 import cait_jax
 from cait_jax import UserError
@@ -64,7 +65,7 @@ def read_out(model, products, of_class):
     return read[-patches:].reshape(2, 3)
 
 
-@pytest.mark.parametrize("attributes", NETWORKS, ids=str)
+@pytest.mark.parametrize("attributes", slow_unless(lambda a: not a, NETWORKS), ids=str)
 def test_rollout_is_the_product_of_its_matrices(attributes):
     model, variables, images = network(**attributes)
     _, inside = cait_jax.forward_intermediates(model, variables, images)
@@ -88,7 +89,7 @@ def test_rollout_is_the_product_of_its_matrices(attributes):
         np.testing.assert_allclose(found[i], expected, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("attributes", NETWORKS, ids=str)
+@pytest.mark.parametrize("attributes", slow_unless(lambda a: not a, NETWORKS), ids=str)
 def test_relevance_is_the_product_of_its_matrices(attributes):
     model, variables, images = network(**attributes)
     _, inside, slopes = attribution.forward_gradients(model, variables, images, CLASSES)
@@ -112,6 +113,7 @@ def test_relevance_is_the_product_of_its_matrices(attributes):
         np.testing.assert_allclose(found[i], expected, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attributes", [{}, {"talking_heads": False, "stacked": False}], ids=str)
 def test_gradients_of_attention_are_slopes(attributes):
     """The gradient of a map, times a change of it, is the change of the class logit (central differences)."""
@@ -153,6 +155,7 @@ def test_perturbations_of_zero_change_no_bit():
     assert inside["blocks"]["mixed_softmax"].shape == (2, 2, 2, 6, 6)
 
 
+@pytest.mark.slow
 def test_integrated_gradients_add_up_to_the_logit():
     model, variables, images = network()
     found = attribution.integrated_gradients(model, variables, images, CLASSES, steps=400)
@@ -181,6 +184,7 @@ def test_input_gradient_of_a_linear_network_is_exact():
         np.testing.assert_allclose(found.sum((1, 2)), logits, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_method_runs_at_any_resolution_in_jit():
     larger = CaiT(**{**SIZES, "image_size": (64, 32)}, class_token="input", residual="plain")
     images = jax.random.normal(jax.random.key(2), (1, 64, 32, 3))

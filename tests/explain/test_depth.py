@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_unless
 
 from cait_jax.explain import attention, depth
 from cait_jax.explain.overview import overview
@@ -70,15 +71,18 @@ def test_cka_ignores_rotation_shift_and_scale():
 
 @pytest.mark.parametrize(
     "attributes",
-    [
-        {},
-        {"stacked": False, "remat": "block"},
-        {"residual": "rezero", "block_norm": False},
-        {"residual": "fixup"},
-        {"residual": "plain", "class_token": "input"},
-        {"class_token": 1},
-        {"class_mlp_ratio": 0.0},
-    ],
+    slow_unless(
+        lambda a: not a,
+        [
+            {},
+            {"stacked": False, "remat": "block"},
+            {"residual": "rezero", "block_norm": False},
+            {"residual": "fixup"},
+            {"residual": "plain", "class_token": "input"},
+            {"class_token": 1},
+            {"class_mlp_ratio": 0.0},
+        ],
+    ),
     ids=str,
 )
 def test_branch_ratio_is_that_of_block_inputs_and_outputs(attributes):
@@ -128,6 +132,7 @@ def blocks_of(model, variables, images):
     return [pair for pair in seen if pair[0].ndim == 3]
 
 
+@pytest.mark.slow
 def test_overview_is_by_image():
     """What is shown of an image does not depend on the images beside it."""
     model = CaiT(**SIZES, layer_scale_init=1.0)

@@ -6,7 +6,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from marks import slow_unless
 
 from cait_jax import UserError, create_model
 from cait_jax.cli.plot import _inspected
@@ -27,7 +26,8 @@ def small(**model):
     return config
 
 
-@pytest.mark.parametrize("stacked", slow_unless(lambda stacked: stacked, [True, False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("stacked", [True, False])
 def test_records_are_of_the_state_after_their_step(tmp_path, stacked):
     run = train(small(stacked=stacked), tmp_path / "run")
     files = sorted(path.name for path in (tmp_path / "run" / "inspect").iterdir())
