@@ -4,7 +4,7 @@ Command: python benchmarks/loop.py [--rounds=5] [--steps=500] [--inspect_every=1
 
 One side is `cait_jax.train.loop`'s own loop (batches, transfer, metrics read, bar or lines, metrics.jsonl), from
 the moment the first step has finished to the last, without evaluation and checkpoint, which are not steps.
-The other calls the same compiled step as often on one batch that already lies on the device. A third is the loop
+The other calls the same compiled step as often on one batch that is on the device. A third is the loop
 with `report.inspect_every`. Rounds alternate; ratios are those of medians.
 """
 

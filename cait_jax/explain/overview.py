@@ -34,7 +34,7 @@ def overview(
     It holds, with a head, `classes` (batch, c), those given or the most probable, and `probability`; of `show`
 
     - "attribution": `attribution`, a dict from each of `methods` to (batch, c, rows, columns); with `steps`,
-      `deletion` and `insertion` likewise, to (batch, c, steps + 1), for the maps `random` and `centre` too;
+      `deletion` and `insertion`, dicts to (batch, c, steps + 1), for the maps `random` and `centre` too;
     - "attention": `class_token` (batch, layers, heads, rows, columns);
     - "patch": `read_by_patch` and `readers_of_patch`, of the same shape, for `patch` (None: the middle);
     - "matrices": `matrices`, a dict from each kind to (batch, heads, queries, keys) of `layer`, counted over both
