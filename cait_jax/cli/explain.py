@@ -193,14 +193,13 @@ def _check_model(model: Any, show: Sequence[str], patch: int | None, layer: int)
 
 def _too_small(path: Path, model: Any) -> bool:
     """Whether an image has fewer pixels than there are patches, with a note; not of one that cannot be read."""
-    from PIL import Image
-
+    from cait_jax.data.decode import read_size
+    from cait_jax.data.split import BrokenImage
     from cait_jax.explain.attention import patch_grid
 
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except Exception:  # it is reported when it is decoded
+        height, width = read_size(path.read_bytes())
+    except (OSError, BrokenImage):  # it is named when it is decoded
         return False
     rows, columns = patch_grid(model)
     if height >= rows and width >= columns:
