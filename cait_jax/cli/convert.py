@@ -65,7 +65,7 @@ def command(
         loaded.model,
         variables,
         label_names=loaded.label_names,
-        preprocessing=loaded.preprocessing.to_dict(),
+        preprocessing=loaded.preprocessing,
     )
     if form == "cait":
         then = f"load it by cait_jax.load_pretrained({str(target)!r})"

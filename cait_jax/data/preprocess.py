@@ -172,7 +172,7 @@ def _read(path: Path) -> bytes:
 def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
     size, crop_pct, channels = (settings[key] for key in ("image_size", "crop_pct", "channels"))
     size = tuple(size) if isinstance(size, Iterable) else (size,)
-    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+    if len(size) != 2 or not all(_is_a(int, side) and side > 0 for side in size):
         raise UserError(
             "image_size must be height and width in whole pixels, such as (224, 224), not "
             f"{settings['image_size']!r}"
@@ -186,7 +186,7 @@ def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
     if min(std) <= 0:
         raise UserError(f"std must be above 0, not {std}")
     return {
-        "image_size": size, "crop_pct": crop_pct, "mean": mean, "std": std, "channels": channels,
+        "image_size": tuple(map(int, size)), "crop_pct": crop_pct, "mean": mean, "std": std, "channels": channels,
     }  # fmt: skip
 
 
@@ -203,6 +203,12 @@ def _by_channel(name: str, value: Any, channels: int) -> tuple[float, ...]:
 
 
 def _number(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if not _is_a(float, value) or not math.isfinite(value):
         raise UserError(f"{name} takes finite numbers, not {value!r}")
     return float(value)
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a value is a number that `kind` holds: Python's or NumPy's, but not a bool."""
+    numbers = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+    return isinstance(value, numbers) and not isinstance(value, bool)

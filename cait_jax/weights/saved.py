@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import Literal, UserError, nearest, setting
 from cait_jax.files import sha256
 from cait_jax.models.inspect import abstract_variables
@@ -34,7 +35,6 @@ CONFIG = "config.json"
 # Our section of config.json, beside those of other libraries.
 SECTION = "cait_jax"
 _FORMAT = 1
-_PREPROCESSING = ("image_size", "crop_pct", "mean", "std", "channels")
 _DTYPES = ("dtype", "param_dtype")
 _CHECKPOINTS = "checkpoints"  # of a run
 
@@ -62,7 +62,7 @@ def save_pretrained(
     variables: Mapping[str, Any],
     *,
     label_names: Sequence[str] | None = None,
-    preprocessing: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
 ) -> None:
     """Saves a model so that `load_pretrained(directory)` gives the same bits and the same outputs.
 
@@ -71,8 +71,7 @@ def save_pretrained(
       model: a model of this package.
       variables: in the model's `param_dtype`.
       label_names: the classes in the order of the logits.
-      preprocessing: `image_size` (height, width) in pixels, `crop_pct`, `mean` and `std` of each channel
-        on a scale from 0 to 1, `channels`.
+      preprocessing: what `cait_jax.preprocessing` gives, a `Preprocessing` of your own, or its settings by name.
 
     Raises:
       UserError: variables, label names or preprocessing do not match the model, or the directory cannot be
@@ -87,7 +86,7 @@ def save_pretrained(
 
 
 def config_section(
-    model: Any, *, label_names: Sequence[str] | None, preprocessing: Mapping[str, Any] | None
+    model: Any, *, label_names: Sequence[str] | None, preprocessing: Any
 ) -> dict[str, Any]:
     """Our section of `config.json`, without the checksum of the weights.
 
@@ -103,7 +102,9 @@ def config_section(
         "format": _FORMAT,
         **model_to_dict(model),
         "label_names": None if label_names is None else [str(name) for name in label_names],
-        "preprocessing": None if preprocessing is None else _as_json(preprocessing),
+        "preprocessing": None
+        if preprocessing is None
+        else _preprocessing_of(model, preprocessing).to_dict(),
     }
 
 
@@ -276,22 +277,23 @@ def _converted(family: str, attributes: Mapping[str, Any], known: list[str]) -> 
     }
 
 
-def _as_json(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    preprocessing = current_preprocessing(preprocessing)
-    for name in preprocessing:
-        if name not in _PREPROCESSING:
-            raise UserError(
-                f"there is no preprocessing setting {name!r}; {nearest(name, _PREPROCESSING)}"
-            )
-    missing = [name for name in _PREPROCESSING if name not in preprocessing]
-    if missing:
-        raise UserError(f"preprocessing lacks {', '.join(missing)}: give every setting")
-    return {
-        name: [float(part) if name != "image_size" else int(part) for part in value]
-        if isinstance(value := preprocessing[name], Sequence)
-        else value
-        for name in _PREPROCESSING
-    }
+def _preprocessing_of(model: Any, given: Any) -> Preprocessing:
+    if not isinstance(given, Preprocessing | Mapping):
+        raise UserError(
+            f"preprocessing is of type {type(given).__name__}; give a cait_jax.Preprocessing, as "
+            "cait_jax.preprocessing(NAME) returns, or a dict of its settings"
+        )
+    preprocessing: Preprocessing = (
+        given if isinstance(given, Preprocessing) else Preprocessing.from_dict(given)
+    )
+    made = *preprocessing.image_size, preprocessing.channels
+    taken = *model.image_size, model.in_channels
+    if made != taken:
+        raise UserError(
+            f"preprocessing makes images of shape {made} and the model takes {taken}: give both the same "
+            "image_size and channels"
+        )
+    return preprocessing
 
 
 def is_run(path: Path) -> bool:

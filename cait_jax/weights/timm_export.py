@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import UserError, Way, advise
 from cait_jax.models.cait import CaiT
 from cait_jax.models.zoo import create_model
@@ -79,7 +80,7 @@ def export_timm(
     *,
     name: str | None = None,
     label_names: Sequence[str] | None = None,
-    preprocessing: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model so that timm loads it strictly, and `load_pretrained` too.
 

@@ -100,6 +100,13 @@ def test_settings_survive_json():
     assert hash(again) == hash(settings)
     whole = {"image_size": [8, 8], "crop_pct": 1, "mean": [0], "std": [1], "channels": 3}
     assert Preprocessing.from_dict(whole) == Preprocessing((8, 8), mean=(0.0,), std=(1.0,))
+    numpy = {
+        "image_size": np.array([8, 8]),
+        "mean": np.zeros(1, np.float32),
+        "std": [np.float64(1)],
+    }
+    assert Preprocessing.from_dict(whole | numpy) == Preprocessing.from_dict(whole)
+    json.dumps(Preprocessing.from_dict(whole | numpy).to_dict())
     old = {"crop_ratio" if name == "crop_pct" else name: value for name, value in whole.items()}
     assert Preprocessing.from_dict(old) == Preprocessing.from_dict(whole)
 
@@ -122,6 +129,8 @@ def test_settings_are_read_strictly():
         ({"image_size": (224,)}, "such as (224, 224)"),
         ({"image_size": (0, 8)}, "such as (224, 224)"),
         ({"image_size": (8.0, 8)}, "such as (224, 224)"),
+        ({"image_size": (True, 8)}, "such as (224, 224)"),
+        ({"crop_pct": True}, "takes finite numbers, not True"),
         ({"crop_pct": 0}, "above 0 and at most 1"),
         ({"crop_pct": 1.1}, "above 0 and at most 1"),
         ({"crop_pct": "1"}, "takes finite numbers, not '1'"),

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from trees import assert_same_bits, random_params
 
-from cait_jax import UserError, create_model
+from cait_jax import Preprocessing, UserError, create_model, preprocessing
 from cait_jax.models.inspect import abstract_variables
 from cait_jax.weights.pretrained import load_pretrained, load_settings, save_pretrained
-from cait_jax.weights.saved import model_from_dict, model_to_dict
+from cait_jax.weights.saved import config_section, model_from_dict, model_to_dict
 
 PREPROCESSING = {
     "image_size": (8, 8),
@@ -124,10 +124,10 @@ def test_a_network_of_the_callers_own_cannot_be_described(model):
         model_to_dict(model.clone(precision=(("bfloat16",),)))
 
 
-def test_labels_and_preprocessing_come_back(tmp_path, model, variables):
-    save_pretrained(
-        tmp_path, model, variables, label_names=("a", "b", "ü"), preprocessing=PREPROCESSING
-    )
+@pytest.mark.parametrize("given", [PREPROCESSING, Preprocessing(**PREPROCESSING)])
+def test_labels_and_preprocessing_come_back(tmp_path, model, variables, given):
+    save_pretrained(tmp_path, model, variables, label_names=("a", "b", "ü"), preprocessing=given)
+    assert preprocessing(tmp_path) == Preprocessing(**PREPROCESSING)
     settings = load_settings(tmp_path)
     assert settings.label_names == ("a", "b", "ü")
     assert settings.preprocessing == {
@@ -145,14 +145,30 @@ def test_labels_and_preprocessing_come_back(tmp_path, model, variables):
     ("options", "sentence"),
     [
         ({"label_names": ["a", "b"]}, "2 label names and the model has 3 classes"),
-        ({"preprocessing": {"crop": 1.0}}, "no preprocessing setting 'crop'; nearest: crop_pct"),
+        (
+            {"preprocessing": {"crop": 1.0}},
+            "preprocessing has no setting 'crop'; nearest: crop_pct",
+        ),
         ({"preprocessing": {"crop_pct": 1.0}}, "preprocessing lacks image_size, mean"),
+        (
+            {"preprocessing": PREPROCESSING | {"crop_pct": 2}},
+            "crop_pct must be above 0 and at most 1",
+        ),
+        (
+            {"preprocessing": Preprocessing((8, 16), mean=(0.5,), std=(0.5,))},
+            r"makes images of shape \(8, 16, 3\) and the model takes \(8, 8, 1\)",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, model, variables, options, sentence):
     with pytest.raises(UserError, match=sentence):
         save_pretrained(tmp_path / "new", model, variables, **options)
     assert not (tmp_path / "new").exists()
+
+
+def test_preprocessing_of_another_kind(model):
+    with pytest.raises(UserError, match=r"is of type int; give a cait_jax\.Preprocessing"):
+        config_section(model, label_names=None, preprocessing=224)
 
 
 @pytest.mark.parametrize(

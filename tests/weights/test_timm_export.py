@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from trees import assert_same_bits, random_params
 
-from cait_jax import UserError, create_model
+from cait_jax import Preprocessing, UserError, create_model
 from cait_jax.models.inspect import abstract_variables
 from cait_jax.weights.hub import RELEASED
 from cait_jax.weights.pretrained import load_pretrained, load_settings
@@ -116,8 +116,9 @@ def test_an_exported_directory_loads_here_with_the_same_bits(tmp_path, model, dt
     model = model.clone(param_dtype=jnp.dtype(dtype))
     variables = {"params": random_params(model)}
     export_timm(
-        tmp_path, model, variables, name="Digits", label_names="abc", preprocessing=PREPROCESSING
-    )
+        tmp_path, model, variables, name="Digits", label_names="abc",
+        preprocessing=Preprocessing.from_dict(PREPROCESSING),
+    )  # fmt: skip
     loaded, found = load_pretrained(tmp_path)
     assert loaded == model
     assert_same_bits(found, variables)
