@@ -62,8 +62,8 @@ _NEIGHBOURS = 20
     "--train-split", default="train", show_default=True, help="What --knn and --probe learn from."
 )
 @click.option(
-    "--confusion", type=click.Path(path_type=Path, dir_okay=False), metavar="PNG",
-    help="Draw the confusion matrix there.",
+    "--confusion", type=click.Path(path_type=Path, dir_okay=False), metavar="PICTURE",
+    help="Draw the confusion matrix there, a .png, .svg or .pdf.",
 )  # fmt: skip
 @click.option(
     "--logits", type=click.Path(path_type=Path, dir_okay=False), metavar="NPZ",
@@ -103,8 +103,11 @@ def command(
     """
     from cait_jax.data.sources import load_split
     from cait_jax.evaluation.scores import find_benchmark, with_channels
+    from cait_jax.explain.figures import require_matplotlib
 
     check_writable(confusion, logits, output)
+    if confusion is not None:
+        require_matplotlib(confusion)
     found = find_benchmark(data, split, data_dir=data_dir)
     if confusion is not None and found.rule == "real":
         raise click.UsageError(
@@ -278,12 +281,12 @@ def _write_logits(
 def _draw_confusion(path: Path, result: dict[str, Any]) -> None:
     import numpy as np
 
-    from cait_jax.evaluation.confusion import save_confusion
     from cait_jax.evaluation.labels import class_words
+    from cait_jax.explain.figures import confusion_matrix, save
 
     title = f"{result['model']} on {result['data']} {result['split']}"
     matrix = np.asarray(result["confusion"])
-    save_confusion(matrix, class_words(result["class_names"]), path, title)
+    save(confusion_matrix(matrix, class_words(result["class_names"]), title=title), path)
 
 
 def _report(result: dict[str, Any]) -> str:

@@ -74,6 +74,7 @@ def command(
     if not watch:
         output = Path("curves.png") if output is None else output
         check_writable(output)
+        require_matplotlib(output)
         echo(str(save(drawings[0](), output)))
         return
     output = paths[0] / "curves.html" if output is None else output

@@ -1,6 +1,5 @@
 """Exact scores of a model on any data set, and k-NN and linear probes of its features."""
 
-from cait_jax.evaluation.confusion import save_confusion
 from cait_jax.evaluation.features import (
     extract_features,
     knn_accuracy,
@@ -17,6 +16,5 @@ __all__ = [
     "knn_accuracy",
     "knn_predict",
     "probe_accuracy",
-    "save_confusion",
     "score",
 ]

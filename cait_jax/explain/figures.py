@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from cait_jax.errors import UserError, printable
 from cait_jax.files import atomic_replace
@@ -26,14 +26,17 @@ _STYLE: Any = {
 }
 SEQUENTIAL, DIVERGING = "magma", "RdBu_r"
 _SIDE = 1.3  # inches of an image
+_DPI = 150
 Image = Shaped[np.ndarray, "height width channels"]
 Map = Float[np.ndarray, "rows columns"]
 
 
-def require_matplotlib() -> None:
-    """Raises UserError where matplotlib is not installed."""
+def require_matplotlib(path: Path | None = None) -> None:
+    """Raises UserError where matplotlib is not installed, or the path does not end as a picture's does."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError('pictures are drawn by matplotlib: pip install "cait-jax[figures]"')
+    if path is not None and path.suffix.lower().removeprefix(".") not in FORMATS:
+        raise UserError(f"{path} must end in .png, .svg or .pdf to be a picture")
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> Path:
@@ -43,13 +46,12 @@ def save(figure: Any, path: str | os.PathLike[str]) -> Path:
       UserError: for another ending, or a file that cannot be written.
     """
     path = Path(path)
+    require_matplotlib(path)
     kind = path.suffix.lower().removeprefix(".")
-    if kind not in FORMATS:
-        raise UserError(f"{path} must end in .png, .svg or .pdf to be a picture")
     metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     data = io.BytesIO()
     with figure_style():
-        figure.savefig(data, format=kind, dpi=150, metadata=metadata[kind])
+        figure.savefig(data, format=kind, dpi=_DPI, metadata=metadata[kind])
     try:
         with atomic_replace(path) as temporary:
             temporary.write_bytes(data.getvalue())
@@ -282,6 +284,46 @@ def position_similarity(
                 picture = axis.imshow(similarity[row, column], vmin=-1, vmax=1, cmap=DIVERGING)
                 axis.set(xticks=[], yticks=[])
         figure.colorbar(picture, ax=list(grid.flat), shrink=0.6, label="cosine similarity")
+    return figure
+
+
+def confusion_matrix(
+    counts: Int[np.ndarray, "classes classes"], class_names: Sequence[str], *, title: str = ""
+) -> Any:
+    """Counts of images by true class (rows) and predicted class; a cell's colour is its share of its row.
+
+    Cells have their counts up to 25 classes, and classes their names up to 60. Of more, up to 1500, a cell is a
+    whole number of pixels of a PNG, and its colour the cube root of the share.
+    """
+    classes = len(counts)
+    named, counted = classes <= 60, classes <= 25
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = [printable(name).replace("_", " ") for name in class_names] if named else []
+    # Cells of whole pixels, or some of a large matrix would vanish.
+    cell = max(66, 450 // classes) if counted else 33 if named else max(1, 1500 // classes)
+    side = cell * classes / _DPI
+    margin = round(0.8 + 0.07 * max(map(len, names), default=0), 2)
+    width, height = margin + side + 1.2, margin + side + (0.5 if title else 0.2)
+    with figure_style():
+        from matplotlib.colors import PowerNorm
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(width, height))
+        axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
+        norm = PowerNorm(1.0 if named else 1 / 3, 0.0, 1.0)
+        shown = axes.imshow(share, cmap="Blues", norm=norm)
+        corner = (margin + side + 0.2) / width, margin / height
+        bar = figure.add_axes((*corner, 0.2 / width, side / height))
+        figure.colorbar(shown, cax=bar, label="share of the true class")
+        axes.set(xlabel="predicted class", ylabel="true class")
+        axes.set_title(printable(title), parse_math=False)
+        if named:
+            axes.set_xticks(range(classes), names, rotation=90, parse_math=False)
+            axes.set_yticks(range(classes), names, parse_math=False)
+        for (row, column), count in np.ndenumerate(counts):
+            if counted and count:
+                color = "white" if share[row, column] > 0.5 else "black"
+                axes.text(column, row, f"{count}", ha="center", va="center", color=color)
     return figure
 
 

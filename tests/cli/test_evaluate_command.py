@@ -172,6 +172,11 @@ def test_what_needs_a_head_is_refused_without_one(headless, images, tmp_path, op
     assert sentence in cait("evaluate", "-m", headless, "--data", data, *options, status=1)[1]
 
 
+def test_a_picture_of_another_kind_is_refused_before_the_evaluation(saved, images):
+    arguments = ["evaluate", "-m", saved, "--data", images[0].parent, "--confusion", "c.gif"]
+    assert "c.gif must end in .png, .svg or .pdf" in cait(*arguments, status=1)[1]
+
+
 @pytest.mark.slow
 def test_weights_without_a_head_do_for_features(saved, headless, images, tmp_path):
     weights = ["--weights", headless / "model.safetensors"]
