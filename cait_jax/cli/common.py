@@ -105,6 +105,15 @@ class LoadedModel:
         return list(class_words(self.label_names))
 
 
+weights_option = click.option(
+    "--weights", type=click.Path(path_type=Path), metavar="PATH",
+    help="Weights instead of the released ones: a .safetensors or .pth file, or a directory.",
+)  # fmt: skip
+image_size_option = click.option(
+    "--image-size", type=SIDE, metavar="PIXELS", help="Another resolution."
+)
+
+
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds `--model` and its like; the command gets `load`, a function of model attributes, and `model_name`."""
 
@@ -147,11 +156,8 @@ def models_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def _source_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds what `--model` leaves open; the command gets `load_named`, a function of its name and attributes."""
 
-    @click.option(
-        "--weights", type=click.Path(path_type=Path), metavar="PATH",
-        help="Weights instead of the released ones: a .safetensors or .pth file, or a directory.",
-    )  # fmt: skip
-    @click.option("--image-size", type=SIDE, metavar="PIXELS", help="Another resolution.")
+    @weights_option
+    @image_size_option
     @click.option("--antialias", is_flag=True, help="Resize positions for it as timm does.")
     @click.option(
         "--ema",
@@ -364,8 +370,39 @@ def run_over_images(
             update(len(answers.paths) + len(answers.broken))
 
 
-def exit_if_broken(ctx: click.Context, broken: int, total: int) -> None:
-    """Exits with status 1 if files could not be read."""
-    if broken:
-        note(f"{broken} of {total} images could not be read")
+def without_small(paths: Sequence[Path], models: Sequence[LoadedModel]) -> list[Path]:
+    """The images whose shorter side has a pixel for each patch of every network's; a note names each other.
+
+    One that cannot be read is kept: it is named when it is decoded.
+
+    Raises:
+      UserError: none is left.
+    """
+    from cait_jax.data.decode import read_size
+    from cait_jax.data.split import BrokenImage
+    from cait_jax.explain.attention import patch_grid
+
+    patches = max(min(patch_grid(loaded.model)) for loaded in models)
+    kept = []
+    for path in paths:
+        try:
+            side = min(read_size(path.read_bytes()))
+        except (OSError, BrokenImage):
+            side = patches
+        if side >= patches:
+            kept.append(path)
+        else:
+            note(
+                f"{path} is left out: its shorter side has {side} pixels, fewer than the {patches} patches of the "
+                "network's"
+            )
+    if not kept:
+        raise UserError("every image is left out: give larger ones, or a smaller --image-size")
+    return kept
+
+
+def exit_if_left_out(ctx: click.Context, count: int, total: int) -> None:
+    """Exits with status 1 if images, which are named by then, were left out."""
+    if count:
+        note(f"{count} of {total} images were left out")
         ctx.exit(1)

@@ -14,13 +14,14 @@ from cait_jax.cli.common import (
     class_names_option,
     class_option,
     dtype_option,
-    exit_if_broken,
+    exit_if_left_out,
     image_options,
     model_options,
     run_over_images,
     with_class_names,
+    without_small,
 )
-from cait_jax.cli.output import check_writable, echo, note, table
+from cait_jax.cli.output import check_writable, echo, table
 from cait_jax.errors import UserError
 
 METHODS = ("class_attention", "rollout", "relevance", "input_gradient", "integrated_gradients")
@@ -99,7 +100,8 @@ def command(
     """Draw what a network sees in each IMAGE, and write the numbers beside the pictures as NAME.npz.
 
     Several images, as in a folder, also make a contact sheet. An attribution is of --class, by default of the most
-    probable class. Images that cannot be read are left out, and the exit status is then 1.
+    probable class. Images that cannot be read, or have fewer pixels than patches, are left out, and the exit
+    status is then 1.
     """
     from cait_jax.explain.figures import require_matplotlib, save
     from cait_jax.explain.overview import overview
@@ -122,9 +124,7 @@ def command(
         seed=seed,
     )
     total = len(paths)
-    paths = [path for path in paths if not _too_small(path, loaded.model)]
-    if not paths:
-        raise UserError("no image is left to explain: give larger ones")
+    paths = without_small(paths, [loaded])
     output.mkdir(parents=True, exist_ok=True)
     names, broken, seen = _file_names(paths), total - len(paths), []
     for answers in run_over_images(
@@ -146,7 +146,7 @@ def command(
         echo(str(save(_contact_sheet(loaded, seen), output / f"contact_sheet.{suffix}")))
     if scored and seen:
         echo(_scores([arrays for _, arrays, _ in seen]))
-    exit_if_broken(ctx, broken, total)
+    exit_if_left_out(ctx, broken, total)
 
 
 def _fitting_methods(
@@ -189,26 +189,6 @@ def _check_model(model: Any, show: Sequence[str], patch: int | None, layer: int)
         raise UserError(f"there is no --layer {layer}: they are counted from 0 to {last}")
     if "attention" in show:
         check_class_token(model)
-
-
-def _too_small(path: Path, model: Any) -> bool:
-    """Whether an image has fewer pixels than there are patches, with a note; not of one that cannot be read."""
-    from cait_jax.data.decode import read_size
-    from cait_jax.data.split import BrokenImage
-    from cait_jax.explain.attention import patch_grid
-
-    try:
-        height, width = read_size(path.read_bytes())
-    except (OSError, BrokenImage):  # it is named when it is decoded
-        return False
-    rows, columns = patch_grid(model)
-    if height >= rows and width >= columns:
-        return False
-    note(
-        f"{path} is left out: it has {width} x {height} pixels, fewer than the network's {columns} x {rows} "
-        "patches"
-    )
-    return True
 
 
 def _file_names(paths: Sequence[Path]) -> dict[Path, str]:

@@ -7,7 +7,7 @@ import click
 
 from cait_jax.cli.common import (
     dtype_option,
-    exit_if_broken,
+    exit_if_left_out,
     image_options,
     model_options,
     run_over_images,
@@ -78,7 +78,7 @@ def command(
 
     replace_files(output.absolute().parent, {output.name: write})
     echo(f"{output}: features {whole.dtype} {whole.shape} of {len(found)} images")
-    exit_if_broken(ctx, broken, len(paths))
+    exit_if_left_out(ctx, broken, len(paths))
 
 
 def layer_features(model: Any, layer: str, *, tokens: bool) -> Any:

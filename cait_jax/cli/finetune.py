@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cait_jax.cli.common import COUNT, EPOCHS, SEED, SIDE
+from cait_jax.cli.common import COUNT, EPOCHS, SEED, image_size_option, weights_option
 from cait_jax.cli.output import echo, note
 
 
@@ -21,10 +21,7 @@ from cait_jax.cli.output import echo, note
     "--model", "-m", required=True, metavar="NAME|DIR",
     help="Where to start: a name of `cait models`, a saved model's directory, or a training run's.",
 )  # fmt: skip
-@click.option(
-    "--weights", type=click.Path(path_type=Path), metavar="PATH",
-    help="Weights instead of the released ones: a .safetensors or .pth file, or a directory.",
-)  # fmt: skip
+@weights_option
 @click.option(
     "--workdir", type=click.Path(path_type=Path), metavar="DIR",
     help="The run's directory; runs/FOLDER-MODEL if not given.",
@@ -36,7 +33,7 @@ from cait_jax.cli.output import echo, note
 )  # fmt: skip
 @click.option("--epochs", type=EPOCHS, help="Passes over the training images.")
 @click.option("--batch-size", type=COUNT, help="Images a step.")
-@click.option("--image-size", type=SIDE, metavar="PIXELS", help="Another resolution.")
+@image_size_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of every random draw.")
 @click.pass_context
 def command(

@@ -10,7 +10,7 @@ from cait_jax.cli.common import (
     COUNT,
     class_names_option,
     dtype_option,
-    exit_if_broken,
+    exit_if_left_out,
     image_options,
     model_options,
     run_over_images,
@@ -78,7 +78,7 @@ def command(
             ]
             write("".join(lines))
             broken += len(answers.broken)
-    exit_if_broken(ctx, broken, len(paths))
+    exit_if_left_out(ctx, broken, len(paths))
 
 
 def _most_probable(model: Any, top: int) -> Any:

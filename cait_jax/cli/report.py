@@ -14,11 +14,12 @@ from cait_jax.cli.common import (
     class_names_option,
     class_option,
     dtype_option,
-    exit_if_broken,
+    exit_if_left_out,
     image_options,
     models_options,
     run_over_images,
     with_class_names,
+    without_small,
 )
 from cait_jax.cli.output import check_writable, echo, note
 from cait_jax.errors import UserError, printable
@@ -73,17 +74,20 @@ def command(
 
     Point at a patch: what it reads from every other, and who reads it, in every layer and head, before and after
     heads are mixed. Beside it are class attention, rollout and relevance for the most probable classes and for
-    --class, with deletion and insertion curves. Images that cannot be read are left out, and the exit status is
-    then 1.
+    --class, with deletion and insertion curves. Images that cannot be read, or have fewer pixels than patches, are
+    left out, and the exit status is then 1.
     """
-    from cait_jax.explain.report.look import look
+    from cait_jax.explain.report.look import check_model, look
     from cait_jax.explain.report.page import Seer, View, build_page
     from cait_jax.files import atomic_replace
 
     check_writable(output)
     models = [with_class_names(loaded, class_names) for loaded in load(**dtype_policy)]
     wanted = [class_indices(loaded, classes) for loaded in models]
-    _check(models, model_names, paths)
+    for loaded, name in zip(models, model_names, strict=True):
+        check_model(loaded.model, _shown(name))
+    total = len(paths)
+    paths = without_small(paths, models)
     kept = images_with_self_attention(models, paths, chosen, small=small)
 
     found: dict[Path, list[Any]] = {}  # for each image that can be read the arrays of each model
@@ -114,31 +118,7 @@ def command(
     with atomic_replace(output.absolute()) as temporary:
         temporary.write_text(page, encoding="utf-8")
     echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {len(shown)} images")
-    exit_if_broken(ctx, len(paths) - len(shown), len(paths))
-
-
-def _check(models: Sequence[LoadedModel], names: Sequence[str], paths: Sequence[Path]) -> None:
-    """Refuses networks and images that a report cannot show."""
-    from cait_jax.data.decode import read_size
-    from cait_jax.data.split import BrokenImage
-    from cait_jax.explain.attention import patch_grid
-    from cait_jax.explain.report.look import check_model
-
-    grids = {
-        _shown(name): patch_grid(check_model(loaded.model, _shown(name)))
-        for name, loaded in zip(names, models, strict=True)
-    }
-    for path in paths:
-        try:
-            height, width = read_size(path.read_bytes())
-        except (OSError, BrokenImage):
-            continue  # named when it is decoded
-        for name, (rows, columns) in grids.items():
-            if min(height, width) < min(rows, columns):
-                raise UserError(
-                    f"{path} is too small: {height} x {width} pixels, and {name} cuts an image in "
-                    f"{rows} x {columns} patches; give a larger one, or a smaller --image-size"
-                )
+    exit_if_left_out(ctx, total - len(shown), total)
 
 
 def images_with_self_attention(
@@ -151,7 +131,9 @@ def images_with_self_attention(
     named = {path.resolve(): path for path in chosen}
     if strangers := named.keys() - {path.resolve() for path in paths}:
         stranger = named[min(strangers)]
-        raise UserError(f"--self-attention {stranger} is none of the images: name it there too")
+        raise UserError(
+            f"--self-attention {stranger} is none of the images that are shown: name one of these"
+        )
     kept = [path for path in paths if path.resolve() in named] or list(
         paths[: max(1, KEPT // each)]
     )

@@ -132,7 +132,7 @@ def test_predict_gives_the_models_own_probabilities(saved, photographs):
         names = {p["class"]: p["label"] for p in record["predictions"]}
         assert names == {0: "tench, Tinca tinca", 1: "sparrow", 2: "teapot"}
     assert "broken.png cannot be decoded" in err
-    assert "1 of 8 images could not be read" in err
+    assert "1 of 8 images were left out" in err
 
 
 def test_predict_writes_csv_and_text(saved, photographs, tmp_path):

@@ -24,7 +24,7 @@ def test_pictures_and_numbers_of_a_folder(saved, photographs, tmp_path):
         "explain", photographs, "-m", saved, "--methods", "all", "--steps", 4, *EVERYTHING,
         "-o", tmp_path / "seen", status=1,
     )  # fmt: skip
-    assert "1 of 8 images could not be read" in err
+    assert "1 of 8 images were left out" in err
     written = {path.name for path in (tmp_path / "seen").iterdir()}
     assert {f"{i}.{part}.png" for i in range(7) for part in PARTS} <= written
     assert {"contact_sheet.png", "filters.png", "principal_filters.png", "positions.png"} <= written
@@ -125,6 +125,6 @@ def test_what_does_not_fit_is_one_sentence(model, arguments, sentence, saved, ot
 def test_an_image_with_fewer_pixels_than_patches_is_left_out(saved, tmp_path):
     Image.new("RGB", (1, 5)).save(tmp_path / "thin.png")
     _, err = cait("explain", tmp_path / "thin.png", "-m", saved, "-o", tmp_path / "o", status=1)
-    assert "it has 1 x 5 pixels, fewer than the network's 2 x 2 patches" in err
-    assert err.splitlines()[-1].endswith("no image is left to explain: give larger ones")
+    assert "thin.png is left out: its shorter side has 1 pixels, fewer than the 2 patches" in err
+    assert "every image is left out: give larger ones" in err.splitlines()[-1]
     assert not (tmp_path / "o").exists()

@@ -71,12 +71,14 @@ def manifest_of(path):
 @pytest.mark.slow
 def test_a_report_of_two_models_and_two_images(models, pictures, tmp_path):
     output = tmp_path / "report.html"
-    given = [pictures / name for name in ("a.png", "broken.png", "b.png")]
+    given = [pictures / name for name in ("a.png", "broken.png", "b.png", "dot.png")]
     out, err = cait_report(
         *given, "--model", models / "cait", "-m", models / "headless", "-o", output, status=1
     )
     assert re.fullmatch(rf"{re.escape(str(output))}: 0\.\d MB, 2 images\n", out)
     assert "broken.png" in err
+    assert "dot.png is left out: its shorter side has 1 pixels, fewer than the 2 patches" in err
+    assert "2 of 4 images were left out" in err
     manifest = manifest_of(output)
     assert [each["name"] for each in manifest["models"]] == ["cait", "headless"]
     shown = {(manifest["images"][view["image"]], view["model"]) for view in manifest["views"]}
@@ -143,7 +145,7 @@ def test_beyond_the_limit_the_first_images_keep_their_self_attention(models, pic
         (["a.png", "-m", "mean"], "mean has neither class attention nor a class token"),
         (["a.png", "-m", "cait", "--class", "clas 3"], "--class: there is no class 'clas 3'; nearest: class 3"),
         (["a.png", "-m", "headless", "--class", "3"], "leave out --class"),
-        (["dot.png", "-m", "cait"], "dot.png is too small: 1 x 1 pixels, and cait cuts an image in 2 x 2 patches"),
+        (["dot.png", "-m", "cait"], "every image is left out: give larger ones, or a smaller --image-size"),
         (["a.png", "-m", "cait", "--image-size", "8"], "--image-size 8"),
         (["a.png", "-m", "cait", "-m", "cait", "-m", "mean"], "--model is given 3 times: give it once or twice"),
         (["a.png", "-m", "cait", "-m", "mean", "--weights", "x"], "could be of either --model"),
