@@ -6,15 +6,8 @@ from typing import Any
 
 import click
 
-from cait_jax.cli.common import (
-    COUNT,
-    WORKERS,
-    LoadedModel,
-    class_names_option,
-    dtype_option,
-    model_options,
-    with_class_names,
-)
+from cait_jax.cli.classes import class_names_option, with_class_names
+from cait_jax.cli.common import COUNT, WORKERS, LoadedModel, dtype_option, model_options
 from cait_jax.cli.output import as_json, check_writable, echo, note, table
 from cait_jax.errors import UserError, printable
 

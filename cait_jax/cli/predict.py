@@ -6,15 +6,14 @@ from typing import Any
 
 import click
 
+from cait_jax.cli.classes import class_names_option, with_class_names
 from cait_jax.cli.common import (
     COUNT,
-    class_names_option,
     dtype_option,
     exit_if_left_out,
     image_options,
     model_options,
     run_over_images,
-    with_class_names,
 )
 from cait_jax.cli.output import csv_lines, json_line, text_output
 from cait_jax.errors import printable

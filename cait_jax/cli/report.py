@@ -7,18 +7,15 @@ from typing import Any
 
 import click
 
+from cait_jax.cli.classes import class_indices, class_names_option, class_option, with_class_names
 from cait_jax.cli.common import (
     COUNT,
     LoadedModel,
-    class_indices,
-    class_names_option,
-    class_option,
     dtype_option,
     exit_if_left_out,
     image_options,
     models_options,
     run_over_images,
-    with_class_names,
     without_small,
 )
 from cait_jax.cli.output import check_writable, echo, note
