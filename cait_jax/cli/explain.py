@@ -20,9 +20,8 @@ from cait_jax.cli.common import (
 )
 from cait_jax.cli.output import check_writable, echo, table
 from cait_jax.errors import UserError
+from cait_jax.explain.attribution import FOR_A_CLASS, METHODS
 
-METHODS = ("class_attention", "rollout", "relevance", "input_gradient", "integrated_gradients")
-FOR_A_CLASS = METHODS[2:]
 SHOWN = ("attribution", "attention", "patch", "matrices", "depth", "patches")
 
 
@@ -37,7 +36,7 @@ SHOWN = ("attribution", "attention", "patch", "matrices", "depth", "patches")
 @class_names_option
 @class_option
 @click.option(
-    "--method", "methods", multiple=True, type=click.Choice(METHODS),
+    "--method", "methods", multiple=True, type=click.Choice(tuple(METHODS)),
     help="Attribution method; may be repeated. [default: class_attention, and relevance with a head]",
 )  # fmt: skip
 @click.option(

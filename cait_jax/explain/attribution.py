@@ -11,6 +11,7 @@
 All are pure functions of (model, variables, images, classes) and can be jitted with the model fixed.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -88,7 +89,7 @@ def attention_rollout(model: CaiT, inside: Intermediates) -> PatchMaps:
 
     return _read_back(
         model,
-        [mixed_with_identity(maps) for maps in self_attention(model, inside)],
+        _each(mixed_with_identity, self_attention(model, inside)),
         [mixed_with_identity(maps) for maps in class_attention(model, inside)],
         residual=0.5,
     )
@@ -104,11 +105,9 @@ def gradient_relevance(model: CaiT, inside: Intermediates, gradients: Intermedia
     def positive(maps: Array, gradient: Array) -> Matrices:
         return jax.nn.relu(maps * gradient).mean(axis=1)
 
-    pairs = zip(self_attention(model, inside), self_attention(model, gradients), strict=True)
+    blocks = _each(positive, self_attention(model, inside), self_attention(model, gradients))
     of_class = zip(class_attention(model, inside), class_attention(model, gradients), strict=True)
-    return _read_back(
-        model, [positive(*pair) for pair in pairs], [positive(*pair) for pair in of_class]
-    )
+    return _read_back(model, blocks, [positive(*pair) for pair in of_class])
 
 
 def forward_gradients(
@@ -168,11 +167,26 @@ METHODS: Mapping[str, Callable[..., PatchMaps]] = {
     "input_gradient": input_gradient,
     "integrated_gradients": integrated_gradients,
 }
+FOR_A_CLASS = frozenset({"relevance", "input_gradient", "integrated_gradients"})  # need a head
+
+
+def _each(
+    function: Callable[..., Matrices], *layers: Sequence[Float[Array, "batch heads _ _"]]
+) -> list[Float[Array, "_ batch _ _"]]:
+    """The function of each block's maps, stacked over consecutive blocks of as many tokens, to compile once."""
+    runs = itertools.groupby(zip(*layers, strict=True), key=lambda maps: maps[0].shape)
+    return [
+        jax.lax.map(
+            lambda maps: function(*maps),
+            tuple(jnp.stack(kind) for kind in zip(*run, strict=True)),
+        )
+        for _, run in runs
+    ]
 
 
 def _read_back(
     model: CaiT,
-    blocks: Sequence[Float[Array, "batch _ _"]],
+    blocks: Sequence[Float[Array, "_ batch _ _"]],
     class_blocks: Sequence[Float[Array, "batch 1 _"]],
     residual: float = 1.0,
 ) -> PatchMaps:
@@ -181,7 +195,7 @@ def _read_back(
     The product over blocks is applied to the row of the token that the head reads, from the last block to the
     first; of two tokens (distilled) and of the mean of all patches, to the mean of their rows.
     """
-    specials, (batch, tokens, _) = special_tokens(model), blocks[-1].shape
+    specials, (_, batch, tokens, _) = special_tokens(model), blocks[-1].shape
     if class_blocks:
         cls, row = jnp.ones((batch,)), jnp.zeros((batch, tokens))
         for A in reversed(class_blocks):
@@ -190,9 +204,14 @@ def _read_back(
     else:
         read = specials[-1] or tokens
         row = jnp.where(jnp.arange(tokens) < read, 1.0 / read, 0.0)[None, :].repeat(batch, axis=0)
-    for A in reversed(blocks):
-        row = row[:, row.shape[1] - A.shape[1] :]  # a token that has not joined yet holds nothing
-        row = residual * row + jnp.einsum("bq,bqk->bk", row, A)
+
+    def through(row: Array, A: Array) -> tuple[Array, None]:
+        return residual * row + jnp.einsum("bq,bqk->bk", row, A), None
+
+    for run in reversed(blocks):
+        # A token that has not joined yet holds nothing.
+        row = row[:, row.shape[1] - run.shape[-1] :]
+        row, _ = jax.lax.scan(through, row, run, reverse=True)
     return over_image(model, row[:, specials[0] :])
 
 

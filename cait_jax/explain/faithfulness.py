@@ -24,21 +24,21 @@ BASELINES = ("random", "centre")
 class Curves(NamedTuple):
     """Probabilities of each image's class, after no patch, some, and at last all, in equal steps.
 
-    Areas are of the trapezoid rule over the fraction of patches, in [0, 1]. Where several classes were given for
-    an image, an axis of them follows that of the images.
+    Areas are of the trapezoid rule over the fraction of patches, in [0, 1]. The axes are those of the maps but for
+    rows and columns, then that of the classes where several were given for an image.
     """
 
-    deletion: Float[Array, "batch *rest points"]
-    insertion: Float[Array, "batch *rest points"]
+    deletion: Float[Array, "*axes points"]
+    insertion: Float[Array, "*axes points"]
 
     @property
-    def deletion_area(self) -> Float[Array, "batch *rest"]:
+    def deletion_area(self) -> Float[Array, "*axes"]:
         """Less is better."""
         found: Array = area(self.deletion)
         return found
 
     @property
-    def insertion_area(self) -> Float[Array, "batch *rest"]:
+    def insertion_area(self) -> Float[Array, "*axes"]:
         """More is better."""
         found: Array = area(self.insertion)
         return found
@@ -49,34 +49,43 @@ def deletion_insertion(
     variables: Variables,
     images: Images,
     classes: Int[Array, "batch *rest"],
-    maps: PatchMaps,
+    maps: Float[Array, "*kinds batch rows columns"],
     *,
     steps: int = 14,
 ) -> Curves:
     """Both curves of one map an image, at `steps + 1` points, for its class or for each of several.
 
     Deletion leads from the image to its mean colour (0, normalised), insertion from the blurred image to the
-    image. Patches of equal value go row by row.
+    image. Patches of equal value go row by row. Several kinds of maps on leading axes share one compiled forward
+    pass.
     """
     images = jnp.asarray(images)
     rows, columns = patch_grid(model)
-    patches = rows * columns
-    order = jnp.argsort(-maps.reshape(maps.shape[0], patches), axis=1, stable=True)
-    rank = jnp.argsort(order, axis=1)  # of each patch, 0 the largest
+    patches, batch = rows * columns, images.shape[0]
     blurred = blur(images, max(BLUR * max(images.shape[1:3]) / 224, model.patch_size / 2))
+    absent = jnp.stack([images, blurred])  # of each curve, the pixels before a patch's turn
+    present = jnp.stack([jnp.zeros_like(images), images])  # and after it
 
-    def at(step: Array) -> tuple[Array, Array]:
-        first = rank < jnp.round(step * patches / steps)
-        mask = first.reshape(-1, rows, columns)
-        mask = jnp.repeat(jnp.repeat(mask, model.patch_size, 1), model.patch_size, 2)[..., None]
-        deleted, inserted = jnp.where(mask, 0.0, images), jnp.where(mask, images, blurred)
-        return (
-            _probability(model, variables, deleted, classes),
-            _probability(model, variables, inserted, classes),
-        )
+    def of_maps(maps: PatchMaps) -> Array:
+        order = jnp.argsort(-maps.reshape(batch, patches), axis=1, stable=True)
+        rank = jnp.argsort(order, axis=1)  # of each patch, 0 the largest
 
-    deletion, insertion = jax.lax.map(at, jnp.arange(steps + 1))
-    return Curves(jnp.moveaxis(deletion, 0, -1), jnp.moveaxis(insertion, 0, -1))
+        def at(point: Array) -> Array:
+            curve, step = jnp.divmod(point, steps + 1)
+            mask = (rank < jnp.round(step * patches / steps)).reshape(batch, rows, columns)
+            mask = jnp.repeat(jnp.repeat(mask, model.patch_size, 1), model.patch_size, 2)[..., None]
+            mixed = jnp.where(mask, present[curve], absent[curve])
+            return _probability(model, variables, mixed, classes)
+
+        found = jax.lax.map(at, jnp.arange(2 * (steps + 1)))
+        return jnp.moveaxis(found.reshape(2, steps + 1, *classes.shape), 1, -1)
+
+    kinds = maps.shape[:-3]
+    flat = jax.lax.map(of_maps, maps.reshape(-1, batch, rows, columns))
+    deletion, insertion = (
+        flat[:, curve].reshape(*kinds, *classes.shape, steps + 1) for curve in range(2)
+    )
+    return Curves(deletion, insertion)
 
 
 def compare(
@@ -99,9 +108,11 @@ def compare(
         "random": random_maps(images, shape, seed),
         "centre": jnp.broadcast_to(centre_blob(shape[1], shape[2]), shape),
     }
+    stacked = jnp.stack(list(maps.values()))
+    curves = deletion_insertion(model, variables, images, classes, stacked, steps=steps)
     return {
-        name: (found, deletion_insertion(model, variables, images, classes, found, steps=steps))
-        for name, found in maps.items()
+        name: (found, Curves(curves.deletion[number], curves.insertion[number]))
+        for number, (name, found) in enumerate(maps.items())
     }
 
 
@@ -134,18 +145,24 @@ def centre_blob(rows: int, columns: int) -> Float[Array, "rows columns"]:
 
 
 def blur(images: Images, sigma: float) -> Float[Array, "batch height width channels"]:
-    """A Gaussian blur with edge padding; `sigma` in pixels."""
+    """A Gaussian blur with edge padding, cut off at 3 `sigma` pixels: a matrix product along each side."""
+    images = jnp.asarray(images)
+    down, across = (
+        jnp.asarray(_blur_matrix(side, sigma), images.dtype) for side in images.shape[1:3]
+    )
+    return jnp.einsum("yh,bhwc,xw->byxc", down, images, across, precision="highest")
+
+
+def _blur_matrix(side: int, sigma: float) -> Float[np.ndarray, "side side"]:
+    """The weight of each pixel of a line (column) in each blurred one (row)."""
     radius = max(1, int(3 * sigma))
-    taps = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
-    taps = (taps / taps.sum()).astype(images.dtype)
-
-    def along(x: Array, axis: int) -> Array:
-        pad = [(0, 0)] * x.ndim
-        pad[axis] = (radius, radius)
-        padded = jnp.pad(x, pad, mode="edge")
-        return jnp.apply_along_axis(lambda v: jnp.convolve(v, taps, mode="valid"), axis, padded)
-
-    return along(along(jnp.asarray(images), 1), 2)
+    offsets = np.arange(-radius, radius + 1)
+    taps = np.exp(-0.5 * (offsets / sigma) ** 2)
+    matrix = np.zeros((side, side))
+    for offset, tap in zip(offsets, taps / taps.sum(), strict=True):
+        read = np.clip(np.arange(side) + offset, 0, side - 1)
+        np.add.at(matrix, (np.arange(side), read), tap)
+    return matrix
 
 
 def _probability(

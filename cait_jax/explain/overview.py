@@ -106,9 +106,9 @@ def _attributions(
             "insertion": {m: curves.insertion for m, (_, curves) in found.items()},
         }
 
-    each = [of_class(chosen[:, number]) for number in range(chosen.shape[1])]
-    stacked: Arrays = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *each)
-    return stacked
+    by_class = jax.lax.map(of_class, chosen.T)
+    found: Arrays = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), by_class)
+    return found
 
 
 def _statistics(model: CaiT, variables: Any, images: Array, inside: Any) -> Arrays:

@@ -109,3 +109,38 @@ def test_points_need_not_divide_the_patches(images):
     curves = faithfulness.deletion_insertion(MODEL, {}, images, CLASSES, ONE_HOT, steps=4)
     assert curves.deletion.shape == (2, 5)
     np.testing.assert_allclose(curves.insertion[:, -1], curves.deletion[:, 0], rtol=1e-6)
+
+
+def test_several_kinds_of_maps_share_one_forward_pass(images):
+    calls = []
+
+    class Counts(ReadsOnePatch):
+        def __call__(self, images, train=False, example_ids=None):
+            calls.append(images.shape)
+            return super().__call__(images, train, example_ids)
+
+    model = Counts(**{name: getattr(MODEL, name) for name in ("image_size", "width", "depth")},
+                   num_heads=1, num_classes=2)  # fmt: skip
+    classes = jnp.array([[0, 1], [1, 0]])
+    maps = jax.random.uniform(jax.random.key(0), (3, 2, 2, 3))
+    together = jax.jit(
+        lambda maps: faithfulness.deletion_insertion(model, {}, images, classes, maps, steps=4)
+    )(maps)
+    assert calls == [images.shape]
+    assert together.deletion.shape == (3, 2, 2, 5)
+    assert together.insertion_area.shape == (3, 2, 2)
+    for kind in range(3):
+        alone = faithfulness.deletion_insertion(MODEL, {}, images, classes, maps[kind], steps=4)
+        np.testing.assert_allclose(together.deletion[kind], alone.deletion, rtol=1e-6)
+        np.testing.assert_allclose(together.insertion[kind], alone.insertion, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.4, 5.0, 30.0])  # 30: a window wider than the image
+def test_blur_is_a_gaussian_with_repeated_edges(sigma):
+    images = np.random.default_rng(0).standard_normal((2, 32, 48, 3)).astype(np.float32)
+    expected = images.astype(np.float64)
+    for axis in (1, 2):
+        expected = gaussian_filter1d(
+            expected, sigma, axis=axis, mode="nearest", radius=max(1, int(3 * sigma))
+        )
+    np.testing.assert_allclose(faithfulness.blur(images, sigma), expected, rtol=1e-5, atol=1e-6)

@@ -113,16 +113,9 @@ def look(
                 lambda chosen: relevance(model, variables, images, chosen), classes.T
             )
             stacked = jnp.concatenate([jnp.stack(maps), of_class])
-            deletion, insertion = jax.lax.map(
-                lambda each: deletion_insertion(
-                    model, variables, images, classes, each, steps=steps
-                ),
-                stacked,
-            )
-            found["deletion"], found["insertion"] = (
-                deletion.swapaxes(0, 1),
-                insertion.swapaxes(0, 1),
-            )
+            curves = deletion_insertion(model, variables, images, classes, stacked, steps=steps)
+            found["deletion"] = curves.deletion.swapaxes(0, 1)
+            found["insertion"] = curves.insertion.swapaxes(0, 1)
         else:
             stacked = jnp.stack(maps)
         found["maps"] = stacked.swapaxes(0, 1)
