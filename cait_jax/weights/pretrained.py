@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from cait_jax.data.image_files import nearest_path
 from cait_jax.data.preprocess import Preprocessing
-from cait_jax.errors import Literal, UserError, Way, advise, in_python, setting
+from cait_jax.errors import Literal, UserError, Way, advise, in_python, nearest, setting
 from cait_jax.models import zoo
 from cait_jax.models.variants import VARIANTS
 from cait_jax.weights.adapt import adapt_head, adapt_input
@@ -231,13 +232,21 @@ def _preprocessing(name_or_path: str | os.PathLike[str]) -> Preprocessing:
 
 
 def _is_name(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether it is a model's name and not a path; what is neither is refused as the likelier of the two."""
+    """Whether it is a model's name and not a path; what is neither is refused as the likelier of the two.
+
+    Raises:
+      UserError: it looks like a name and is none, with the nearest names and models in the working directory.
+    """
     if not isinstance(name_or_path, str):
         return False
     if name_or_path in VARIANTS or name_or_path in RELEASED:
         return True
     path = Path(name_or_path)
-    return not path.exists() and path.name == name_or_path and not path.suffix
+    if path.exists() or path.name != name_or_path or path.suffix:
+        return False
+    beside = [each.name for each in Path().iterdir() if is_run(each) or is_saved(each)]
+    known = {*VARIANTS, *RELEASED, *beside}
+    raise UserError(f"there is no model {name_or_path!r}; {nearest(name_or_path, known)}")
 
 
 def _read(path: Path, ema: bool) -> tuple[Any, dict[str, np.ndarray]]:
@@ -267,6 +276,7 @@ def _no_source(path: Path) -> UserError:
     return UserError(
         f"{path} {what} a file of weights ({', '.join(SUFFIXES)}), the directory of a saved model "
         "(with a config.json) or of a training run (with checkpoints/): give one of these"
+        + ("" if path.exists() else nearest_path(path))
     )
 
 

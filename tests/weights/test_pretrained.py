@@ -140,8 +140,10 @@ def test_weights_of_another_architecture_name_the_file(file):
 @pytest.mark.parametrize(
     ("place", "sentence"),
     [
-        ("cait_xs2", r"no model 'cait_xs2'; nearest"),
+        ("cait_xs2", r"no model 'cait_xs2'; nearest: cait_xs24"),
+        ("clasifier", r"no model 'clasifier'; nearest: classifier$"),
         ("absent/", r"absent does not exist, so it is not a file of weights"),
+        ("./clasifier", r"give one of these; nearest: classifier$"),
         ("empty", r"empty is not a file of weights .*give one of these"),
         (
             "w.safetensors",
@@ -152,6 +154,8 @@ def test_weights_of_another_architecture_name_the_file(file):
 def test_what_is_neither_a_name_nor_a_source(tmp_path, monkeypatch, file, place, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "classifier").mkdir()
+    (tmp_path / "classifier" / "config.json").write_text("{}")
     with pytest.raises(UserError, match=sentence):
         load_pretrained(place)
     if place != "w.safetensors":
