@@ -1,6 +1,7 @@
 """`cait explain`: pictures of what a network sees in photographs, and their numbers."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -342,11 +343,16 @@ def _scores(each: Sequence[Any]) -> str:
         )
         for method in each[0]["deletion"]
     }
+
+    def score(areas: dict[str, float], name: str) -> str:
+        error = areas[f"{name}_error"]  # of one image there is none
+        return f"{areas[name]:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
+
     rows = [
         {
             "method": method,
-            "deletion (less is better)": f"{areas['deletion']:.4f} ± {areas['deletion_error']:.4f}",
-            "insertion (more is better)": f"{areas['insertion']:.4f} ± {areas['insertion_error']:.4f}",
+            "deletion (less is better)": score(areas, "deletion"),
+            "insertion (more is better)": score(areas, "insertion"),
         }
         for method, areas in summary(curves).items()
     ]

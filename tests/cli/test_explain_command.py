@@ -7,6 +7,7 @@ from PIL import Image
 from test_commands import cait
 
 from cait_jax import create_model, load_pretrained, preprocessing, save_pretrained
+from cait_jax.cli.explain import _scores
 from cait_jax.explain import attribution
 
 SHOWN = ("attribution", "attention", "patch", "matrices", "depth", "patches")
@@ -128,3 +129,11 @@ def test_an_image_with_fewer_pixels_than_patches_is_left_out(saved, tmp_path):
     assert "thin.png is left out: its shorter side has 1 pixels, fewer than the 2 patches" in err
     assert "every image is left out: give larger ones" in err.splitlines()[-1]
     assert not (tmp_path / "o").exists()
+
+
+def test_the_scores_of_one_image_have_no_error():
+    curve = np.array([[1.0, 0.5, 0.0]])
+    one = {"deletion": {"random": curve}, "insertion": {"random": curve[:, ::-1]}}
+    assert "±" not in _scores([one])
+    assert "nan" not in _scores([one])
+    assert _scores([one, one]).count("0.5000 ± 0.0000") == 2
