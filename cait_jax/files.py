@@ -1,21 +1,29 @@
-"""Files that a crash leaves whole: fsync, checksums, atomic replacement, strict JSON, manifests of directories.
+"""Files that a crash leaves whole: fsync, checksums, atomic replacement, strict JSON, manifests and locks.
 
 A directory with a valid manifest was written completely and has not changed since.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
+import secrets
+import socket
+import threading
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from cait_jax.errors import UserError, one_line, printable, writable
 
 MANIFEST = "manifest.json"
+LOCK = "lock.json"
+HEARTBEAT_S, STALE_S = 10.0, 60.0
 # What Orbax expands in a path.
 _GLOB = "*?[]" if os.sep == "\\" else "*?[]\\"
 
@@ -67,6 +75,16 @@ def to_json(value: Any) -> str:
     return json.dumps(json_values(value), allow_nan=False)
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file's value; `DamagedError` for one that cannot be read, is no JSON, or is nested too deeply."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DamagedError(f"there is no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{path.name} cannot be read ({one_line(str(error))})") from None
+
+
 def commit(directory: Path, fields: Mapping[str, Any]) -> None:
     """Syncs all files under a directory, then writes its manifest: their sizes and SHA-256, and `fields`."""
     files = {}
@@ -96,16 +114,20 @@ def _checksum(body: Mapping[str, Any]) -> str:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest; `DamagedError` if it is missing, unreadable or differs from its own checksum."""
-    try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        checksum = manifest.pop("sha256")
-    except FileNotFoundError:
-        raise DamagedError(f"it has no {MANIFEST}, so its save did not finish") from None
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise DamagedError(f"{MANIFEST} cannot be read ({one_line(str(error))})") from None
+    """The manifest; `DamagedError` if it is missing, unreadable, incomplete or differs from its own checksum."""
+    if not (directory / MANIFEST).exists():
+        raise DamagedError(f"it has no {MANIFEST}, so its save did not finish")
+    manifest = read_json(directory / MANIFEST)
+    if not isinstance(manifest, dict) or "sha256" not in manifest:
+        raise DamagedError(f"{MANIFEST} is none")
+    checksum = manifest.pop("sha256")
     if checksum != _checksum(manifest):
         raise DamagedError(f"{MANIFEST} differs from its own SHA-256")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(file, dict) and file.keys() == {"size", "sha256"} for file in files.values()
+    ):
+        raise DamagedError(f"{MANIFEST} lists no files")
     return manifest
 
 
@@ -128,3 +150,152 @@ def run_folder(workdir: str | Path) -> Path:
             "takes for a pattern; give another --workdir"
         )
     return Path(workdir)
+
+
+class DirectoryLock(AbstractContextManager["DirectoryLock", None]):
+    """A directory in use by one process: DIRECTORY/lock.json names it and is touched every `HEARTBEAT_S` seconds.
+
+    On one host the system's own lock (flock) decides, which ends with its process. Shared and mounted storage may
+    not pass it on: there a lock of another host holds until its file is `STALE_S` seconds old, by the storage's
+    clock.
+
+    Attributes:
+      taken_over: a sentence about the process that left the lock behind, else "".
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Takes the lock.
+
+        Raises:
+          UserError: another process holds it; its host and number are named.
+        """
+        self._path = directory / LOCK
+        self._token = secrets.token_hex(8)
+        self._lost = ""
+        self._file = self._open()
+        try:
+            self.taken_over = self._take()
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self._released.set()
+        self._thread.join()
+        if not self._lost:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+        os.close(self._file)
+
+    def check(self) -> None:
+        """Raises `UserError` if another process has taken the lock, which a stopped or cut off process allows."""
+        if self._lost:
+            raise UserError(self._lost)
+
+    def _open(self) -> int:
+        while True:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = _holder(file)
+                os.close(file)
+                raise self._refusal(holder) from None
+            except OSError:  # a file system without locks
+                return file
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), self._path.stat()):
+                    return file
+            os.close(file)  # its holder has just deleted it
+
+    def _take(self) -> str:
+        holder = _holder(self._file)
+        host, boot = socket.gethostname(), _boot_id()
+        here = (holder.get("host"), holder.get("boot")) == (host, boot)
+        if holder and (_runs(holder) if here else self._age() < STALE_S):
+            raise self._refusal(holder)
+        record = {
+            "host": host,
+            "boot": boot,  # hosts can share a name
+            "process": os.getpid(),
+            "process_start": _process_start(os.getpid()),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "token": self._token,
+        }
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps(record).encode(), 0)
+        os.fsync(self._file)
+        if not holder:
+            return ""
+        return f"took over {self._path.parent} from {_named(holder)}, which has ended without releasing it"
+
+    def _age(self) -> float:
+        """Seconds since the last heartbeat, by the clock of the storage."""
+        probe = self._path.with_name(f".{LOCK}.{self._token}")
+        try:
+            probe.touch()
+            return probe.stat().st_mtime - os.fstat(self._file).st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _refusal(self, holder: Mapping[str, Any]) -> UserError:
+        return UserError(
+            f"{self._path.parent} is in use by {_named(holder)}: wait for its end or end it (on another "
+            f"host the lock lapses {STALE_S:.0f} seconds later), or give another --workdir"
+        )
+
+    def _beat(self) -> None:
+        seconds = 1.0  # the first soon, for two hosts that took it at the same moment
+        while not self._released.wait(seconds):
+            seconds = HEARTBEAT_S
+            with contextlib.suppress(OSError):  # storage that is away for a while
+                holder = _holder(os.open(self._path, os.O_RDONLY), close=True)
+                if holder and holder.get("token") != self._token:
+                    self._lost = (
+                        f"{self._path.parent} was taken over by {_named(holder)} while this process was stopped "
+                        "or cut off: nothing more is written; what is saved goes on there"
+                    )
+                    return
+                os.utime(self._file)
+
+
+def _holder(file: int, *, close: bool = False) -> dict[str, Any]:
+    """Who a lock's file names; empty if nobody, or if it can be read by nobody."""
+    try:
+        found = json.loads(os.pread(file, 4096, 0))
+    except (ValueError, RecursionError):
+        return {}
+    finally:
+        if close:
+            os.close(file)
+    return found if isinstance(found, dict) else {}
+
+
+def _named(holder: Mapping[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    return f"process {holder.get('process')} on {holder.get('host')} (since {holder.get('since')})"
+
+
+def _runs(holder: Mapping[str, Any]) -> bool:
+    """Whether a process of this host still runs; another process may have its number."""
+    start = _process_start(holder.get("process"))
+    return start is not None and start == holder.get("process_start")
+
+
+def _process_start(process: object) -> str | None:
+    """When a process was started, in the kernel's own unit; None if there is none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _boot_id() -> str | None:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None

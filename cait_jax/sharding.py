@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from cait_jax.errors import UserError, setting
 
@@ -152,6 +154,31 @@ def shard_over_batch(function: Callable[..., Any], batched: int) -> Callable[...
         )(*arguments)
 
     return sharded
+
+
+def reshape(x: Any, *shape: Any) -> Array:
+    """`x.reshape(shape)`, the batch axis of which keeps its sharding, as JAX asks for under explicit mesh axes."""
+    spec = _explicit_spec(x, len(shape))
+    return x.reshape(shape) if spec is None else jax.lax.reshape(x, shape, out_sharding=spec)
+
+
+def tile(token: Array, like: Array) -> Array:
+    """(1, 1, d) to (batch, 1, d), with the batch axis of `like`, sharded as it is under explicit mesh axes."""
+    shape = (like.shape[0], *token.shape[1:])
+    return jnp.broadcast_to(token, shape, out_sharding=_explicit_spec(like, 3))
+
+
+def positions(batch: Any) -> Array:
+    """0, 1, ... for each example, int32 (batch,), sharded as the batch under explicit mesh axes."""
+    return jnp.arange(batch.shape[0], out_sharding=_explicit_spec(batch, 1))
+
+
+def _explicit_spec(x: Any, ndim: int) -> PartitionSpec | None:
+    """That of the batch axis, for `ndim` axes; None where no axis of the mesh is explicit."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    if not spec or spec[0] is None:
+        return None
+    return PartitionSpec(spec[0], *[None] * (ndim - 1))
 
 
 def constrain_replicated(tree: Any) -> Any:

@@ -143,6 +143,19 @@ def test_two_processes_read_and_learn_what_one_does_and_resume(tmp_path, environ
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_one_of_two_stops_both_at_the_same_step(
+    tmp_path, environment, data_dir, number
+):
+    stopped = start(environment, tmp_path, data_dir, processes=2)
+    wait_for(tmp_path, 1, stopped)
+    stopped[1].send_signal(number)
+    said = finish(stopped, status=130)
+    assert "the same command goes on from there" in said[0]
+    assert Checkpoints(tmp_path / "checkpoints").latest_step() >= 1
+
+
+@pytest.mark.slow
 def test_a_process_that_fails_takes_the_others_with_it(tmp_path, environment, data_dir):
     """One finds no data and says so. The other, which would wait for it for ever, ends too."""
     processes = start(

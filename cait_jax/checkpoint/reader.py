@@ -4,6 +4,7 @@ A state is restored only if tree, shapes and dtypes are those of the template; O
 word.
 """
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from cait_jax.errors import UserError, one_line
-from cait_jax.files import MANIFEST, DamagedError, read_manifest, sha256
+from cait_jax.files import MANIFEST, DamagedError, read_json, read_manifest, sha256
 from cait_jax.sharding import leaf_shapes
 
 _log = logging.getLogger(__name__)
@@ -25,33 +26,82 @@ _log = logging.getLogger(__name__)
 # Orbax's items, and the folders of a step.
 STATE = "state"
 META = "meta"
+RUN = "run.json"
+FORMAT = 1  # of a step's manifest; 0 has neither format nor run
 
 # What process 0 broadcasts instead of a step.
 _NOTHING_SAVED = -1
 _NOTHING_USABLE = -2
 
 
-def verify(directory: Path, prefix: str = "") -> None:
-    """Checks the sizes of all files against the manifest, and the SHA-256 of those whose name has the prefix.
+def run_id(directory: Path) -> str | None:
+    """The run whose checkpoints these are, by `run.json`, else by the newest step; None: neither has an id."""
+    with contextlib.suppress(DamagedError):
+        run = read_json(directory / RUN)
+        if isinstance(run, dict) and isinstance(run.get("run"), str):
+            return str(run["run"])
+    steps = (int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+    for step in sorted(steps, reverse=True):
+        with contextlib.suppress(DamagedError):
+            return read_manifest(directory / str(step)).get("run")
+    return None
+
+
+def read_step_manifest(path: Path, run: str | None) -> dict[str, Any]:
+    """The manifest of a step, if it is of this step and run; `metrics` is a dict.
 
     Raises:
-      DamagedError: naming the first file that is missing or differs.
+      DamagedError: it is damaged, or of another step or run.
+      UserError: a later version wrote it.
     """
-    files = read_manifest(directory)["files"]
+    manifest = read_manifest(path)
+    if manifest.get("format", 0) > FORMAT:
+        raise UserError(
+            f"{path} has format {manifest['format']}, and this version reads up to {FORMAT}: install a newer one"
+        )
+    if manifest.get("step") != int(path.name):
+        raise DamagedError(f"it is of step {manifest.get('step')}, by its {MANIFEST}")
+    if run is not None and manifest.get("run", run) != run:
+        raise DamagedError(f"it is of another run ({manifest['run']}), by its {MANIFEST}")
+    metrics = manifest.get("metrics")
+    if not isinstance(metrics, dict) or not all(
+        isinstance(value, int | float | None) for value in metrics.values()
+    ):
+        raise DamagedError(f"{MANIFEST} has no metrics, or some that are no numbers")
+    return manifest
+
+
+def verify(path: Path, run: str | None, prefix: str = "") -> None:
+    """Checks a step's manifest, the sizes of all files, and the SHA-256 of those whose name has the prefix.
+
+    Raises:
+      DamagedError: naming the first file that is missing, differs, or is not in the manifest.
+      UserError: a later version wrote it.
+    """
+    files = read_step_manifest(path, run)["files"]
     for name, expected in files.items():
         try:
-            size = (directory / name).stat().st_size
+            size = (path / name).stat().st_size
         except OSError as error:
             raise DamagedError(f"{name} is missing ({error.strerror})") from None
         if size != expected["size"]:
             raise DamagedError(f"{name} has {size} bytes instead of {expected['size']}")
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.is_file() and name not in files and not _is_of_the_file_system(file.name):
+            raise DamagedError(f"{name} is not in its {MANIFEST}")
     for name in filter(lambda name: name.startswith(prefix), files):
         try:
-            found = sha256(directory / name)
+            found = sha256(path / name)
         except OSError as error:
             raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
         if found != files[name]["sha256"]:
             raise DamagedError(f"{name} differs from its SHA-256 in {MANIFEST}")
+
+
+def _is_of_the_file_system(name: str) -> bool:
+    """Whether it is the manifest, or a file that an interrupted replacement, NFS or macOS leaves."""
+    return name in (MANIFEST, f".{MANIFEST}.tmp", ".DS_Store") or name.startswith((".nfs", "._"))
 
 
 def choose_step(
@@ -71,6 +121,7 @@ def choose_step(
     Raises:
       UserError: the step asked for is missing or damaged, or none can be used.
     """
+    run = run_id(directory)
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps)) or "none"
         raise UserError(
@@ -78,7 +129,7 @@ def choose_step(
         )
     for candidate in reversed(steps) if step is None else [step]:
         try:
-            verify(directory / str(candidate), prefix)
+            verify(directory / str(candidate), run, prefix)
         except DamagedError as error:
             if step is not None:
                 raise UserError(

@@ -3,10 +3,11 @@
 Orbax neither syncs to the disk nor notices a flipped bit. So a step counts only once it is committed: files and
 directories are synced, then a manifest of their checksums is put in place.
 
+    DIRECTORY/run.json              the run's id
     DIRECTORY/<step>/state/         the arrays
     DIRECTORY/<step>/meta/          JSON
-    DIRECTORY/<step>/manifest.json  size and SHA-256 of each file, and the metrics
-    DIRECTORY/broken/<step>         what was in the way of a save and could not be used
+    DIRECTORY/<step>/manifest.json  step, id of the run, size and SHA-256 of each file, and the metrics
+    DIRECTORY/broken/<step>         what was in the way of a save and could not be used; the last three
 """
 
 import contextlib
@@ -14,6 +15,8 @@ import json
 import logging
 import math
 import os
+import secrets
+import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -30,6 +33,7 @@ from cait_jax.checkpoint import reader
 from cait_jax.errors import UserError, one_line
 
 _log = logging.getLogger(__name__)
+_BROKEN_KEPT = 3
 
 
 class Checkpoints(AbstractContextManager["Checkpoints", None]):
@@ -82,6 +86,8 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
         state: PyTree,
         meta: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
+        *,
+        rollback_point: bool = True,
     ) -> None:
         """Starts saving, after the save before; returns once `state` is copied to the host and may be donated.
 
@@ -89,13 +95,19 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
           state: pytree of arrays of any dtype but PRNG keys.
           meta: JSON, where numbers that are not finite become null.
           metrics: of this step; without a finite `best_metric` it cannot be the best.
+          rollback_point: whether it is one of `rollback_step`'s; the newest of these is kept.
 
         Raises:
           UserError: this save or the one before failed, or `step` is already saved.
         """
         self.wait()
         snapshot = json.loads(files.to_json(meta))
-        fields = {"step": step, "metrics": files.json_values(metrics or {})}
+        fields = {
+            "format": reader.FORMAT,
+            "step": step,
+            "metrics": files.json_values(metrics or {}),
+            "rollback_point": rollback_point,
+        }
         try:
             manager = self._open_manager()
             self._saving = step
@@ -117,7 +129,7 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
         def finish() -> None:
             manager.wait_until_finished()
             if jax.process_index() == 0:
-                files.commit(self._path(step), fields)
+                files.commit(self._path(step), {**fields, "run": reader.run_id(self._directory)})
 
         self._in_background(step, finish)
 
@@ -133,8 +145,18 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics of a committed step, NaN where one was not finite; empty if none were given."""
         self._join()
-        recorded = files.read_manifest(self._path(step))["metrics"].items()
+        recorded = self._manifest(step)["metrics"].items()
         return {name: math.nan if value is None else value for name, value in recorded}
+
+    def rollback_step(self) -> int | None:
+        """The newest good step that was saved as a `rollback_point`; None if there is none."""
+
+        def choose() -> int | None:
+            points = [step for step in self._committed() if self._is_point(step)]
+            return reader.choose_step(self._directory, sorted(points), None, self._damage)
+
+        self._join()
+        return reader.agree_on_step(self._directory, choose)
 
     def latest_step(self) -> int | None:
         """The newest committed step, by its manifest alone."""
@@ -208,6 +230,9 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
                 with contextlib.suppress(OSError):  # the parent may be somebody else's
                     files.fsync(self._directory.parent)
                 self._move_broken_steps()
+                run = reader.run_id(self._directory) or secrets.token_hex(8)
+                with files.atomic_replace(self._directory / reader.RUN) as temporary:
+                    temporary.write_text(json.dumps({"format": reader.FORMAT, "run": run}))
             # Opening has a barrier, so the others see the directory as process 0 left it.
             self._manager = ocp.CheckpointManager(
                 self._directory,
@@ -237,12 +262,23 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
                 aside = aside.with_name(f"{step}-{count}")
             aside.parent.mkdir(exist_ok=True)
             self._path(step).rename(aside)
+            aside.touch()
             _log.warning("Moved the unusable checkpoint %s to %s.", self._path(step), aside)
+            old = sorted(aside.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+            for path in old[:-_BROKEN_KEPT]:
+                shutil.rmtree(path, ignore_errors=True)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Orbax's preservation policy: the newest committed steps, the best, and the one being saved."""
         committed = self._committed()
-        kept = {*sorted(committed)[-self._keep :], self._best(committed), self._saving}
+        points = filter(self._is_point, committed)
+        newest_point = max(points, default=None)
+        kept = {
+            *sorted(committed)[-self._keep :],
+            self._best(committed),
+            newest_point,
+            self._saving,
+        }
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
     def _in_background(self, step: int, work: Callable[[], None]) -> None:
@@ -286,9 +322,14 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
         for step in self._steps():
             if step not in self._damage:
                 with contextlib.suppress(files.DamagedError):
-                    metrics = files.read_manifest(self._path(step))["metrics"]
-                    found[step] = metrics.get(self._best_metric)
+                    found[step] = self._manifest(step)["metrics"].get(self._best_metric)
         return found
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        return reader.read_step_manifest(self._path(step), reader.run_id(self._directory))
+
+    def _is_point(self, step: int) -> bool:
+        return bool(self._manifest(step).get("rollback_point", True))
 
     def _best(self, committed: Mapping[int, float | None]) -> int | None:
         known = {step: value for step, value in committed.items() if value is not None}

@@ -31,12 +31,14 @@ from cait_jax.models.layers import (
     PatchEmbed,
     StochasticDepth,
     Tokens,
+    check_images,
     linear,
     mix_heads,
     record,
     saveable,
 )
 from cait_jax.models.residual import complete_options, residual_scheme
+from cait_jax.sharding import positions, reshape, tile
 
 ClassToken = Float[Array, "batch 1 d"]
 
@@ -65,7 +67,7 @@ class SelfAttention(nn.Module):
 
         # Split before the heads are: on TPUs an array with a last axis of head_dim 48 is padded to 128.
         q, k, v = jnp.split(linear(x, 3 * width, "qkv", dtypes), 3, axis=-1)
-        q, k, v = (part.reshape(batch, tokens, heads, head_dim) for part in (q, k, v))
+        q, k, v = (reshape(part, batch, tokens, heads, head_dim) for part in (q, k, v))
         if self.talking_heads:
             weight, bias = HeadMixing(heads, dtypes.param_dtype, name="proj_l").weights()
             pre = weight * scale, bias  # a few numbers are scaled instead of every query
@@ -89,7 +91,7 @@ class SelfAttention(nn.Module):
                 q, k, v, *pre, *post, implementation=implementation, precision=precision
             )
 
-        x = linear(saveable(x).reshape(batch, tokens, width), width, "proj", dtypes)
+        x = linear(reshape(saveable(x), batch, tokens, width), width, "proj", dtypes)
         return Dropout(self.projection_dropout, name="proj_drop")(x, example_ids)
 
     def _implementation(self, tokens: int, *, dropped: bool) -> str:
@@ -113,15 +115,15 @@ class ClassAttention(nn.Module):
         batch, tokens, width = u.shape
         heads, head_dim, dtypes = self.num_heads, width // self.num_heads, self.dtypes
 
-        q = linear(u[:, :1], width, "q", dtypes).reshape(batch, 1, heads, head_dim)
-        k = linear(u, width, "k", dtypes).reshape(batch, tokens, heads, head_dim)
-        v = linear(u, width, "v", dtypes).reshape(batch, tokens, heads, head_dim)
+        q = reshape(linear(u[:, :1], width, "q", dtypes), batch, 1, heads, head_dim)
+        k = reshape(linear(u, width, "k", dtypes), batch, tokens, heads, head_dim)
+        v = reshape(linear(u, width, "v", dtypes), batch, tokens, heads, head_dim)
 
         logits = jnp.einsum("bqhc,bkhc->bhqk", q * head_dim**-0.5, k, **dtypes.accumulate)
         record(self, "logits", logits)
         maps = record(self, "softmax", nn.softmax(logits, axis=-1))
         x = jnp.einsum("bhqk,bkhc->bqhc", maps.astype(v.dtype), v, precision=dtypes.precision)
-        return linear(x.reshape(batch, 1, width), width, "proj", dtypes)
+        return linear(reshape(x, batch, 1, width), width, "proj", dtypes)
 
 
 class Mlp(nn.Module):
@@ -257,13 +259,8 @@ class CaiT(nn.Module):
         In training, draws from `rngs["dropout"]` and `rngs["drop_path"]` by `example_ids`, each image's position
         in the global batch (by default from 0).
         """
-        expected = (*self.image_size, self.in_channels)
-        if images.shape[1:] != expected:
-            raise ValueError(
-                f"images of shape {images.shape[1:]} do not fit a model for {expected} (height, width, "
-                "channels): resize them, or create the model with that image_size and in_channels"
-            )
-        ids = jnp.arange(images.shape[0]) if example_ids is None else example_ids
+        check_images(images, self.image_size, self.in_channels)
+        ids = positions(images) if example_ids is None else example_ids
         example_ids = ids if train else None
         dtypes = DtypePolicy(self.dtype, self.param_dtype, self.precision)
 
@@ -346,7 +343,7 @@ class CaiT(nn.Module):
 
     def _token(self, name: str, x: Tokens) -> ClassToken:
         token = self.param(name, LINEAR_INIT, (1, 1, self.width), self.param_dtype)
-        return jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, self.width))
+        return tile(token.astype(self.dtype), x)
 
 
 def check_attributes(model: CaiT) -> None:

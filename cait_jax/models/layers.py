@@ -12,6 +12,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from cait_jax.sharding import reshape
+
 Images = Float[Array | np.ndarray, "batch height width channels"]
 Tokens = Float[Array, "batch tokens d"]
 Maps = Float[Array, "batch heads queries keys"]
@@ -52,6 +54,33 @@ class DtypePolicy:
     @property
     def dense(self) -> dict[str, Any]:
         return {**self.norm, "precision": self.precision}
+
+
+def check_images(images: Any, size: tuple[int, int] | None, channels: int) -> None:
+    """Refuses images that are not normalised, not in a batch, or of another layout, size or number of channels.
+
+    Raises:
+      ValueError: saying how to prepare them.
+    """
+    shape, ndim = images.shape, images.ndim
+    expected = (*(size or ("height", "width")), channels)
+    fits = f"a model for (batch, {', '.join(map(str, expected))})"
+    if ndim == 3:
+        raise ValueError(f"images of shape {shape} have no batch axis: give images[None] to {fits}")
+    if ndim == 4 and shape[3] != channels and shape[1] == channels:
+        raise ValueError(
+            f"images of shape {shape} have their channels first: give jnp.moveaxis(images, 1, -1) to {fits}"
+        )
+    if ndim != 4 or shape[3] != channels or (size is not None and shape[1:3] != size):
+        raise ValueError(
+            f"images of shape {shape} do not fit {fits}: resize them, or create the model with that image_size "
+            "and in_channels"
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images of {images.dtype} are not normalised: read files by cait_jax.preprocessing(MODEL)(paths), or "
+            "give (images / 255 - mean) / std of the model's `cait_jax.preprocessing`"
+        )
 
 
 def linear(x: Array, features: int, name: str, dtypes: DtypePolicy) -> Array:
@@ -135,10 +164,10 @@ class PatchEmbed(nn.Module):
         rows, columns, bound = height // side, width // side, (side**2 * channels) ** -0.5
         init: Any = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
         # The convolution as a matmul: windows do not overlap, and compilers unroll its gradient.
-        windows = images.reshape(batch, rows, side, columns, side, channels)
+        windows = reshape(images, batch, rows, side, columns, side, channels)
         options = {"kernel_init": init, "bias_init": init, **self.dtypes.dense}
         proj = nn.DenseGeneral(self.width, (-3, -2, -1), name="proj", **options)
-        return proj(jnp.swapaxes(windows, 2, 3)).reshape(batch, rows * columns, self.width)
+        return reshape(proj(jnp.swapaxes(windows, 2, 3)), batch, rows * columns, self.width)
 
 
 class HeadMixing(nn.Module):

@@ -7,7 +7,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from cait_jax.models.layers import DtypePolicy, Images, record
+from cait_jax.models.layers import DtypePolicy, Images, check_images, record
 
 Maps = Float[Array, "batch height width channels"]
 
@@ -181,10 +181,7 @@ class RegNetY(nn.Module):
 
         Nothing is drawn: `example_ids` is there so that all networks are called alike.
         """
-        if images.shape[-1] != self.in_channels:
-            raise ValueError(
-                f"images of {images.shape[-1]} channels do not fit a model for {self.in_channels}"
-            )
+        check_images(images, None, self.in_channels)
         dtypes = DtypePolicy(self.dtype, self.param_dtype, self.precision)
         x = ConvNorm(self.stem_width, 3, 2, dtypes=dtypes, name="stem")(
             jnp.asarray(images, self.dtype), train

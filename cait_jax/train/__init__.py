@@ -1,5 +1,6 @@
 """Training: one loop, and the pure functions plugged into it."""
 
-from cait_jax.train.loop import NonFiniteError, Run, train
+from cait_jax.train.loop import Run, train
+from cait_jax.train.nonfinite import NonFiniteError
 
 __all__ = ["NonFiniteError", "Run", "train"]

@@ -200,6 +200,8 @@ KEYS: Mapping[str, Key] = {
     "eval.crop_pct": Key(1.0, PART, "side of the centre crop over the resized short side"),
     "checkpoint.every_steps": Key(1000, COUNT, "steps between checkpoints, beside those of evaluations"),
     "checkpoint.keep": Key(2, COUNT, "newest checkpoints kept, beside the best by eval/accuracy"),
+    "nonfinite.skips": Key(10, FROM_0, "steps in a row that may be skipped, whose loss or gradient is not finite"),
+    "nonfinite.rollbacks": Key(3, FROM_0, "rollbacks to a checkpoint, after more of them, before the run stops"),
     "report.every_steps": Key(50, COUNT, "steps between lines of the log and of metrics.jsonl"),
     "report.inspect_every": Key(0, FROM_0, "steps between records of LayerScale and branch norms; 0: none"),
     "report.tensorboard": Key(False, bool, "write TensorBoard files to WORKDIR/tensorboard too"),

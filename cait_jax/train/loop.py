@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -11,29 +12,26 @@ from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.data.loader import PrefetchIterator
 from cait_jax.data.split import identity
-from cait_jax.errors import Way, advise
-from cait_jax.files import run_folder
+from cait_jax.files import DirectoryLock, run_folder
 from cait_jax.processes import check_shared
 from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train.config import as_json
 from cait_jax.train.metric_writer import MetricWriter
+from cait_jax.train.nonfinite import NonFiniteSteps
 from cait_jax.train.objectives import supervised
 from cait_jax.train.resume import check_resumed, rewind
 from cait_jax.train.setup import MakeObjective, Trainer, build
-from cait_jax.train.step import TrainState
+from cait_jax.train.step import TrainState, all_finite
 
 # Steps before an evaluation at which its batches start to load: starting the processes that decode takes seconds.
 _PREFETCH_STEPS = 30
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient became infinite or not a number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +68,21 @@ def train(
 
     Raises:
       UserError: for a setting, a data set or a checkpoint that does not fit, before anything is compiled.
-      NonFiniteError: when loss or gradient is no longer finite; the last checkpoint is from before.
+      NonFiniteError: loss, gradient or parameters were not finite in more steps than `nonfinite` allows, or the
+        last evaluation is not; what is saved is finite.
     """
     workdir = run_folder(workdir)
     trainer = build(config, make_objective=make_objective)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_count() > 1:
         check_shared(workdir)
-    with Checkpoints(
-        workdir / "checkpoints", keep=config.checkpoint.keep, best_metric="eval/accuracy"
-    ) as checkpoints:
+    primary = jax.process_index() == 0
+    with (
+        DirectoryLock(workdir) if primary else contextlib.nullcontext() as lock,
+        Checkpoints(
+            workdir / "checkpoints", keep=config.checkpoint.keep, best_metric="eval/accuracy"
+        ) as checkpoints,
+    ):
         splits = {"train": trainer.train_split, "eval": trainer.eval_split}
         data = {name: identity(split) for name, split in splits.items()}
         if checkpoints.latest_step() is not None:
@@ -91,17 +94,20 @@ def train(
         evaluated = bool(recorded) or start == 0 or _steps_to_evaluation(trainer, start) > 0
         metrics = recorded or meta.get("metrics", {})
         written = workdir / "metrics.jsonl"
-        if jax.process_index() == 0 and written.exists():
-            rewind(written, start, evaluated=evaluated)
+        lost = ""
+        if primary:
+            lost = rewind(written, start, evaluated=evaluated, expected=meta.get("metrics_file"))
         with MetricWriter(
             workdir,
             total_steps=trainer.total_steps,
             start_step=start,
             images_per_step=config.batch_size,
             tensorboard=config.report.tensorboard,
-            primary=jax.process_index() == 0,
+            primary=primary,
         ) as writer:
+            non_finite = NonFiniteSteps(config, str(workdir), **meta.get("nonfinite", {}))
             if start >= trainer.total_steps and evaluated:
+                non_finite.check_metrics(start, metrics)
                 summary = "  ".join(
                     f"{name} {math.nan if value is None else value:.4f}"
                     for name, value in metrics.items()
@@ -114,16 +120,20 @@ def train(
             if start < trainer.total_steps:
                 writer.message(_greeting(trainer, state, workdir, start))
             left_out = (trainer.train_split.left_out, trainer.eval_split.left_out)
-            for message in dict.fromkeys(filter(None, left_out)):  # once of a folder for both
+            messages = (lock.taken_over if lock else "", lost, *left_out)
+            for message in dict.fromkeys(filter(None, messages)):  # once of a folder for both
                 writer.message(message)
             record = None
             if config.report.inspect_every:
                 from cait_jax.train.branch_records import branch_recorder
 
                 record = branch_recorder(trainer, workdir)
-            return _run(
-                trainer, state, start, metrics, data, checkpoints, writer, evaluated, record
-            )
+            run = _run(
+                trainer, state, start, metrics, data, checkpoints, writer, evaluated, record, non_finite, lock
+            )  # fmt: skip
+        if run.finished:
+            non_finite.check_metrics(trainer.total_steps, run.metrics)
+        return run
 
 
 def _run(
@@ -136,24 +146,45 @@ def _run(
     writer: MetricWriter,
     evaluated: bool,
     record: Callable[[int, Any, Any], None] | None,
+    non_finite: NonFiniteSteps,
+    lock: DirectoryLock | None,
 ) -> Run:
     config, total = trainer.config, trainer.total_steps
     sharding = batch_sharding(trainer.mesh)
-    last_saved = start
     pending: tuple[int, Any] | None = None
 
-    def write_pending() -> None:
-        """Reads the metrics of the step before, while the devices compute the next."""
+    def write_pending() -> bool:
+        """Reads the metrics of the step before, while the devices compute the next; whether to roll back."""
         nonlocal pending
         if pending is None:
-            return
+            return False
         (step, values), pending = pending, None
-        values = {f"train/{name}": float(v) for name, v in jax.device_get(values).items()}
-        _check_finite(step, values, last_saved)
+        values = jax.device_get(values)
+        finite = bool(values.pop("finite"))
+        values = {f"train/{name}": float(value) for name, value in values.items()}
+        if not finite:
+            writer.message(non_finite.skip(step, values))
+        else:
+            non_finite.skipped = 0
         writer.progress(step, values)
-        if step % config.report.every_steps == 0 or step == total:
+        if step % config.report.every_steps == 0 or step == total or not finite:
             writer.write(step, values)
+        if step % config.report.every_steps == 0 or step == total:
             writer.log(step, values)
+        return bool(non_finite.skipped > config.nonfinite.skips)
+
+    def rolled_back(step: int) -> TrainState:
+        """The state of the last checkpoint before the steps that were skipped, as the one after `step`."""
+        point = checkpoints.rollback_step()
+        non_finite.roll_back(point or 0)
+        found = checkpoints.restore(trainer.abstract_state, point) if point else None
+        state: TrainState = found[1] if found else trainer.init_state()
+        writer.message(
+            f"step {step}: rolled back to the state of step {point or 0}; training goes on with the batch of step "
+            f"{step + 1}"
+        )
+        number = jax.device_put(np.int32(step), state.step.sharding)
+        return dataclasses.replace(state, step=number)
 
     def evaluate(step: int, batches: PrefetchIterator) -> None:
         """Evaluates the saved state of a step, and adds the metrics to its lines and its checkpoint."""
@@ -170,22 +201,34 @@ def _run(
     batches = trainer.train_batches(start)
     eval_batches: PrefetchIterator | None = None
     try:
-        with stop_signal() as reached:
+        with stop_signal() as reached, save_signal() as asked:
             for step in range(start + 1, total + 1):
                 batch = put_batch(next(batches), sharding)
                 state, step_metrics = trainer.train_step(state, batch)
-                write_pending()
+                if write_pending():
+                    state, step_metrics = trainer.train_step(rolled_back(step - 1), batch)
                 pending = (step, step_metrics)
+                if lock is not None:
+                    lock.check()
                 if record is not None and step % config.report.inspect_every == 0:
                     record(step, state.params, batch)
                 remaining = _steps_to_evaluation(trainer, step)
                 if eval_batches is None and remaining <= _PREFETCH_STEPS:
                     eval_batches = trainer.eval_batches()
                 stopping = reached(step)
-                if not (remaining == 0 or stopping or step % config.checkpoint.every_steps == 0):
+                due = remaining == 0 or step % config.checkpoint.every_steps == 0
+                if not (due or stopping or asked()):
                     continue
 
-                write_pending()
+                roll_back = write_pending()
+                sound = not non_finite.skipped or bool(jax.jit(all_finite)(state))
+                if roll_back or (due and not sound):
+                    state = rolled_back(step)
+                elif not sound:
+                    writer.message(f"step {step} is not saved: its state is not finite")
+                    if stopping:
+                        return Run(trainer.model, state, metrics, finished=False)
+                    continue
                 writer.sync()
                 checkpoints.save(
                     step,
@@ -196,17 +239,20 @@ def _run(
                         "class_names": list(trainer.train_split.class_names),
                         "channels": trainer.model.in_channels,
                         "data": data,
+                        "nonfinite": non_finite.counts,
+                        "metrics_file": writer.written(),
                     },
+                    rollback_point=due and not non_finite.skipped,
                 )
-                last_saved = step
+                if eval_batches is not None and remaining == 0 and (not stopping or step == total):
+                    evaluate(step, eval_batches)
+                    eval_batches = None
+                    stopping = reached(step)
                 if stopping and step < total:
                     writer.message(
                         f"stopped after step {step} of {total}: the same command goes on from there"
                     )
                     return Run(trainer.model, state, metrics, finished=False)
-                if remaining == 0 and eval_batches is not None:
-                    evaluate(step, eval_batches)
-                    eval_batches = None
     finally:
         batches.close()
         if eval_batches is not None:
@@ -223,29 +269,13 @@ def _steps_to_evaluation(trainer: Trainer, step: int) -> int:
 
 
 def _evaluate(trainer: Trainer, state: TrainState, batches: PrefetchIterator) -> dict[str, float]:
+    """The metrics of parameters and average; of one whose loss is not finite all are NaN."""
     params = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
     return {
-        f"eval/{prefix}{name}": value
+        f"eval/{prefix}{name}": value if all(map(math.isfinite, values.values())) else math.nan
         for prefix, values in trainer.evaluate(params, batches).items()
         for name, value in values.items()
     }
-
-
-def _check_finite(step: int, values: Mapping[str, float], last_saved: int) -> None:
-    if all(math.isfinite(values[f"train/{name}"]) for name in ("loss", "grad_norm")):
-        return
-    saved = f"the checkpoint of step {last_saved}" if last_saved else "no checkpoint yet"
-    raise NonFiniteError(
-        f"step {step}: loss {values['train/loss']}, gradient norm "
-        f"{values['train/grad_norm']}; there is {saved} to go on from: "
-        + advise(
-            Way("lower {}", "config.optimizer.learning_rate"),
-            Way("set {}", "config.optimizer.grad_clip_norm", 1),
-            otherwise=advise(
-                Way("let less learn, by {}", "what", "head"), "start from other weights"
-            ),
-        )
-    )
 
 
 def _greeting(trainer: Trainer, state: TrainState, workdir: Path, start: int) -> str:
@@ -263,28 +293,53 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     """Yields whether to stop after a step, the same in every process; to be asked at every step.
 
     The first SIGINT or SIGTERM requests it; a second acts as usual. On the same step several processes agree by
-    JAX's preemption service, whose SIGTERM handler Python's would disable: there only SIGTERM counts. Outside the
-    main thread Python allows no handlers, and signals act as usual.
+    JAX's preemption service, whose SIGTERM handler Python's would disable: SIGINT is passed on to it as SIGTERM.
     """
     if jax.process_count() > 1:
-        yield lambda step: bool(multihost_utils.reached_preemption_sync_point(step))
+        with _handling(_pass_on, signal.SIGINT):
+            yield lambda step: bool(multihost_utils.reached_preemption_sync_point(step))
         return
     requested = threading.Event()
-    previous: dict[signal.Signals, Any] = {}
+    with contextlib.ExitStack() as handlers:
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        previous.clear()
+        def handle(number: int, frame: FrameType | None) -> None:
+            requested.set()
+            handlers.close()
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        requested.set()
-        restore()
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handle)
-    try:
+        handlers.enter_context(_handling(handle, signal.SIGINT, signal.SIGTERM))
         yield lambda step: requested.is_set()
+
+
+@contextlib.contextmanager
+def save_signal() -> Iterator[Callable[[], bool]]:
+    """Yields whether SIGUSR1, which Slurm sends before it preempts, has asked for a checkpoint since last asked.
+
+    Several processes cannot agree on a step to save and go on: there it is passed on as SIGTERM, and all stop.
+    """
+    if jax.process_count() > 1:
+        with _handling(_pass_on, signal.SIGUSR1):
+            yield lambda: False
+        return
+    requested: list[int] = []
+    with _handling(lambda number, frame: requested.append(number), signal.SIGUSR1):
+        yield lambda: bool(requested) and bool(requested.pop(0))
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _handling(
+    handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals
+) -> Iterator[None]:
+    """Handles signals, but outside the main thread, where Python allows no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        restore()
+        for number, before in previous.items():
+            signal.signal(number, before)

@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl`, a bar on a terminal or lines in a log, TensorBoard."""
 
 import contextlib
+import hashlib
 import math
 import os
 import sys
@@ -55,6 +56,8 @@ class MetricWriter:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._board = _summary_writer(self._path.parent, start_step) if tensorboard else None
             self._file = self._path.open("ab")
+            written = self._path.read_bytes()
+        self._lines, self._sha256 = written.count(b"\n"), hashlib.sha256(written)
         self._bar: tqdm[Any] | None = None
         if self._stream.isatty():
             self._bar = tqdm(
@@ -89,9 +92,11 @@ class MetricWriter:
         else:
             self._throughput.end_pause()
         with self._explaining():
-            line = to_json({"step": step, "time": now, **numbers})
-            self._file.write(line.encode() + b"\n")
+            line = to_json({"step": step, "time": now, **numbers}).encode() + b"\n"
+            self._file.write(line)
             self._file.flush()
+        self._lines += 1
+        self._sha256.update(line)
         if self._board is not None:
             for key, value in numbers.items():
                 self._board.add_scalar(key, value, step, walltime=now)
@@ -104,6 +109,12 @@ class MetricWriter:
             os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
+
+    def written(self) -> dict[str, Any]:
+        """Number and SHA-256 of the lines of `metrics.jsonl`, for `resume.rewind`."""
+        if not self._primary:
+            return {}
+        return {"lines": self._lines, "sha256": self._sha256.hexdigest()}
 
     def progress(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Counts a finished step and moves the bar, if there is one. For every step: cheap."""

@@ -1,6 +1,7 @@
 """What a run left behind: its metrics, cut to its checkpoint, whose settings and data a resumed run must have."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,8 +15,8 @@ from cait_jax.files import atomic_replace
 from cait_jax.renamed import current_config
 from cait_jax.train.config import as_json, flatten
 
-# What may differ when a run is resumed: it changes no number of the run.
-FREE_KEYS = ("report", "mesh", "data.data_dir", "data.workers")
+# What may differ when a run is resumed: it changes no number of the run, or of a run that would have stopped.
+FREE_KEYS = ("report", "mesh", "data.data_dir", "data.workers", "checkpoint", "nonfinite")
 _OF_SPLITS = ("name", "train_split", "eval_split")
 
 
@@ -34,6 +35,11 @@ def check_resumed(
     Raises:
       UserError: naming the settings that differ, or the first difference of the data.
     """
+    if not isinstance(meta.get("config"), Mapping):
+        raise UserError(
+            f"the newest checkpoint in {workdir} has no config in its metadata, so it is of something else: give "
+            "another --workdir"
+        )
     saved, current = dict(meta["config"]), as_json(config)
     recorded = meta.get("data", {})
     if recorded == now and all("files_sha256" in split for split in recorded.values()):
@@ -116,19 +122,25 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def metric_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each whole line and its row. A power cut can leave more than one line that is not whole."""
+    """Each whole line and its row, whose `step` is an int. A power cut can leave lines that are not whole."""
     for line in file.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            if isinstance(row, dict) and "step" in row:
+            if isinstance(row, dict) and type(row.get("step")) is int:
                 yield line, row
 
 
-def rewind(path: Path, step: int, *, evaluated: bool = True) -> None:
+def rewind(
+    path: Path, step: int, *, evaluated: bool = True, expected: Mapping[str, Any] | None = None
+) -> str:
     """Cuts every line after `step` from a `metrics.jsonl`, and lines that are not whole.
 
     Args:
       evaluated: whether the evaluation of `step` itself stays.
+      expected: `MetricWriter.written` when `step` was saved.
+
+    Returns:
+      A sentence if lines of before the save are lost or changed, else an empty string.
     """
 
     def stays(row: dict[str, Any]) -> bool:
@@ -136,7 +148,18 @@ def rewind(path: Path, step: int, *, evaluated: bool = True) -> None:
             return not any(key.startswith("eval/") for key in row)
         return bool(row["step"] <= step)
 
-    kept = b"".join(line + b"\n" for line, row in metric_lines(path) if stays(row))
-    if kept != path.read_bytes():
+    found = path.read_bytes() if path.exists() else b""
+    lines = [line + b"\n" for line, row in metric_lines(path) if stays(row)] if found else []
+    kept = b"".join(lines)
+    if kept != found:
         with atomic_replace(path) as temporary:
             temporary.write_bytes(kept)
+    if expected is None or not expected["lines"]:
+        return ""
+    before = lines[: expected["lines"]]
+    if hashlib.sha256(b"".join(before)).hexdigest() == expected["sha256"]:
+        return ""
+    return (
+        f"{path} has lost lines or they were changed since step {step} was saved, when it had "
+        f"{expected['lines']}; there are {len(before)}, and training goes on after them"
+    )

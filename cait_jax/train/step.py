@@ -11,6 +11,8 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from cait_jax.sharding import reshape
+
 Params = Any
 Batch = dict[str, Array]
 Keys = dict[str, Array]
@@ -118,7 +120,9 @@ def make_train_step(
 
     Returns:
       A function of state, batch and objective that gives the next state and the scalars `loss`, `learning_rate`
-      (as applied in this step), `grad_norm` (before clipping) and the objective's metrics.
+      (as applied in this step), `grad_norm` (before clipping), the objective's metrics and `finite`. Where loss,
+      gradient, new parameters or what is carried are not finite, `finite` is False and the state is the old one
+      with the next number.
     """
 
     def train_step(
@@ -152,9 +156,18 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": optax.tree.norm(gradient),
         }
-        return TrainState(state.step + 1, params, opt_state, ema, carried), metrics
+        finite = all_finite((value, metrics["grad_norm"], params, carried))
+        new = TrainState(state.step, params, opt_state, ema, carried)
+        new = jax.tree.map(partial(jnp.where, finite), new, state)
+        return new.replace(step=state.step + 1), {**metrics, "finite": finite}
 
     return train_step
+
+
+def all_finite(tree: Any) -> Array:
+    """Whether no number of a pytree's arrays is NaN or infinite: a bool scalar."""
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(finite).all()
 
 
 def mean_over_micro_batches(function: Callable[[Batch], Tree], batch: Batch, count: int) -> Tree:
@@ -174,7 +187,7 @@ def mean_over_micro_batches(function: Callable[[Batch], Tree], batch: Batch, cou
     def accumulate(total: Any, micro: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(micro)), None
 
-    micros = jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1), batch)
+    micros = jax.tree.map(lambda a: reshape(a, a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1), batch)
     first = jax.tree.map(lambda array: array[0], micros)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, first))
     total, _ = jax.lax.scan(accumulate, zeros, micros)

@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit, or not at all and with a sentence."""
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -394,6 +396,58 @@ def flip_meta(step: Path) -> str:
     return "meta/metadata"
 
 
+def rewrite_manifest(step: Path, change: Callable[[dict], object]) -> str:
+    """A manifest with the right checksum over whatever `change` gives."""
+    body = json.loads((step / "manifest.json").read_text())
+    del body["sha256"]
+    body = change(body)
+    if isinstance(body, dict):
+        text = json.dumps(body, sort_keys=True)
+        body = {"sha256": hashlib.sha256(text.encode()).hexdigest(), **body}
+    (step / "manifest.json").write_text(json.dumps(body))
+    return "manifest.json"
+
+
+def manifest_is_a_list(step: Path) -> str:
+    return rewrite_manifest(step, lambda body: [body])
+
+
+def manifest_lacks_files(step: Path) -> str:
+    return rewrite_manifest(step, lambda body: {k: v for k, v in body.items() if k != "files"})
+
+
+def manifest_has_files_of_text(step: Path) -> str:
+    return rewrite_manifest(step, lambda body: {**body, "files": {"state": "large"}})
+
+
+def manifest_has_metrics_of_text(step: Path) -> str:
+    return rewrite_manifest(step, lambda body: {**body, "metrics": {"accuracy": "high"}})
+
+
+def nest_manifest(step: Path) -> str:
+    (step / "manifest.json").write_text("[" * 100_000)
+    return "manifest.json"
+
+
+def add_a_file(step: Path) -> str:
+    (step / "state" / "extra").write_text("new")
+    return "state/extra"
+
+
+def replace_by_another_runs(step: Path) -> str:
+    other = step.parent.parent / "other"
+    save_steps(other, int(step.name))
+    shutil.rmtree(step)
+    (other / step.name).rename(step)
+    return "another run"
+
+
+def rename_an_older_one(step: Path) -> str:
+    shutil.rmtree(step)
+    shutil.copytree(step.with_name("10"), step)
+    return "of step 10"
+
+
 FAULTS = [
     flip_array,
     truncate_array,
@@ -402,6 +456,14 @@ FAULTS = [
     flip_manifest,
     tear_manifest,
     flip_meta,
+    manifest_is_a_list,
+    manifest_lacks_files,
+    manifest_has_files_of_text,
+    manifest_has_metrics_of_text,
+    nest_manifest,
+    add_a_file,
+    replace_by_another_runs,
+    rename_an_older_one,
 ]
 
 
@@ -471,6 +533,63 @@ def test_a_second_broken_step_of_the_same_number_is_kept_too(tmp_path):
         remove_manifest(tmp_path / "20")
     save_steps(tmp_path, 20)
     assert sorted(p.name for p in (tmp_path / "broken").iterdir()) == ["20", "20-2"]
+
+
+def test_a_step_of_a_later_format_is_refused(tmp_path):
+    save_steps(tmp_path, 10, 20)
+    rewrite_manifest(tmp_path / "20", lambda body: {**body, "format": 99})
+    with pytest.raises(UserError, match="format 99, and this version reads up to"):
+        Checkpoints(tmp_path).restore(make_state())
+
+
+def test_steps_of_before_runs_had_an_id_are_read_and_go_on(tmp_path):
+    save_steps(tmp_path, 10, 20)
+    (tmp_path / "run.json").unlink()
+    old = ("format", "run", "rollback_point")
+    for step in ("10", "20"):
+        rewrite_manifest(
+            tmp_path / step, lambda body: {k: v for k, v in body.items() if k not in old}
+        )
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.restore(make_state())[0] == 20
+        assert checkpoints.rollback_step() == 20
+        checkpoints.save(30, make_state(30), {})
+    assert Checkpoints(tmp_path).restore(make_state(), 10)[0] == 10
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{", '{"run": 3}'])
+def test_a_lost_run_file_is_made_anew_with_the_runs_id(tmp_path, content):
+    save_steps(tmp_path, 10, 20)
+    before = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").unlink()
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    save_steps(tmp_path, 30)
+    assert json.loads((tmp_path / "run.json").read_text()) == before
+    assert Checkpoints(tmp_path).restore(make_state())[0] == 30
+
+
+def test_the_newest_rollback_point_is_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(10, make_state(10), {})
+        checkpoints.save(11, make_state(11), {}, rollback_point=False)
+        checkpoints.save(12, make_state(12), {}, rollback_point=False)
+        checkpoints.wait()
+        assert checkpoints.rollback_step() == 10
+        checkpoints.save(20, make_state(20), {})
+        checkpoints.wait()
+        assert checkpoints.rollback_step() == 20
+        flip_array(tmp_path / "20")
+        assert checkpoints.rollback_step() in (10, None)
+
+
+def test_few_unusable_steps_are_kept_aside(tmp_path):
+    save_steps(tmp_path, 10)
+    for _ in range(5):
+        save_steps(tmp_path, 20)
+        remove_manifest(tmp_path / "20")
+    save_steps(tmp_path, 20)
+    assert len(list((tmp_path / "broken").iterdir())) == 3
 
 
 @pytest.mark.parametrize("fault", [flip_array, remove_manifest, tear_manifest])
@@ -554,7 +673,7 @@ def test_a_write_that_fails_in_the_background_is_said(tmp_path):
         checkpoints.save(2, large, {})
         checkpoints.wait()
         assert checkpoints.latest_step() == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "run.json"]
 
 
 def test_a_directory_that_cannot_be_made_is_said(tmp_path):
@@ -570,12 +689,14 @@ def test_a_failed_save_does_not_hide_the_exception_that_ends_the_run(tmp_path, m
     def run():
         with Checkpoints(tmp_path) as checkpoints:
             checkpoints.save(1, make_state(), {})
+            checkpoints.wait()
+            monkeypatch.setattr(os, "fsync", no_space)
+            checkpoints.save(2, make_state(), {})
             raise KeyError("the run")
 
-    monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(KeyError, match="the run"):
         run()
-    assert "Saving step 1" in caplog.text
+    assert "Saving step 2" in caplog.text
 
 
 def test_committing_does_not_hold_up_the_caller(tmp_path, monkeypatch):

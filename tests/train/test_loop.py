@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import signal
 
 import jax
@@ -16,6 +17,7 @@ from trees import assert_same_bits
 from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.data.split import BrokenImage
+from cait_jax.files import DirectoryLock
 from cait_jax.train import NonFiniteError, loop, train
 from cait_jax.train.metric_writer import MetricWriter
 from cait_jax.train.resume import read_metrics
@@ -102,6 +104,88 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monk
     assert untimed(tmp_path) == untimed(workdir)
 
 
+def signalled(monkeypatch, number, step, after_step=True):
+    """Has a signal come when the metrics of a step are read, or in its evaluation."""
+    if after_step:
+        progress = MetricWriter.progress
+
+        def at_step(self, now, values):
+            progress(self, now, values)
+            if now == step:
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(MetricWriter, "progress", at_step)
+        return
+    evaluate = loop._evaluate
+
+    def in_evaluation(trainer, state, batches):
+        if state.step == step:
+            signal.raise_signal(number)
+        return evaluate(trainer, state, batches)
+
+    monkeypatch.setattr(loop, "_evaluate", in_evaluation)
+
+
+@pytest.mark.slow
+def test_slurms_warning_saves_and_the_run_goes_on(finished, config, tmp_path, monkeypatch):
+    _, workdir, run = finished
+    config.checkpoint.every_steps = 100
+    config.checkpoint.keep = 10
+    signalled(monkeypatch, signal.SIGUSR1, step=2)
+    again = train(config, tmp_path)
+    assert again.finished
+    assert_same_bits(again.state, run.state)
+    assert untimed(tmp_path) == untimed(workdir)
+    assert checkpoint_steps(tmp_path) == [3, 4, 6]
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_stops_after_it(finished, config, tmp_path, monkeypatch):
+    """The state is saved by then, so no further step is taken and saved."""
+    _, workdir, run = finished
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGTERM, step=4, after_step=False)
+        stopped = train(config, tmp_path)
+    assert not stopped.finished
+    assert stopped.state.step == 4
+    assert checkpoint_steps(tmp_path) == [2, 4]
+    assert_same_bits(train(config, tmp_path).state, run.state)
+    assert untimed(tmp_path) == untimed(workdir)
+
+
+def checkpoint_steps(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
+
+
+@pytest.mark.slow
+def test_a_second_run_in_a_workdir_is_refused(finished, config, tmp_path):
+    with (
+        DirectoryLock(tmp_path),
+        pytest.raises(UserError, match=r"is in use by process .* or give another --workdir"),
+    ):
+        train(config, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lose", ["all", "some", "zeros"])
+def test_lost_lines_are_said(finished, config, tmp_path, lose, capsys):
+    _, workdir, run = finished
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    file = copy / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    if lose == "all":
+        file.unlink()
+    elif lose == "some":
+        file.write_bytes(b"".join(lines[1:]))
+    else:
+        file.write_bytes(lines[0] + b"\0" * 30 + b"\n" + b"".join(lines[2:]))
+    assert train(config, copy).metrics == run.metrics
+    assert "has lost lines or they were changed since step 6 was saved" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("failing", [4, 6])
 def test_a_state_is_saved_before_an_evaluation_that_fails(
@@ -175,11 +259,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     config.optimizer.warmup_epochs = 0.0
     config.optimizer.grad_clip_norm = 0.0
     config.checkpoint.every_steps = 1
-    with pytest.raises(NonFiniteError, match=r"step 2: loss .*; there is the checkpoint of step 1"):
+    config.nonfinite.skips = config.nonfinite.rollbacks = 0
+    with pytest.raises(NonFiniteError, match=r"step 2: loss .* from the weights saved here by"):
         train(config, tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == 1
-    assert all(row["step"] < 2 for row in read_metrics(tmp_path / "metrics.jsonl"))
+    assert all(row["step"] <= 2 for row in read_metrics(tmp_path / "metrics.jsonl"))
 
 
 @pytest.mark.slow
@@ -188,11 +273,12 @@ def test_nothing_is_saved_of_a_step_whose_loss_is_found_bad_in_its_evaluation(co
     config.optimizer.warmup_epochs = 0.0
     config.optimizer.grad_clip_norm = 0.0
     config.eval.every_epochs = 32 / 1437  # every step
-    with pytest.raises(NonFiniteError, match=r"step 2: loss .*; there is the checkpoint of step 1"):
+    config.nonfinite.skips = config.nonfinite.rollbacks = 0
+    with pytest.raises(NonFiniteError, match=r"step 2: loss .* from the weights saved here by"):
         train(config, tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == 1
-    assert all(row["step"] < 2 for row in read_metrics(tmp_path / "metrics.jsonl"))
+    assert all(row["step"] <= 2 for row in read_metrics(tmp_path / "metrics.jsonl"))
 
 
 @pytest.mark.slow

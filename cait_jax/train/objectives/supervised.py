@@ -27,7 +27,7 @@ from cait_jax.evaluation.evaluate import (
 )
 from cait_jax.models.variants import VARIANTS
 from cait_jax.models.zoo import create_model
-from cait_jax.sharding import batch_sharding
+from cait_jax.sharding import batch_sharding, positions
 from cait_jax.train.step import Aux, Batch, Evaluate, Keys, Params
 
 Logits = Float[Array, "batch classes"]
@@ -72,7 +72,7 @@ class Supervised:
 
     def prepare(self, batch: Batch, keys: Keys) -> Batch:
         """Augments, normalises, erases and mixes images; targets and teacher logits are mixed by the same draw."""
-        ids = jnp.arange(batch["label"].shape[0])
+        ids = positions(batch["label"])
         images = batch["image"].astype(jnp.float32)
         images = pipeline.augment(keys["augment"], images, ids, self.augmentation)
         images = pipeline.normalise(images, self.mean, self.std)

@@ -1,0 +1,81 @@
+"""Networks and the training step under JAX's default mesh, whose axes are explicit, and under automatic axes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import cait_jax
+from cait_jax.sharding import positions
+from cait_jax.train import setup
+from cait_jax.train.step import make_train_step
+from configs import digits
+
+NETWORKS = {
+    "stacked": {"drop_path_rate": 0.2, "dropout": 0.2},
+    "token_at_block_1": {"class_token": 1, "class_depth": 0, "talking_heads": False},
+    "mean": {"class_token": "mean", "class_depth": 0, "attention": "xla"},
+    "remat": {"remat": "block", "residual": "fixup"},
+}
+
+
+def sharded(tree, mesh, spec):
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+def largest_difference(tree, other):
+    differences = jax.tree.map(
+        lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), tree, other
+    )
+    return max(jax.tree.leaves(differences))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
+def test_a_network_is_the_same_on_a_mesh_forward_and_backward(options, devices, axes):
+    model = cait_jax.create_model("cait_nano4_patch4_8", num_classes=10, depth=2, **options)
+    images = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
+    variables = model.init(jax.random.key(1), images[:1])
+
+    def loss(variables, images):
+        rngs = {"dropout": jax.random.key(2), "drop_path": jax.random.key(3)}
+        return (model.apply(variables, images, train=True, rngs=rngs) ** 2).sum()
+
+    expected = jax.jit(model.apply)(variables, images), jax.jit(jax.grad(loss))(variables, images)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(axes,))
+    with jax.set_mesh(mesh):
+        variables = sharded(variables, mesh, PartitionSpec())
+        images = sharded(images, mesh, PartitionSpec("data"))
+        found = jax.jit(model.apply)(variables, images), jax.jit(jax.grad(loss))(variables, images)
+    assert found[0].sharding.spec[0] == "data"
+    assert largest_difference(found, expected) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_the_step_is_the_same_under_explicit_axes(grad_accum):
+    config = digits.get_config()
+    config.batch_size = 8
+    config.model.update(depth=1, width=16, class_depth=1, num_heads=2)
+    config.optimizer.grad_accum = grad_accum
+    trainer = setup.build(config, jax.devices()[:1])
+    optimizer = trainer.optimizer
+    step = jax.jit(
+        make_train_step(optimizer.transformation, optimizer.schedule, grad_accum=grad_accum)
+    )
+    state, objective = jax.device_get((trainer.init_state(), trainer.objective))
+    with trainer.train_batches() as batches:
+        batch = next(batches)
+    expected, _ = step(state, batch, objective)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        state, objective = sharded((state, objective), mesh, PartitionSpec())
+        found, _ = step(state, sharded(batch, mesh, PartitionSpec("data")), objective)
+    assert largest_difference(found.params, expected.params) < 1e-6
+
+
+def test_positions_count_the_batch():
+    assert positions(jnp.zeros((3, 2))).tolist() == [0, 1, 2]
