@@ -169,6 +169,7 @@ def quiet_libraries() -> None:
     for name in ("absl", "asyncio"):  # Orbax, Grain and TFDS log through absl what they raise too
         # A filter, as absl's flags set the level again.
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.CRITICAL)
+    logging.getLogger("jax").setLevel(logging.WARNING)  # backends that are not here, at INFO
     # Of the process that clears up after killed workers, which is started with these options.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     sys.unraisablehook = lambda _: None

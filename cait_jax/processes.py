@@ -47,7 +47,7 @@ def end_program(name: str, error: BaseException, errors: tuple[type[Exception], 
       errors: exceptions that are a sentence. Any other is a defect and passes, with its traceback.
     """
     if isinstance(error, KeyboardInterrupt):
-        leave(130)
+        leave(130, f"{name}: interrupted")
     if isinstance(error, SystemExit) and isinstance(error.code, str):
         leave(1, error.code)
     sentence = str(error) if isinstance(error, errors) else explain(error)

@@ -106,6 +106,8 @@ def train(
             primary=primary,
         ) as writer:
             non_finite = NonFiniteSteps(config, str(workdir), **meta.get("nonfinite", {}))
+            for message in filter(None, (lock.taken_over if lock else "", lost)):
+                writer.message(message)
             if start >= trainer.total_steps and evaluated:
                 non_finite.check_metrics(start, metrics)
                 summary = "  ".join(
@@ -120,8 +122,7 @@ def train(
             if start < trainer.total_steps:
                 writer.message(_greeting(trainer, state, workdir, start))
             left_out = (trainer.train_split.left_out, trainer.eval_split.left_out)
-            messages = (lock.taken_over if lock else "", lost, *left_out)
-            for message in dict.fromkeys(filter(None, messages)):  # once of a folder for both
+            for message in dict.fromkeys(filter(None, left_out)):  # once of a folder for both
                 writer.message(message)
             record = None
             if config.report.inspect_every:

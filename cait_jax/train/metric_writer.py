@@ -1,7 +1,6 @@
 """Metrics of a run: `metrics.jsonl`, a bar on a terminal or lines in a log, TensorBoard."""
 
 import contextlib
-import hashlib
 import math
 import os
 import sys
@@ -15,9 +14,7 @@ from tqdm import tqdm
 
 from cait_jax.errors import UserError, printable
 from cait_jax.files import to_json
-
-TIMING_KEYS = ("time", "train/images_per_second")
-"""The keys of `metrics.jsonl` that may differ between two runs of the same config."""
+from cait_jax.train.resume import TIMING_KEYS, LinesDigest, read_metrics
 
 _SHORT_NAMES = {"learning_rate": "lr"}
 _FORMATS = {"loss": ".4f", "accuracy": ".3f", "lr": ".1e", "grad_norm": ".2f"}
@@ -56,8 +53,9 @@ class MetricWriter:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._board = _summary_writer(self._path.parent, start_step) if tensorboard else None
             self._file = self._path.open("ab")
-            written = self._path.read_bytes()
-        self._lines, self._sha256 = written.count(b"\n"), hashlib.sha256(written)
+        self._written = LinesDigest()
+        for row in read_metrics(self._path):
+            self._written.add(row)
         self._bar: tqdm[Any] | None = None
         if self._stream.isatty():
             self._bar = tqdm(
@@ -92,11 +90,10 @@ class MetricWriter:
         else:
             self._throughput.end_pause()
         with self._explaining():
-            line = to_json({"step": step, "time": now, **numbers}).encode() + b"\n"
-            self._file.write(line)
+            row = {"step": step, "time": now, **numbers}
+            self._file.write(to_json(row).encode() + b"\n")
             self._file.flush()
-        self._lines += 1
-        self._sha256.update(line)
+        self._written.add(row)
         if self._board is not None:
             for key, value in numbers.items():
                 self._board.add_scalar(key, value, step, walltime=now)
@@ -112,9 +109,7 @@ class MetricWriter:
 
     def written(self) -> dict[str, Any]:
         """Number and SHA-256 of the lines of `metrics.jsonl`, for `resume.rewind`."""
-        if not self._primary:
-            return {}
-        return {"lines": self._lines, "sha256": self._sha256.hexdigest()}
+        return self._written.value() if self._primary else {}
 
     def progress(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Counts a finished step and moves the bar, if there is one. For every step: cheap."""

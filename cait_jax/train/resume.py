@@ -11,12 +11,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, can_set, setting
-from cait_jax.files import atomic_replace
+from cait_jax.files import atomic_replace, to_json
 from cait_jax.renamed import current_config
 from cait_jax.train.config import as_json, flatten
 
 # What may differ when a run is resumed: it changes no number of the run, or of a run that would have stopped.
 FREE_KEYS = ("report", "mesh", "data.data_dir", "data.workers", "checkpoint", "nonfinite")
+# The keys of `metrics.jsonl` that may differ between two runs of the same config.
+TIMING_KEYS = ("time", "train/images_per_second")
 _OF_SPLITS = ("name", "train_split", "eval_split")
 
 
@@ -149,17 +151,36 @@ def rewind(
         return bool(row["step"] <= step)
 
     found = path.read_bytes() if path.exists() else b""
-    lines = [line + b"\n" for line, row in metric_lines(path) if stays(row)] if found else []
-    kept = b"".join(lines)
-    if kept != found:
+    kept = [(line, row) for line, row in metric_lines(path) if stays(row)] if found else []
+    content = b"".join(line + b"\n" for line, _ in kept)
+    if content != found:
         with atomic_replace(path) as temporary:
-            temporary.write_bytes(kept)
-    if expected is None or not expected["lines"]:
+            temporary.write_bytes(content)
+    if not expected:
         return ""
-    before = lines[: expected["lines"]]
-    if hashlib.sha256(b"".join(before)).hexdigest() == expected["sha256"]:
+    digest = LinesDigest()
+    for _, row in kept[: expected["lines"]]:
+        digest.add(row)
+    if digest.value() == expected:
         return ""
     return (
         f"{path} has lost lines or they were changed since step {step} was saved, when it had "
-        f"{expected['lines']}; there are {len(before)}, and training goes on after them"
+        f"{expected['lines']}; there are {digest.lines}, and training goes on after them"
     )
+
+
+class LinesDigest:
+    """SHA-256 of the rows of a `metrics.jsonl` without their times: the same however often a run was resumed."""
+
+    def __init__(self) -> None:
+        self.lines, self._sha256 = 0, hashlib.sha256()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Takes the next row."""
+        timeless = {key: value for key, value in row.items() if key not in TIMING_KEYS}
+        self._sha256.update(to_json(timeless).encode() + b"\n")
+        self.lines += 1
+
+    def value(self) -> dict[str, Any]:
+        """Number of rows and their digest, as JSON."""
+        return {"lines": self.lines, "sha256": self._sha256.hexdigest()}

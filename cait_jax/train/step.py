@@ -187,7 +187,9 @@ def mean_over_micro_batches(function: Callable[[Batch], Tree], batch: Batch, cou
     def accumulate(total: Any, micro: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(micro)), None
 
-    micros = jax.tree.map(lambda a: reshape(a, a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1), batch)
+    micros = jax.tree.map(
+        lambda a: reshape(a, a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1), batch
+    )
     first = jax.tree.map(lambda array: array[0], micros)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, first))
     total, _ = jax.lax.scan(accumulate, zeros, micros)

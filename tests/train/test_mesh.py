@@ -37,10 +37,11 @@ PAIRS = [(network, (2, 2, 2)) for network in NETWORKS] + [
     }.items()
     for number in numbers
 ]
-# Stacked or not: kind to (how often, bytes that each device has from it) of a training step.
+# Stacked or not: kind to (how often, bytes that each device has from it) of a training step. One all-reduce says
+# whether all is finite.
 GOLDEN = {
-    True: {"all-gather": (51, 560_896), "all-reduce": (20, 311_624)},
-    False: {"all-gather": (43, 495_360), "all-reduce": (32, 311_720)},
+    True: {"all-gather": (51, 560_896), "all-reduce": (21, 311_643)},
+    False: {"all-gather": (43, 495_360), "all-reduce": (33, 311_751)},
 }
 
 

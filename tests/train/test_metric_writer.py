@@ -16,8 +16,8 @@ import pytest
 
 from cait_jax.errors import UserError
 from cait_jax.train import metric_writer
-from cait_jax.train.metric_writer import TIMING_KEYS, MetricWriter
-from cait_jax.train.resume import read_metrics
+from cait_jax.train.metric_writer import MetricWriter
+from cait_jax.train.resume import TIMING_KEYS, read_metrics
 
 TRAIN = {
     "train/loss": 0.43123,
