@@ -152,6 +152,7 @@ def _run(
 ) -> Run:
     config, total = trainer.config, trainer.total_steps
     sharding = batch_sharding(trainer.mesh)
+    is_finite = jax.jit(all_finite)
     pending: tuple[int, Any] | None = None
 
     def write_pending() -> bool:
@@ -222,7 +223,7 @@ def _run(
                     continue
 
                 roll_back = write_pending()
-                sound = not non_finite.skipped or bool(jax.jit(all_finite)(state))
+                sound = bool(is_finite(state))
                 if roll_back or (due and not sound):
                     state = rolled_back(step)
                 elif not sound:

@@ -120,9 +120,8 @@ def make_train_step(
 
     Returns:
       A function of state, batch and objective that gives the next state and the scalars `loss`, `learning_rate`
-      (as applied in this step), `grad_norm` (before clipping), the objective's metrics and `finite`. Where loss,
-      gradient, new parameters or what is carried are not finite, `finite` is False and the state is the old one
-      with the next number.
+      (as applied in this step), `grad_norm` (before clipping), the objective's metrics and `finite`. Where loss
+      or gradient are not finite, `finite` is False and the state is the old one with the next number.
     """
 
     def train_step(
@@ -146,19 +145,22 @@ def make_train_step(
         (value, aux), gradient = loss_and_gradient(state.params)
         if sam_rho:  # around the mean, so that the number of micro batches does not matter
             _, gradient = loss_and_gradient(uphill(state.params, gradient, sam_rho))
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = apply_updates(state.params, updates)
-        ema = moving_average(state.ema, params, ema_decay) if ema_decay else state.ema
-        carried = objective.update(state.carried, params, aux, state.step)
         metrics = {
             "loss": value,
             **aux["metrics"],
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": optax.tree.norm(gradient),
         }
-        finite = all_finite((value, metrics["grad_norm"], params, carried))
-        new = TrainState(state.step, params, opt_state, ema, carried)
-        new = jax.tree.map(partial(jnp.where, finite), new, state)
+        finite = jnp.isfinite(value) & jnp.isfinite(metrics["grad_norm"])
+
+        def update() -> TrainState:
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            params = apply_updates(state.params, updates)
+            ema = moving_average(state.ema, params, ema_decay) if ema_decay else state.ema
+            carried = objective.update(state.carried, params, aux, state.step)
+            return TrainState(state.step, params, opt_state, ema, carried)
+
+        new = jax.lax.cond(finite, update, lambda: state)
         return new.replace(step=state.step + 1), {**metrics, "finite": finite}
 
     return train_step
