@@ -4,15 +4,26 @@ import sys
 
 from absl import app, flags
 
+from cait_jax.cli.output import table
 from cait_jax.errors import UserError, config_flags, nearest, quiet_libraries, speaking
 from cait_jax.processes import end_program, join_processes
 from cait_jax.train import NonFiniteError, train
-from cait_jax.train.config import CommandLine, default_workdir, load_config, parse_command_line
+from cait_jax.train.config import (
+    CommandLine,
+    default_workdir,
+    flatten,
+    load_config,
+    parse_command_line,
+)
+from cait_jax.train.keys import key_rows
 
 flags.DEFINE_string(
     "config",
     None,
     "A recipe, such as configs/digits.py or configs/cait_xs24.py:384; --config.KEY=VALUE sets a key.",
+)
+HELP_CONFIG = flags.DEFINE_bool(
+    "help-config", False, "With --config: print its keys with value, range and meaning, and end."
 )
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's directory; by default runs/ and the recipe's name and argument."
@@ -34,6 +45,11 @@ def main(line: CommandLine) -> int:
     if line.file is None:
         raise UserError("give a recipe by --config=FILE, such as --config=configs/digits.py")
     config = load_config(line.file, line.overrides)
+    if HELP_CONFIG.value:
+        print(table(key_rows(flatten(config))))
+        return 0
+    if WORKDIR.value == "":
+        raise UserError("--workdir is empty: give a directory, or leave it out")
     workdir = WORKDIR.value or default_workdir(line.file)
     address, count, index = COORDINATOR.value, PROCESSES.value, PROCESS.value
     if DISTRIBUTED.value or (address, count, index) != (None, None, None):
@@ -55,7 +71,7 @@ def parse(argv: list[str]) -> CommandLine:
         known = flags.FLAGS.get_key_flags_for_module(__name__)
         near = nearest(error.flagname, [flag.name for flag in known])
         raise UserError(f"there is no flag --{error.flagname}; {near}") from error
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if others:
         raise UserError(

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import re
 import secrets
 import sys
 import threading
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 from cait_jax.errors import UserError, Way, advise, one_line, printable
 
 _PATIENCE_S = 2.0
+_MOST_PROCESSES = 2**20
 # What no program can foresee of the file system, and the remedy.
 _REMEDIES = {
     code: remedy
@@ -127,10 +129,14 @@ def join_processes(
                 "--coordinator=HOST:PORT, --processes=N and --process=I belong together: give all three, or "
                 "--distributed alone where Slurm, Open MPI or a TPU pod knows them"
             )
-        if ":" not in address or not 0 <= index < count:
+        host, _, port = address.rpartition(":")
+        plain = re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.%\w]+\]", host) and re.fullmatch(
+            "[0-9]{1,5}", port
+        )
+        if not plain or not 1 <= int(port) <= 65535 or not 0 <= index < count <= _MOST_PROCESSES:
             raise UserError(
                 f"--coordinator={address} --processes={count} --process={index} do not do: the first is a "
-                "host and a port, such as 10.0.0.1:8476, and the last counts from 0"
+                "host and a port from 1 to 65535, such as 10.0.0.1:8476, and the last counts from 0"
             )
     try:
         jax.distributed.initialize(

@@ -39,6 +39,15 @@ OLD_KEYS: Mapping[str, str] = {
     "eval.crop_ratio": "eval.crop_pct",
 }
 
+# What a key that is missing in an old run's config meant, where that is not the default of today.
+MEANT_BEFORE: Mapping[str, Any] = {
+    "data.aug_repeats": 1,
+    "augment.rand_augment": "",
+    "augment.reprob": 0.0,
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
+}
+
 # Names of models that have other shapes now, in runs whose configs have an old key.
 OLD_MODELS: Mapping[str, str] = {"vit_tiny": "vit_6x256", "vit_small": "vit_8x384"}
 

@@ -6,10 +6,12 @@ and each holds a shard of every large parameter, which is all-gathered where it 
 1909.08053). Models do not know the mesh: `RULES` shard a parameter by its path.
 """
 
+import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from cait_jax.errors import UserError, setting
+from cait_jax.errors import UserError, Way, advise, setting
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -222,6 +224,50 @@ def check_batch_size(batch_size: int, shards: int, grad_accum: int = 1) -> None:
             f"{grad_accum} micro batches): set "
             f"{setting('config.batch_size', max(1, batch_size // parts) * parts)}"
         )
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes on each device of arrays, or of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def device_memory(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes that each of this process's devices has; on CPUs its share of what is available; None if not known."""
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    if not local or local[0].platform != "cpu":
+        limits = [(device.memory_stats() or {}).get("bytes_limit") for device in local]
+        return min((limit for limit in limits if limit), default=None)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024 // len(local)
+    return None
+
+
+def check_memory(params: Any, rest: Any, devices: Sequence[jax.Device]) -> None:
+    """Refuses a training state that a device cannot hold, by shapes and shardings.
+
+    Args:
+      params: they count twice, for the gradient.
+      rest: what is kept beside them.
+
+    Raises:
+      UserError: with the numbers. Activations are not counted, so what passes may still be too large.
+    """
+    needed, available = 2 * local_bytes(params) + local_bytes(rest), device_memory(devices)
+    if available is None or needed <= available:
+        return
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    ways = advise(
+        Way("lower {}", "config.model.width"), Way("lower {}", "config.eval.batch_size"),
+        Way("shard over more devices by {}", "config.mesh.fsdp"), otherwise="choose a smaller model",
+    )  # fmt: skip
+    raise UserError(
+        f"{count:,} parameters, their gradients, the optimizer's state and a batch of images take "
+        f"{needed / 1e9:,.1f} GB of each device, which has {available / 1e9:,.1f} GB: {ways}"
+    )
 
 
 def leaf_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:

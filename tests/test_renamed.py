@@ -1,5 +1,6 @@
 """Old names still work: on a command line, in the config of a saved run and in a saved model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,17 @@ def test_old_values_are_read_as_new_ones():
     assert model_from_dict(described) == model
     with pytest.raises(UserError, match="attention 'xla_lean' must be one of xla, xla_remat"):
         create_model("cait_nano4_patch4_8", attention="xla_lean")
+
+
+def test_a_key_younger_than_a_run_has_the_value_that_it_meant_then():
+    """The config of a run of before augmentation in the step, as its checkpoint has it."""
+    saved = json.loads((Path(__file__).parent / "fixtures" / "first_config.json").read_text())
+    now = get_config()
+    now.update_from_flattened_dict(
+        {"data.aug_repeats": 1, "augment.rand_augment": "", "augment.reprob": 0.0, "augment.mixup": 0.0,
+         "augment.cutmix": 0.0, "optimizer.eps": 1e-8, "optimizer.grad_clip_norm": 0.0}
+    )  # fmt: skip
+    check_resumable(saved, now, "run")
+    now.augment.reprob = 0.25
+    with pytest.raises(UserError, match=r"augment\.reprob was 0\.0 and is now 0\.25"):
+        check_resumable(saved, now, "run")

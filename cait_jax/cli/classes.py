@@ -1,7 +1,7 @@
 """Classes of a model on the command line: `--class-names` and `--class`."""
 
 import dataclasses
-import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import click
 
 from cait_jax.cli.common import LoadedModel
 from cait_jax.errors import UserError, composed, nearest
+from cait_jax.reading import MAX_TEXT, parse_json, read_bytes
 
 # In config.json of Hugging Face's transformers and of timm; in torchvision's ImageFolder.
 _CLASS_NAME_KEYS = ("id2label", "label_names", "class_to_idx")
@@ -51,7 +52,7 @@ def read_class_names(file: Path) -> tuple[str, ...]:
       UserError: it cannot be read, or is none of these.
     """
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = read_bytes(file, MAX_TEXT).decode("utf-8-sig")
     except OSError as error:
         raise UserError(
             f"--class-names {file} cannot be read: {error.strerror}; give a file of names"
@@ -72,7 +73,7 @@ def read_class_names(file: Path) -> tuple[str, ...]:
 
 def _names_in_json(file: Path, text: str) -> list[Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise UserError(f"--class-names {file} is broken JSON ({error}): mend it") from error
     if isinstance(value, dict):
@@ -80,13 +81,17 @@ def _names_in_json(file: Path, text: str) -> list[Any]:
     if isinstance(value, dict) and all(type(index) is int for index in value.values()):
         value = {index: name for name, index in value.items()}
     if isinstance(value, dict):
-        numbered = {int(key): name for key, name in value.items() if str(key).isdecimal()}
+        numbered = {
+            int(key): name for key, name in value.items() if re.fullmatch("[0-9]{1,9}", str(key))
+        }
         if sorted(numbered) != list(range(len(value))):
             raise UserError(
                 f"--class-names {file} does not number its {len(value)} names from 0 on: give a list"
             )
         value = [numbered[index] for index in range(len(value))]
-    return list(value)
+    if not isinstance(value, list):
+        raise UserError(f"--class-names {file} holds no names: give a name a line, or a JSON list")
+    return value
 
 
 def class_option(function: Callable[..., Any]) -> Callable[..., Any]:

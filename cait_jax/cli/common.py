@@ -273,12 +273,13 @@ def without_small(paths: Sequence[Path], models: Sequence[LoadedModel]) -> list[
     from cait_jax.data.decode import read_size
     from cait_jax.data.split import BrokenImage
     from cait_jax.explain.attention import patch_grid
+    from cait_jax.reading import MAX_IMAGE, read_bytes
 
     patches = max(min(patch_grid(loaded.model)) for loaded in models)
     kept = []
     for path in paths:
         try:
-            side = min(read_size(path.read_bytes()))
+            side = min(read_size(read_bytes(path, MAX_IMAGE)))
         except (OSError, BrokenImage):
             side = patches
         if side >= patches:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from cait_jax.cli.common import model_options
-from cait_jax.cli.output import echo
+from cait_jax.cli.output import check_folder, echo
 
 
 @click.command(
@@ -53,6 +53,7 @@ def command(
         raise UserError(
             f"{target.name} alone would not say which network it is of: name a directory, or add --to timm"
         )
+    check_folder(target.parent if alone else target, parents=True)
     loaded = load()
     variables = loaded.variables
     if average:

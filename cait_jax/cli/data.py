@@ -124,7 +124,7 @@ def show_command(
     from cait_jax.data.sources import split_names
     from cait_jax.evaluation.labels import class_words
 
-    check_writable(sheet)
+    check_writable(sheet, suffix=".png")
     names = split_names(data, data_dir=data_dir) if split is None else (split,)
     summaries, words, broken = [], [], []
     for name in tqdm(names, desc=printable(data), unit="split", disable=None, leave=False):

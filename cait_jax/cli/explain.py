@@ -19,7 +19,7 @@ from cait_jax.cli.common import (
     run_over_images,
     without_small,
 )
-from cait_jax.cli.output import check_writable, echo, table
+from cait_jax.cli.output import check_folder, echo, table
 from cait_jax.errors import UserError
 from cait_jax.explain.attribution import FOR_A_CLASS, METHODS
 
@@ -104,7 +104,7 @@ def command(
     from cait_jax.explain.overview import overview
 
     require_matplotlib()
-    check_writable(output)
+    check_folder(output)
     loaded = with_class_names(load(**dtype_policy), class_names)
     scored = all_methods is not None
     chosen = class_indices(loaded, classes)

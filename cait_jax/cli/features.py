@@ -55,9 +55,7 @@ def command(
     from cait_jax.errors import UserError
     from cait_jax.weights.state_dicts import replace_files
 
-    if output.suffix != ".npz":
-        raise UserError(f"{output} does not end in .npz, which is what is written: add it")
-    check_writable(output)
+    check_writable(output, suffix=".npz")
     loaded = load(**dtype_policy, num_classes=0)  # weights may have a head or none
     function = layer_features(loaded.model, layer, tokens=tokens)
     found, features, broken = [], [], 0
@@ -107,12 +105,12 @@ def layer_features(model: Any, layer: str, *, tokens: bool) -> Any:
     )
     depths = {key: _depth(inside[key]) for key in ("blocks", "blocks_token_only", "stages")
               if key in inside}  # fmt: skip
-    known = layer == "head" or (
-        stage in depths and number.isdecimal() and int(number) < depths[stage]
-    )
+    known = layer == "head" or (stage in depths and number in map(str, range(depths[stage])))
     if not known:
         ranges = [f"{key}.0 to {key}.{depth - 1}" for key, depth in depths.items()]
-        raise UserError(f"there is no layer {layer!r}; there are {', '.join(['head', *ranges])}")
+        raise UserError(
+            f"there is no layer {layer[:80]!r}; there are {', '.join(['head', *ranges])}"
+        )
     if layer == "head" and tokens:
         raise UserError(
             "the head reads one vector, no tokens: name a block, as in --layer blocks.0"

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cait_jax.cli.common import COUNT, EPOCHS, SEED, image_size_option, weights_option
-from cait_jax.cli.output import echo, note
+from cait_jax.cli.output import check_folder, echo, note
 
 
 @click.command(
@@ -59,7 +59,7 @@ def command(
     from absl import logging
 
     from cait_jax.errors import UserError
-    from cait_jax.files import run_folder_name
+    from cait_jax.files import run_folder, run_folder_name
     from cait_jax.train import NonFiniteError, train
     from cait_jax.train.finetune import folder_config, look_through
 
@@ -78,6 +78,7 @@ def command(
     )
     run_name = run_folder_name(f"{photographs.directory.name}-{Path(model).name}")
     workdir = workdir or Path("runs") / run_name
+    check_folder(run_folder(workdir), parents=True)
     echo(_plan(photographs, config, model))
     _check_files(photographs)
     try:

@@ -6,7 +6,9 @@ surrogates, as `os.fsencode` takes them); CSV in a file has such bytes escaped.
 
 import contextlib
 import csv
+import errno
 import io
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from tabulate import tabulate
 
 from cait_jax.errors import UserError, printable, writable
 from cait_jax.files import to_json
+from cait_jax.reading import check_regular
 
 
 def escape_in_streams() -> None:
@@ -51,7 +54,8 @@ def text_output(path: Path | None) -> Iterator[Callable[[str], None]]:
 
         yield printed
         return
-    check_writable(path)
+    if not path.is_char_device():  # such as /dev/null
+        check_writable(path)
     try:
         file = path.open("w", encoding="utf-8", newline="")
     except OSError as error:
@@ -117,12 +121,54 @@ def _is_number(cells: Iterable[Any]) -> bool:
     )
 
 
-def check_writable(*paths: Path | None) -> None:
-    """Refuses output files in directories that do not exist.
+def check_writable(*paths: Path | None, suffix: str = "") -> None:
+    """Tries output files before the work: each must be a regular file or none yet, in a directory that takes it.
 
     Raises:
-      UserError: naming the directory.
+      UserError: naming the path and the cause, or the `suffix` that a name must have.
     """
     for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is None:
+            continue
+        if path.suffix.lower() != suffix and suffix:
+            raise UserError(f"{path} does not end in {suffix}, which is what is written: add it")
+        if not path.absolute().parent.is_dir():
             raise UserError(f"there is no directory {path.parent} to write {path.name} in: make it")
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                check_regular(path)
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, "it is not writable")
+            _try(path.with_name(f".{path.name}.tmp"))
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written: {error.strerror}; choose another file"
+            ) from error
+
+
+def check_folder(path: Path, *, parents: bool = False) -> None:
+    """Tries an output directory, which may not exist yet, nor with `parents` those above it, before the work.
+
+    Raises:
+      UserError: a file cannot be made in it or, where it is missing, in the nearest directory above.
+    """
+    there = path.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        if not parents and there not in (path.absolute(), path.absolute().parent):
+            raise FileNotFoundError(errno.ENOENT, f"there is no directory {path.parent}")
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is no directory")
+        _try(there / ".cait.tmp")
+    except OSError as error:
+        raise UserError(
+            f"nothing can be written in {path}: {error.strerror}; choose another directory"
+        ) from error
+
+
+def _try(path: Path) -> None:
+    """Makes a file and removes it."""
+    if not path.exists():
+        path.touch()
+        path.unlink()

@@ -4,7 +4,8 @@ import base64
 import functools
 import io
 import time
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import click
 
 from cait_jax.cli.common import Finite
 from cait_jax.cli.output import check_writable, echo
-from cait_jax.errors import UserError, printable
+from cait_jax.errors import UserError, one_line, printable
+from cait_jax.reading import check_regular
 
+MAX_METRICS = 2**30  # bytes of a metrics.jsonl
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="{every}">
 <title>{title}</title>
@@ -122,8 +125,31 @@ def _curves(runs: Sequence[Path]) -> Any:
             raise UserError(
                 f"{run} is not a training run: there is no metrics.jsonl in it; give a --workdir"
             )
-        rows[str(run)] = read_metrics(file)
+        try:
+            check_regular(file, MAX_METRICS)
+            rows[str(run)] = read_metrics(file)
+        except (OSError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or "it nests too deeply"
+            raise UserError(f"{file} cannot be read: {reason}; restore it") from error
+        _check_rows(file, rows[str(run)])
     return training_curves(rows)
+
+
+def _check_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    from cait_jax.train.config import fits
+    from cait_jax.train.keys import FROM_0, Number
+
+    if not any(len(row) > 1 for row in rows):
+        raise UserError(f"{file} holds no metrics yet: wait for the run's first line")
+    for row in rows:
+        for name, value in row.items():
+            right = (
+                fits(FROM_0, value) if name == "step" else value is None or fits(Number(), value)
+            )
+            if not right:
+                raise UserError(
+                    f"{file} is damaged: {name} of a row is {one_line(repr(value)[:80])}; restore it"
+                )
 
 
 def _inspected(run: Path, part: str) -> Any:
@@ -135,8 +161,13 @@ def _inspected(run: Path, part: str) -> Any:
     files = sorted((run / "inspect").glob("*.npz"))
     if not files:
         raise UserError(f"{run} has no records: train it with --config.report.inspect_every=100")
-    steps = [int(file.stem) for file in files]
-    records = [dict(np.load(file)) for file in files]
+    try:
+        steps = [int(file.stem) for file in files]
+        records = [dict(np.load(file)) for file in files]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"the records in {run / 'inspect'} are damaged ({error}): remove the broken ones"
+        ) from error
     if part == "branch_ratio":
         return curves.branch_ratios(steps, np.stack([r["branch_ratio"] for r in records]))
     names = [name for name in records[0] if name.startswith("layer_scale")]

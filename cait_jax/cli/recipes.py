@@ -107,9 +107,10 @@ def command(pattern: str, keys: bool, json: bool, markdown: bool) -> None:
     """
     from cait_jax.cli import output
     from cait_jax.errors import UserError
+    from cait_jax.train.keys import key_rows
 
     name = "key" if keys else "recipe"
-    rows = _key_rows() if keys else [dataclasses.asdict(row) for row in recipes()]
+    rows = key_rows() if keys else [dataclasses.asdict(row) for row in recipes()]
     rows = [row for row in rows if fnmatch.fnmatch(row[name], pattern)]
     if not rows:
         option = " --keys" * keys
@@ -132,17 +133,3 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "source of top-1": row["source"],
         "run here": row["run_here"],
     }
-
-
-def _key_rows() -> list[dict[str, Any]]:
-    from cait_jax.train.keys import KEYS, wanted
-
-    return [
-        {
-            "key": name,
-            "default": str(key.default) if key.default != "" else "(empty)",
-            "allowed": wanted(key.kind) + ", or None" * (key.default is None),
-            "meaning": key.meaning,
-        }
-        for name, key in KEYS.items()
-    ]

@@ -78,7 +78,7 @@ def command(
     from cait_jax.explain.report.page import Seer, View, build_page
     from cait_jax.files import atomic_replace
 
-    check_writable(output)
+    check_writable(output, suffix=".html")
     models = [with_class_names(loaded, class_names) for loaded in load(**dtype_policy)]
     wanted = [class_indices(loaded, classes) for loaded in models]
     for loaded, name in zip(models, model_names, strict=True):

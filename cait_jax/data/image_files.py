@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from cait_jax.errors import UserError, composed, nearest, printable
+from cait_jax.reading import MAX_IMAGE, read_bytes
 
 SUFFIXES = {
     ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".jif": "JPEG", ".jfi": "JPEG",
@@ -239,11 +240,11 @@ class FolderRecords:
         """The encoded `image`, its `label` and its `file_name` relative to `root`."""
         name = self.files[index]
         try:
-            image = (self.root / name).read_bytes()
+            image = read_bytes(self.root / name, MAX_IMAGE)
         except OSError as error:
-            again, advice = " any more", "put it back or open the folder again"
-            if isinstance(error, PermissionError):
-                again, advice = "", "make it readable or leave it out"
+            again, advice = "", "make it readable or leave it out"
+            if isinstance(error, FileNotFoundError):
+                again, advice = " any more", "put it back or open the folder again"
             raise UserError(
                 f"image {self.root / name} cannot be read{again}: {error.strerror}; {advice}"
             ) from error

@@ -12,6 +12,7 @@ from jaxtyping import Float32, UInt8
 from cait_jax.data.image_files import nearest_path
 from cait_jax.data.split import BrokenImage
 from cait_jax.errors import UserError, nearest
+from cait_jax.reading import MAX_IMAGE, read_bytes
 from cait_jax.renamed import current_preprocessing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -156,7 +157,7 @@ def _decodable(image: Any, name: str) -> Any:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, MAX_IMAGE)
     except FileNotFoundError as error:
         raise UserError(f"there is no image {path}{nearest_path(path)}") from error
     except IsADirectoryError as error:
@@ -203,9 +204,13 @@ def _by_channel(name: str, value: Any, channels: int) -> tuple[float, ...]:
 
 
 def _number(name: str, value: Any) -> float:
-    if not _is_a(float, value) or not math.isfinite(value):
-        raise UserError(f"{name} takes finite numbers, not {value!r}")
-    return float(value)
+    try:
+        number = float(value) if _is_a(float, value) else math.nan
+    except OverflowError:  # an integer of more than 308 digits
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{name} takes finite numbers, not {repr(value)[:80]}")
+    return number
 
 
 def _is_a(kind: type, value: Any) -> bool:

@@ -18,6 +18,7 @@ from cait_jax.data.prepare import shard_paths
 from cait_jax.data.sources import is_folder, load_split, prepared_builder, split_names
 from cait_jax.data.split import BrokenImage, Encoded, InMemory, Split, read_record, record_name
 from cait_jax.errors import UserError, printable, some
+from cait_jax.reading import check_regular
 
 _DECODED = 100
 _TILE = 128
@@ -250,8 +251,10 @@ def _decoded(split: Encoded, index: int) -> None:
 
 def _header(split: Encoded, index: int) -> None:
     if isinstance(split.records, FolderRecords):
+        path = split.records.root / split.records.files[index]
         try:
-            with (split.records.root / split.records.files[index]).open("rb") as file:
+            check_regular(path)
+            with path.open("rb") as file:
                 read_header(file.read(_HEAD_BYTES))
             return
         except (OSError, BrokenImage):

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from cait_jax.data.sources import find_builder, is_folder, is_generated, load_split
 from cait_jax.data.split import Encoded, Split
-from cait_jax.errors import UserError
+from cait_jax.errors import UserError, setting
 from cait_jax.kernels import DEFAULT_ATTENTION
 from cait_jax.models.inspect import abstract_variables, macs, macs_of, residual_bytes
 from cait_jax.models.zoo import create_model
@@ -26,7 +26,7 @@ from cait_jax.plan.compile import (
 )
 from cait_jax.plan.hlo import Collective, collectives, read_program
 from cait_jax.plan.roofline import Roofline, Topology, roofline, traffic_by_origin
-from cait_jax.sharding import AXES, check_batch_size, param_shardings
+from cait_jax.sharding import AXES, check_batch_size, local_bytes, param_shardings
 from cait_jax.train.config import check_values
 from cait_jax.train.objectives import supervised
 from cait_jax.train.objectives.distillation import make_teacher_for
@@ -192,14 +192,6 @@ def _useful(trainer: Trainer, topology: Topology) -> float:
     return 3 * 2 * macs(trainer.model) * images / topology.chips
 
 
-def local_bytes(tree: Any) -> int:
-    """Bytes on each device of arrays, or of shapes with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
 def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> Plan:
     """Of chips whose compiler is not here: the work of one device with its shard of the batch.
 
@@ -251,6 +243,12 @@ def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) ->
 def _sizes(config: ConfigDict, topology: Topology) -> tuple[int, int]:
     """Of the mesh axes `fsdp` and `tensor`."""
     sizes = {axis: config.mesh[axis] for axis in AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if topology.chips % known:
+        raise UserError(
+            f"a mesh of {known} devices does not divide the {topology.chips} chips of {topology}: change "
+            f"{setting('config.mesh.fsdp')} or {setting('config.mesh.tensor')}"
+        )
     filled = topology.chips // -math.prod(sizes.values())
     return tuple(filled if sizes[axis] == -1 else sizes[axis] for axis in ("fsdp", "tensor"))
 

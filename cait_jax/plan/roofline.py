@@ -89,14 +89,19 @@ def parse_topology(text: str) -> Topology:
     name, _, shape = text.partition(":")
     if name not in CHIPS:
         raise UserError(
-            f"topology {text!r} names no known chip; {nearest(name, list(CHIPS))}; write it like v5e:4x8 "
+            f"topology {text[:80]!r} names no known chip; {nearest(name, list(CHIPS))}; write it like v5e:4x8 "
             "or h100:8"
         )
     chip = CHIPS[name]
     sides = {"v5e": (2,), "v6e": (2,), "v5p": (3,)}.get(name, (1, 2))
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") + 1 not in sides:
+    if (
+        not re.fullmatch(r"[1-9][0-9]{0,5}(x[1-9][0-9]{0,5})*", shape)
+        or shape.count("x") + 1 not in sides
+    ):
         example = {2: "4x8", 3: "4x4x4", 1: "8"}[sides[0]]
-        raise UserError(f"topology {text!r} has no shape of {name}: write it like {name}:{example}")
+        raise UserError(
+            f"topology {text[:80]!r} has no shape of {name}: write it like {name}:{example}"
+        )
     numbers = tuple(int(side) for side in shape.split("x"))
     return Topology(chip, numbers if chip.family == "tpu" or len(numbers) > 1 else (1, *numbers))
 

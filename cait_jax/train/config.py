@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from cait_jax.errors import UserError, nearest, some
-from cait_jax.renamed import OLD_KEYS, OLD_VALUES, current_file, renamed_in
-from cait_jax.train.keys import CONFLICTS, KEYS, Kind, Number, Several, Size, Words, misfit
+from cait_jax.errors import UserError, nearest, one_line, some
+from cait_jax.reading import MAX_TEXT, check_regular
+from cait_jax.renamed import MEANT_BEFORE, OLD_KEYS, OLD_VALUES, current_file, renamed_in
+from cait_jax.train.keys import CONFLICTS, KEYS, Kind, Name, Number, Several, Size, Words, misfit
 
 _FILE = re.compile(r"--?config(=(?P<path>.*))?")
 _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<text>.*))?", re.DOTALL)
@@ -92,13 +93,19 @@ def load_config(file: str, overrides: Mapping[str, str] | None = None) -> Config
     """
     name, _, argument = file.partition(":")
     path = Path(name)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         if now := current_file(path):
             raise UserError(
                 f"there is no config file {path} any more: its recipe is --config={now}"
             )
         known = [str(file) for file in sorted(path.parent.glob("*.py")) if file.stem[0] != "_"]
         raise UserError(f"there is no config file {path}; {nearest(str(path), known)}")
+    try:
+        check_regular(path, MAX_TEXT)
+    except OSError as error:
+        raise UserError(
+            f"config file {path} cannot be read: {error.strerror}; give a file such as configs/digits.py"
+        ) from error
     sys.path.insert(0, str(path.absolute().parent.parent))
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
@@ -111,9 +118,9 @@ def load_config(file: str, overrides: Mapping[str, str] | None = None) -> Config
             wanted = parameters[0].name.upper()
             raise UserError(f"{path} takes an argument: give --config={path}:{wanted}")
         config = get_config(argument) if argument else get_config()
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # it may call sys.exit
         raise UserError(_failure(path, error)) from error
     finally:
         sys.path.pop(0)
@@ -147,7 +154,7 @@ def default_workdir(file: str) -> Path:
     return Path("runs") / "-".join(filter(None, parts))
 
 
-def _failure(path: Path, error: Exception) -> str:
+def _failure(path: Path, error: BaseException) -> str:
     """Where a config file fails, and why."""
     lines = [
         frame.lineno
@@ -158,7 +165,7 @@ def _failure(path: Path, error: Exception) -> str:
     where = f"{path}, line {line}" if line else str(path)
     reason = error.msg if isinstance(error, SyntaxError) else error
     hint = renamed_in(str(error)) if isinstance(error, AttributeError | KeyError) else ""
-    return f"{where}: {type(error).__name__}: {' '.join(str(reason).split())}{hint}"
+    return f"{where}: {type(error).__name__}: {one_line(str(reason))}{hint}"
 
 
 def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
@@ -184,7 +191,11 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 def _type(kind: Kind) -> type:
     if isinstance(kind, Number):
         return int if kind.whole else float
-    return kind if isinstance(kind, type) else {Several: tuple, Size: int, Words: str}[type(kind)]
+    return (
+        kind
+        if isinstance(kind, type)
+        else {Several: tuple, Size: int, Words: str, Name: str}[type(kind)]
+    )
 
 
 def read(kind: Kind, text: str) -> Any:
@@ -223,7 +234,7 @@ def fits(kind: Kind, value: Any) -> bool:
             return math.isfinite(x) and (x == kind.also or (above and below))
         case Several():
             return (
-                isinstance(value, Sequence)
+                isinstance(value, list | tuple)
                 and len(value) in kind.counts
                 and all(fits(kind.each, member) for member in value)
                 and not (kind.increasing and list(value) != sorted(value))
@@ -235,6 +246,8 @@ def fits(kind: Kind, value: Any) -> bool:
                 if kind.count and isinstance(value, str) and fits(kind.count, int(value)):
                     return True
             return isinstance(value, str) and value in kind.known
+        case Name():
+            return isinstance(value, str) and bool(value.strip())
     return isinstance(value, kind)
 
 
@@ -249,6 +262,11 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
     return flat
 
 
+def with_missing(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved run's flat config, where a key that is younger than the run has the value that it meant then."""
+    return {**flatten(as_json(get_config())), **MEANT_BEFORE, **saved}
+
+
 def as_json(config: ConfigDict) -> dict[str, Any]:
     """The config as JSON gives it back: tuples become lists."""
     read_back: dict[str, Any] = json.loads(json.dumps(config.to_dict(), allow_nan=False))
@@ -260,7 +278,10 @@ def check_keys(config: Any) -> None:
     start = "start from configs.common.get_config()"
     if not isinstance(config, ConfigDict):
         raise UserError(f"the config is a {type(config).__name__}, not a ConfigDict: {start}")
-    known = flatten(config).keys()
+    try:
+        known = flatten(config).keys()
+    except TypeError as error:  # keys of several types cannot be put in order
+        raise UserError(f"the config has a key that is no text: {start}") from error
     if missing := sorted(KEYS.keys() - known):
         raise UserError(f"the config lacks {some(missing)}: {start}")
     if unknown := sorted(known - KEYS.keys()):

@@ -21,6 +21,7 @@ from cait_jax.train.optimizer import OPTIMIZERS, SCHEDULES
 
 INT32 = 2**31 - 1
 _FEW = 12  # words that a sentence lists
+_LONG = 80  # characters of a wrong value that it shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,13 @@ class Words:
     count: Number | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """Text that is not empty."""
+
+
 # What a value may be; `str` is any text, `bool` a flag.
-Kind = Number | Several | Size | Words | type[str] | type[bool]
+Kind = Number | Several | Size | Words | Name | type[str] | type[bool]
 
 
 class Key(NamedTuple):
@@ -76,17 +82,21 @@ class Key(NamedTuple):
 COUNT, FROM_0 = Number(1, INT32, whole=True), Number(0, INT32, whole=True)
 SIDE = Number(1, 2**14, whole=True)
 SIZE = Size(SIDE, Several(SIDE, (2,), "224,192"))
-NOT_NEGATIVE, POSITIVE = Number(0), Number(0, above=True)
+# Float32 holds all of these, and what a step makes of them. Below the least of some a run would do nothing.
+NORM, RATE = Number(0, 1e6), Number(0, 1e3)
+SCALE, ALPHA = Number(1e-3, 1e3), Number(1e-3, 1e3, also=0)
+BLOCKS, BLOCKS_FROM_0 = Number(1, 1024, whole=True), Number(0, 1024, whole=True)
 EPOCHS = Number(0, 1e6, above=True)
-BELOW_1, SHARE, PART = Number(0, 1, below=True), Number(0, 1), Number(0, 1, above=True)
+BELOW_1, SHARE, PART = Number(0, 1, below=True), Number(0, 1), Number(1e-3, 1)
 DTYPE = Words(FLOAT_DTYPES)
 DEVICES = Number(1, INT32, whole=True, also=-1)
 TOKEN = Words(CLASS_TOKENS, count=FROM_0)
+NAME = Name()
 TRAINED = Words(("all", "head", "class_attention"), count=FROM_0)
-CHANNELS = Several(Number(), (1, 3), "0.485,0.456,0.406")
-POSITIVE_CHANNELS = Several(POSITIVE, (1, 3), "0.229,0.224,0.225")
+CHANNELS = Several(Number(-1e3, 1e3), (1, 3), "0.485,0.456,0.406")
+POSITIVE_CHANNELS = Several(SCALE, (1, 3), "0.229,0.224,0.225")
 CROP_SCALE = Several(PART, (2,), "0.08,1", increasing=True)
-CROP_RATIO = Several(POSITIVE, (2,), "0.75,1.33", increasing=True)
+CROP_RATIO = Several(SCALE, (2,), "0.75,1.33", increasing=True)
 
 # fmt: off
 KEYS: Mapping[str, Key] = {
@@ -97,17 +107,17 @@ KEYS: Mapping[str, Key] = {
     "image_size": Key(224, SIZE, "side in pixels, or height and width"),
     "model.name": Key("cait_xs24", Words(tuple(VARIANTS)), "a name of cait_jax.list_models()"),
     "model.width": Key(None, COUNT, "channels of a token; None, here and below: the named model's"),
-    "model.depth": Key(None, COUNT, "self-attention blocks"),
+    "model.depth": Key(None, BLOCKS, "self-attention blocks"),
     "model.num_heads": Key(None, COUNT, "heads of both kinds of attention"),
     "model.patch_size": Key(None, COUNT, "side of a patch in pixels"),
-    "model.mlp_ratio": Key(None, POSITIVE, "hidden width of the MLPs over the width"),
+    "model.mlp_ratio": Key(None, SCALE, "hidden width of the MLPs over the width"),
     "model.residual": Key(None, Words(tuple(SCHEMES)), "scheme of the residual branches"),
     "model.block_norm": Key(None, bool, "normalise residual branches"),
-    "model.layer_scale_init": Key(None, Number(), "initial value of LayerScale's gammas, or of scalars"),
+    "model.layer_scale_init": Key(None, Number(-1e3, 1e3), "initial value of LayerScale's gammas, or of scalars"),
     "model.talking_heads": Key(None, bool, "mix the heads of self-attention"),
     "model.class_token": Key(None, TOKEN, "class_attention, input, mean, or the number of the block it joins at"),
-    "model.class_depth": Key(None, FROM_0, "class-attention blocks"),
-    "model.class_mlp_ratio": Key(None, NOT_NEGATIVE, "mlp_ratio of the class-attention blocks; 0: no MLP"),
+    "model.class_depth": Key(None, BLOCKS_FROM_0, "class-attention blocks"),
+    "model.class_mlp_ratio": Key(None, ALPHA, "mlp_ratio of the class-attention blocks; 0: no MLP"),
     "model.distilled": Key(None, bool, "a second token and head, for a teacher"),
     "model.drop_path_rate": Key(None, BELOW_1, "stochastic-depth rate"),
     "model.drop_path_growth": Key(None, Words(DROP_PATH_GROWTHS), "of the rate over the depth"),
@@ -122,14 +132,14 @@ KEYS: Mapping[str, Key] = {
     "model.attention": Key(None, Words(IMPLEMENTATIONS), "implementation; None: the best known here"),
     "model.stacked": Key(True, bool, "blocks in one nn.scan, which compiles fast"),
     # where a run starts without a checkpoint of its own: these, then initialisation from the seed
-    "init.weights": Key(None, str, "weights to start from: a file, a saved model or a run's workdir"),
+    "init.weights": Key(None, NAME, "weights to start from: a file, a saved model or a run's workdir"),
     "init.pretrained": Key(False, bool, "start from the released weights of model.name"),
     "init.reset_head": Key(False, bool, "initialise the head anew, as other classes need"),
     "init.ema": Key(False, bool, "take the EMA of the run in init.weights"),
-    "data.name": Key("imagenet2012", str, "digits, a folder, synthetic, or a TFDS data set as array_record"),
-    "data.data_dir": Key(None, str, "of TFDS; None: its own default"),
-    "data.train_split": Key("train", str, "a split or a part of one, such as train[:90%]"),
-    "data.eval_split": Key("validation", str, "split for evaluation"),
+    "data.name": Key("imagenet2012", NAME, "digits, a folder, synthetic, or a TFDS data set as array_record"),
+    "data.data_dir": Key(None, NAME, "of TFDS; None: its own default"),
+    "data.train_split": Key("train", NAME, "a split or a part of one, such as train[:90%]"),
+    "data.eval_split": Key("validation", NAME, "split for evaluation"),
     "data.mean": Key((0.485, 0.456, 0.406), CHANNELS, "of each channel, on a scale from 0 to 1"),
     "data.std": Key((0.229, 0.224, 0.225), POSITIVE_CHANNELS, "of each channel"),
     "data.aug_repeats": Key(3, COUNT, "repeated augmentation: how often an image comes in a row"),
@@ -143,14 +153,14 @@ KEYS: Mapping[str, Key] = {
     "augment.pad_crop": Key(0, Number(0, 2**14, whole=True), "pixels of padding before a crop of the same size"),
     "augment.rotate": Key(0.0, Number(0, 180), "largest rotation in degrees"),
     "augment.zoom": Key(0.0, BELOW_1, "largest relative change of size"),
-    "augment.shear": Key(0.0, NOT_NEGATIVE, "largest horizontal shear"),
+    "augment.shear": Key(0.0, RATE, "largest horizontal shear"),
     "augment.translate": Key(0.0, SHARE, "largest shift, as a share of the side"),
     "augment.rand_augment": Key("rand-m9-mstd0.5-inc1", str, "RandAugment as timm writes it; empty: none"),
     "augment.three_augment": Key(False, bool, "DeiT III's: grayscale, solarisation or blur"),
-    "augment.color_jitter": Key(0.0, NOT_NEGATIVE, "brightness, contrast and saturation change by up to this"),
+    "augment.color_jitter": Key(0.0, RATE, "brightness, contrast and saturation change by up to this"),
     "augment.reprob": Key(0.25, SHARE, "probability of random erasing"),
-    "augment.mixup": Key(0.8, NOT_NEGATIVE, "alpha of mixup; 0: none"),
-    "augment.cutmix": Key(1.0, NOT_NEGATIVE, "alpha of CutMix; 0: none"),
+    "augment.mixup": Key(0.8, ALPHA, "alpha of mixup; 0: none"),
+    "augment.cutmix": Key(1.0, ALPHA, "alpha of CutMix; 0: none"),
     "augment.mixup_prob": Key(1.0, SHARE, "probability of mixing a group of rows at all"),
     "augment.mixup_switch_prob": Key(0.5, SHARE, "probability of CutMix where there are both"),
     "augment.mix_rows": Key(0, FROM_0, "rows that share a draw, even; 0: the whole batch"),
@@ -158,39 +168,39 @@ KEYS: Mapping[str, Key] = {
     "loss.smoothing": Key(0.1, BELOW_1, "label smoothing"),
     "loss.target_threshold": Key(None, BELOW_1, "of binary: targets above it count as 1"),
     "distill.kind": Key("none", Words(("none", "hard", "soft")), "learn from a teacher; hard is the paper's"),
-    "distill.teacher": Key("regnety_160", str, "a released name, a saved model or a run's workdir"),
-    "distill.weights": Key(None, str, "a file for a named teacher, instead of its release"),
-    "distill.logits": Key(None, str, "a file of recorded logits instead of a teacher"),
+    "distill.teacher": Key("regnety_160", NAME, "a released name, a saved model or a run's workdir"),
+    "distill.weights": Key(None, NAME, "a file for a named teacher, instead of its release"),
+    "distill.logits": Key(None, NAME, "a file of recorded logits instead of a teacher"),
     "distill.alpha": Key(0.5, SHARE, "the teacher's share of the loss"),
-    "distill.temperature": Key(1.0, POSITIVE, "of soft distillation"),
+    "distill.temperature": Key(1.0, SCALE, "of soft distillation"),
     "optimizer.name": Key("adamw", Words(OPTIMIZERS), "the others take the keys below where they apply"),
-    "optimizer.learning_rate": Key(5e-4, NOT_NEGATIVE, "peak, for a batch of reference_batch images"),
+    "optimizer.learning_rate": Key(5e-4, RATE, "peak, for a batch of reference_batch images"),
     "optimizer.reference_batch": Key(512, FROM_0, "the peak is scaled by batch_size over this; 0: not scaled"),
     "optimizer.warmup_epochs": Key(5.0, Number(0, 1e6), "linear warm-up, a part of the run's length"),
-    "optimizer.warmup_learning_rate": Key(1e-6, NOT_NEGATIVE, "learning rate of step 0"),
+    "optimizer.warmup_learning_rate": Key(1e-6, RATE, "learning rate of step 0"),
     "optimizer.schedule": Key("cosine", Words(SCHEDULES), "after the warm-up"),
-    "optimizer.final_learning_rate": Key(1e-5, NOT_NEGATIVE, "where the cosine ends"),
+    "optimizer.final_learning_rate": Key(1e-5, RATE, "where the cosine ends"),
     "optimizer.decay_epochs": Key(None, EPOCHS, "of step: epochs between drops; None: 30"),
     "optimizer.decay_rate": Key(None, PART, "of step: factor of a drop; None: 0.1"),
     "optimizer.per_epoch": Key(False, bool, "one rate an epoch, as in DeiT's published code"),
-    "optimizer.weight_decay": Key(0.05, NOT_NEGATIVE, "of kernels only, times the learning rate"),
+    "optimizer.weight_decay": Key(0.05, RATE, "of kernels only, times the learning rate"),
     "optimizer.b1": Key(0.9, BELOW_1, "decay of the first moment"),
     "optimizer.b2": Key(0.999, BELOW_1, "decay of the second moment; lion wants 0.99"),
-    "optimizer.eps": Key(None, POSITIVE, "None: 1e-8, for lamb 1e-6"),
+    "optimizer.eps": Key(None, Number(0, 1, above=True), "None: 1e-8, for lamb 1e-6"),
     "optimizer.momentum": Key(0.9, BELOW_1, "of sgd"),
     "optimizer.nesterov": Key(False, bool, "of sgd"),
     "optimizer.layer_decay": Key(1.0, PART, "learning rate of a layer over that of the next"),
     "optimizer.train": Key("all", TRAINED, "what is trained; a number: so many last blocks"),
-    "optimizer.sam_rho": Key(0.0, NOT_NEGATIVE, "radius of sharpness-aware minimisation; 0: none"),
-    "optimizer.grad_clip_norm": Key(None, NOT_NEGATIVE, "global norm; 0: none; None: 1 for lamb, else none"),
+    "optimizer.sam_rho": Key(0.0, RATE, "radius of sharpness-aware minimisation; 0: none"),
+    "optimizer.grad_clip_norm": Key(None, NORM, "global norm; 0: none; None: 1 for lamb, else none"),
     "optimizer.grad_accum": Key(1, COUNT, "micro batches a step, their gradients averaged"),
     "optimizer.ema_decay": Key(0.99996, BELOW_1, "of the parameters' EMA; 0: none is kept"),
     # first the head alone, then the last blocks too
     "phases.head_epochs": Key(0.0, Number(0, 1e6), "0: no phases; else these keys are rate, schedule and length"),
-    "phases.head_learning_rate": Key(1e-3, NOT_NEGATIVE, "constant in the first phase"),
+    "phases.head_learning_rate": Key(1e-3, RATE, "constant in the first phase"),
     "phases.blocks": Key(4, FROM_0, "last blocks that are trained in the second phase"),
     "phases.blocks_epochs": Key(15.0, EPOCHS, "length of the second phase"),
-    "phases.blocks_learning_rate": Key(1e-5, NOT_NEGATIVE, "constant in the second phase"),
+    "phases.blocks_learning_rate": Key(1e-5, RATE, "constant in the second phase"),
     # the devices, whose number is the product
     "mesh.data": Key(-1, DEVICES, "devices with other images and the same parameters; -1: the rest"),
     "mesh.fsdp": Key(1, DEVICES, "devices with other images and a part of the parameters each"),
@@ -242,14 +252,37 @@ CONFLICTS: tuple[tuple[Callable[[Mapping[str, Any]], Any], str], ...] = (
 # fmt: on
 
 
+def key_rows(values: Mapping[str, Any] | None = None) -> list[dict[str, str]]:
+    """A row for each key: name, default or, of a config, value; what is allowed, and meaning."""
+    defaults = {name: key.default for name, key in KEYS.items()}
+    return [
+        {
+            "key": name,
+            "default" if values is None else "value": str((values or defaults)[name]) or "(empty)",
+            "allowed": wanted(key.kind) + ", or None" * (key.default is None),
+            "meaning": key.meaning,
+        }
+        for name, key in KEYS.items()
+    ]
+
+
 def misfit(name: str, value: Any) -> UserError:
     """The error of a value that its key cannot have."""
     key = KEYS[name]
-    shown = repr(value) if value == "" else str(value)
+    shown = _shown(value)
     none = ", or None" if key.default is None else ""
     return UserError(
         f"{setting(f'config.{name}')} is {shown} and must be {wanted(key.kind)}{none}{_hint(key.kind, value)}"
     )
+
+
+def _shown(value: Any) -> str:
+    """A value in a sentence, shortened."""
+    try:
+        text = repr(value) if isinstance(value, str) and not value.strip() else str(value)
+    except ValueError:  # of more digits than Python converts
+        text = "an integer of thousands of digits"
+    return text if len(text) <= _LONG else f"{text[:_LONG]}..."
 
 
 def wanted(kind: Kind) -> str:
@@ -269,6 +302,8 @@ def wanted(kind: Kind) -> str:
                 return "a known name"
             count = f", or {wanted(kind.count)}" if kind.count else ""
             return f"one of {', '.join(kind.known)}{count}"
+        case Name():
+            return "text that is not empty"
     return "True or False" if kind is bool else "text"
 
 
@@ -280,7 +315,7 @@ def _range(of: Number) -> str:
         return f" above {low}" if of.above else f" of {low} or more"
     if of.whole:
         return f" from {low} to {high}"
-    if of.high > 1000:  # a comma among digits is none between ends
+    if of.high >= 1000:  # a comma among digits is none between ends
         return f"{' above' if of.above else ' of at least'} {low} and at most {high}"
     return f" in {'(' if of.above else '['}{low}, {high}{')' if of.below else ']'}"
 
@@ -292,6 +327,6 @@ def _hint(kind: Kind, value: Any) -> str:
         near = nearest(str(value), kind.known, count=1 if few else 3)
         return "" if few and not near.startswith("nearest") else f"; {near}"
     if isinstance(kind, Number) and kind.whole and kind.high == INT32:
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             return f" and at most {INT32:,}" * (int(value) > INT32)
     return ""

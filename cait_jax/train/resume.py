@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from cait_jax.errors import UserError, can_set, setting
 from cait_jax.files import atomic_replace, to_json
 from cait_jax.renamed import current_config
-from cait_jax.train.config import as_json, flatten
+from cait_jax.train.config import as_json, flatten, with_missing
 
 # What may differ when a run is resumed: it changes no number of the run, or of a run that would have stopped.
 FREE_KEYS = ("report", "mesh", "data.data_dir", "data.workers", "checkpoint", "nonfinite")
@@ -57,7 +57,7 @@ def check_resumable(saved: Mapping[str, Any], current: ConfigDict, workdir: str)
 
     `saved` is the config in the run's checkpoint, as `as_json` gave it; keys may have their old names.
     """
-    before, now = flatten(current_config(saved)), flatten(as_json(current))
+    before, now = with_missing(flatten(current_config(saved))), flatten(as_json(current))
     changed = [
         key
         for key in sorted(before.keys() | now.keys())

@@ -22,6 +22,7 @@ from cait_jax.sharding import (
     batch_sharding,
     batch_shards,
     check_batch_size,
+    check_memory,
     constrain_batch,
     make_mesh,
     padded_batch_size,
@@ -157,6 +158,7 @@ def build(
       UserError: for a setting, a data set or a size that does not fit.
     """
     check_values(config)
+    _check_dtypes(config)
     mesh = mesh_from_config(config, devices)
     train_split, eval_split = load_splits(config)
     objective = make_objective(config, train_split)
@@ -166,7 +168,19 @@ def build(
 
         logits = recorded_logits(config, len(train_split), train_split.class_names)
     objective = jax.device_put(objective, param_shardings(objective, mesh))
-    return assemble(config, mesh, objective, train_split, eval_split, logits)
+    trainer = assemble(config, mesh, objective, train_split, eval_split, logits)
+    state = trainer.abstract_state
+    others = (dataclasses.replace(state, params=()), _images(trainer))
+    check_memory(state.params, others, list(mesh.devices.flat))
+    return trainer
+
+
+def _images(trainer: Trainer) -> jax.ShapeDtypeStruct:
+    """The shape of the larger of the batches of training and of evaluation, as the network takes it."""
+    config, model = trainer.config, trainer.model
+    size = max(config.batch_size // config.optimizer.grad_accum, config.eval.batch_size)
+    shape = (padded_batch_size(size, trainer.mesh), *model.image_size, model.in_channels)
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(trainer.mesh))
 
 
 def assemble(
@@ -266,6 +280,15 @@ def load_splits(
     if mixup.from_config(config).enabled:
         warn_of_shared_draws(config.batch_size, config.augment.mix_rows, config.data.aug_repeats)
     return train_split, eval_split
+
+
+def _check_dtypes(config: ConfigDict) -> None:
+    for key in ("dtype", "param_dtype"):
+        if config.model[key] == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
+            raise UserError(
+                f"{setting(f'config.model.{key}', 'float64')} needs JAX's 64-bit mode: set JAX_ENABLE_X64=1, or "
+                "choose float32"
+            )
 
 
 def _init(

@@ -7,6 +7,7 @@ checkpoint, `RUN/checkpoints/STEP` the one of that step and no other; a run is r
 import dataclasses
 import json
 import os
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cait_jax.data.preprocess import Preprocessing
-from cait_jax.errors import Literal, UserError, nearest, setting
+from cait_jax.errors import Literal, UserError, nearest, one_line, setting
 from cait_jax.files import sha256
 from cait_jax.models.inspect import abstract_variables
 from cait_jax.models.zoo import FAMILIES, create_model, float_dtype, misfit, network_class
+from cait_jax.reading import check_format, read_json
 from cait_jax.renamed import current_attributes, current_config, current_preprocessing
 from cait_jax.sharding import leaf_shapes
 from cait_jax.weights.state_dicts import (
@@ -36,6 +38,9 @@ CONFIG = "config.json"
 SECTION = "cait_jax"
 _FORMAT = 1
 _DTYPES = ("dtype", "param_dtype")
+# Bounds of the numbers among a network's attributes.
+_MOST, _MOST_BLOCKS = 2**24, 1024
+_SIZES = ("image_size", "width", "depth", "num_heads", "patch_size", "in_channels")
 _CHECKPOINTS = "checkpoints"  # of a run
 
 
@@ -132,7 +137,7 @@ def read_saved(directory: Path) -> SavedModel:
     """
     file = directory / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}): save the model again") from error
     section = config.get(SECTION) if isinstance(config, dict) else None
@@ -141,21 +146,36 @@ def read_saved(directory: Path) -> SavedModel:
             f"{file} is not of this package and does not say which network the weights are of: give "
             f"{setting('name_or_path', Literal('NAME'))} and {setting('weights', str(directory / WEIGHTS))}"
         )
-    if section.get("format") != _FORMAT:
-        raise UserError(
-            f"{file} is of format {section.get('format')}, and this version reads {_FORMAT}: install a "
-            "newer cait-jax"
-        )
+    check_format(file, section.get("format"), _FORMAT)
     try:
         labels, settings = section["label_names"], section["preprocessing"]
+        model = model_from_dict(section)
+        _check_labels(file, labels, model.num_classes)
         return SavedModel(
-            model=model_from_dict(section),
+            model=model,
             label_names=None if labels is None else tuple(labels),
             preprocessing=None if settings is None else current_preprocessing(settings),
             sha256=section["weights_sha256"],
         )
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise UserError(f"{file} is incomplete (no {error}): save the model again") from error
+    except (TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} is damaged ({one_line(str(error))}): save the model again"
+        ) from error
+
+
+def _check_labels(file: Path, labels: Any, count: int) -> None:
+    right = labels is None or (
+        isinstance(labels, list)
+        and len(labels) == count
+        and all(isinstance(n, str) for n in labels)
+    )
+    if not right:
+        raise UserError(
+            f"{file} is damaged: its label_names are not one name for each of {count} classes; save the model "
+            "again"
+        )
 
 
 def read_saved_weights(directory: Path) -> dict[str, np.ndarray]:
@@ -239,6 +259,7 @@ def model_from_dict(description: Mapping[str, Any]) -> Any:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in current_attributes(description["attributes"]).items()
     }
+    _check_attributes(family, attributes)
     attributes = _converted(family, attributes, attribute_names(network_class(family)))
     try:
         return network_class(family)(**attributes)
@@ -275,6 +296,48 @@ def _converted(family: str, attributes: Mapping[str, Any], known: list[str]) -> 
         name: float_dtype(name, value) if name in _DTYPES else value
         for name, value in attributes.items()
     }
+
+
+def _check_attributes(family: str, attributes: Mapping[str, Any]) -> None:
+    """Refuses attributes in `config.json` of another type than the network's, and numbers beyond reason."""
+    hints = typing.get_type_hints(network_class(family))
+    for name, value in attributes.items():
+        if name not in hints:
+            continue  # it is refused with the nearest name
+        most = _MOST_BLOCKS if name.endswith("depth") else _MOST
+        least = 1 if name in _SIZES else -_MOST if name == "layer_scale_init" else 0
+        known = {"precision": (None, "default", "high", "highest")}.get(name)
+        right = value in known if known and isinstance(value, str | None) else known is None
+        if name in _DTYPES:
+            right = isinstance(value, str)
+        if not right or not _is_of(hints[name], value, (least, most)):
+            raise UserError(f"{family}: {name} cannot be {repr(value)[:80]}: save the model again")
+
+
+def _is_of(hint: Any, value: Any, within: tuple[int, int]) -> bool:
+    """Whether a value of JSON is of a type, and if a number, within two bounds."""
+    if hint is Any:
+        return value is None or isinstance(value, str)
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        several = (
+            parts[:1] * len(value) if parts[1:] == (...,) and isinstance(value, tuple) else parts
+        )
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(several)
+            and all(map(_is_of, several, value, [within] * len(value)))
+        )
+    if parts:
+        return any(_is_of(part, value, within) for part in parts)
+    if hint in (int, float):
+        kinds = int if hint is int else int | float
+        return (
+            isinstance(value, kinds)
+            and not isinstance(value, bool)
+            and within[0] <= value <= within[1]
+        )
+    return isinstance(value, hint)
 
 
 def _preprocessing_of(model: Any, given: Any) -> Preprocessing:

@@ -15,6 +15,7 @@ import numpy as np
 
 from cait_jax.errors import UserError, Way, advise, one_line, setting, some
 from cait_jax.files import fsync
+from cait_jax.reading import check_regular
 
 _log = logging.getLogger(__name__)
 
@@ -81,9 +82,12 @@ def read_weights(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str
         raise UserError(
             f"{path} is no file of weights: give a file ending in {', '.join(SUFFIXES)}"
         )
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: give the path of a file of weights")
+    try:
+        check_regular(path)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        what = "does not exist" if missing else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path} {what}: give the path of a file of weights") from error
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty: download it again")
     if path.suffix in _PICKLES:

@@ -58,7 +58,7 @@ def test_the_keys_in_the_documentation_are_those_of_the_table():
     assert shown == printed("--keys", "--markdown")
     rows = json.loads(printed("--keys", "--json", "eval.*"))
     assert [row["key"] for row in rows] == ["eval.batch_size", "eval.every_epochs", "eval.crop_pct"]
-    assert rows[2]["allowed"] == "a finite number in (0, 1]"
+    assert rows[2]["allowed"] == "a finite number in [0.001, 1]"
 
 
 def test_the_keys_that_may_change_on_resume_are_documented():

@@ -2,7 +2,6 @@
 
 import errno
 import os
-from pathlib import Path
 
 import pytest
 from test_folder import fill, message_of
@@ -96,10 +95,10 @@ def test_an_image_without_permission_is_told_so(tmp_path, monkeypatch):
     fill(tmp_path, "a/1.jpg", "b/2.jpg")
     found = load_folder(tmp_path)
 
-    def refuse(path):
+    def refuse(path, flags):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     assert message_of(found.records.__getitem__, 0) == (
         f"image {tmp_path / 'a/1.jpg'} cannot be read: Permission denied; make it readable or leave it out"
     )

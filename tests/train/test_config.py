@@ -142,56 +142,24 @@ def test_every_argument_of_a_config_has_a_workdir_of_its_own():
     assert default_workdir("a.py:photos/a/") == default_workdir("a.py:photos/a")
 
 
-WRONG = (
-    "nan",
-    "inf",
-    "-inf",
-    "1e400",
-    "9" * 400,
-    "9" * 5000,
-    "abc",
-    "1,2,3,4",
-    "None",
-    "-0.5",
-    "(",
-    "",
-)
-
-
-@pytest.mark.parametrize("key", sorted(KEYS))
-def test_no_value_passes_a_key_that_no_run_can_use(key):
-    """Whatever is read is finite, of the key's type and in its range; all else is refused in one sentence."""
-    kind, optional = KEYS[key].kind, KEYS[key].default is None
-    accepted = {}
-    for text in WRONG:
-        sentence = None
-        try:
-            accepted[text] = flatten(load_config(str(CONFIGS / "digits.py"), {key: text}))[key]
-        except UserError as error:
-            sentence = str(error)
-        if sentence is not None:
-            assert sentence.startswith(f"--config.{key} is {text or repr(text)} and must be ")
-            assert "\n" not in sentence
-    for text, value in accepted.items():
-        assert value is None or kind is str or value in (-0.5, (-0.5,))
-        assert value is not None or (text == "None" and optional)
-
-
 @pytest.mark.parametrize(
     ("key", "text", "wanted"),
     [
-        ("augment.scale", "0.5", "2 increasing finite numbers in (0, 1], such as 0.08,1"),
-        ("augment.scale", "1,nan", "2 increasing finite numbers in (0, 1], such as 0.08,1"),
-        ("augment.scale", "1,0.5", "2 increasing finite numbers in (0, 1], such as 0.08,1"),
-        ("data.mean", "(0.5,0.5)", "1 or 3 finite numbers, such as 0.485,0.456,0.406"),
-        ("data.std", "0", "1 or 3 finite numbers above 0, such as 0.229,0.224,0.225"),
+        ("augment.scale", "0.5", "2 increasing finite numbers in [0.001, 1], such as 0.08,1"),
+        ("augment.scale", "1,nan", "2 increasing finite numbers in [0.001, 1], such as 0.08,1"),
+        ("augment.scale", "1,0.5", "2 increasing finite numbers in [0.001, 1], such as 0.08,1"),
+        (
+            "data.mean", "(0.5,0.5)",
+            "1 or 3 finite numbers of at least -1,000 and at most 1,000, such as 0.485,0.456,0.406",
+        ),
+        ("data.std", "0", "1 or 3 finite numbers of at least 0.001 and at most 1,000, such as 0.229,0.224,0.225"),
         ("batch_size", "6.5", "a whole number of 1 or more"),
         ("batch_size", "1e3", "a whole number of 1 or more"),
         ("batch_size", "3000000000", "a whole number of 1 or more and at most 2,147,483,647"),
         ("image_size", "8,8,8", "a whole number from 1 to 16,384, or height and width, such as 224,192"),
         ("seed", "-1", "a whole number from 0 to 4,294,967,295"),
         ("epochs", "1e9", "a finite number above 0 and at most 1,000,000"),
-        ("optimizer.learning_rate", "nan", "a finite number of 0 or more"),
+        ("optimizer.learning_rate", "nan", "a finite number of at least 0 and at most 1,000"),
         ("model.drop_path_rate", "1.5", "a finite number in [0, 1), or None"),
         ("model.dtype", "float16", "one of bfloat16, float32, float64; nearest: bfloat16"),
         ("optimizer.name", "adam", "one of adamw, lamb, lion, sgd; nearest: adamw"),

@@ -67,11 +67,11 @@ def test_what_goes_together_passes(settings):
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
-        ("optimizer.eps", 0.0, "a finite number above 0"),
-        ("optimizer.grad_clip_norm", -1.0, "a finite number of 0 or more"),
+        ("optimizer.eps", 0.0, r"a finite number in \(0, 1\]"),
+        ("optimizer.grad_clip_norm", -1.0, "a finite number of at least 0 and at most 1,000,000"),
         ("optimizer.decay_epochs", 0.0, "a finite number above 0"),
-        ("optimizer.decay_rate", 1.5, r"a finite number in \(0, 1\]"),
-        ("distill.temperature", 0.0, "a finite number above 0"),
+        ("optimizer.decay_rate", 1.5, r"a finite number in \[0.001, 1\]"),
+        ("distill.temperature", 0.0, "a finite number of at least 0.001 and at most 1,000"),
     ],
 )
 def test_ranges_of_what_the_optimiser_and_the_teacher_read(key, value, sentence):

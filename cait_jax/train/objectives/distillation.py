@@ -20,6 +20,7 @@ from cait_jax.evaluation.labels import LabelError, match_classes
 from cait_jax.models.cait import CaiT
 from cait_jax.models.layers import Images
 from cait_jax.models.zoo import Network
+from cait_jax.reading import check_regular
 
 Logits = Float[Array, "batch classes"]
 Losses = Float[Array, "batch"]
@@ -275,7 +276,7 @@ def read_logits(
       UserError: the file is missing or damaged, or its logits are of another shape or dtype, or not finite.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"there is no file {path} of recorded logits: write one with numpy.savez")
     try:
         logits = _stored_logits(path)
@@ -309,6 +310,7 @@ def recorded_class_names(path: str | Path) -> tuple[str, ...] | None:
 
 
 def _stored_logits(path: Path) -> np.ndarray:
+    check_regular(path)
     with path.open("rb") as file:  # NumPy would leave its own open where the archive is broken
         stored = np.load(file, allow_pickle=False)
         if not isinstance(stored, np.lib.npyio.NpzFile):
