@@ -88,7 +88,7 @@ def _end_workers() -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """A sentence for a refusal by the file system or too little memory; None for any other error."""
+    """A sentence for a refusal by the file system, too little memory, or no device; None for any other error."""
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         reason = (error.strerror or os.strerror(error.errno)).lower()
         where = f"{error.filename}: " if error.filename is not None else ""
@@ -99,7 +99,17 @@ def explain(error: BaseException) -> str | None:
             Way("lower {}", "batch_size"), Way("lower {}", "image_size"), "use a smaller model"
         )
         return f"there is too little memory ({one_line(str(error))}): {ways}"
+    if isinstance(error, RuntimeError | AssertionError) and not _has_devices():
+        platforms = os.environ.get("JAX_PLATFORMS")
+        return f"JAX finds no device of JAX_PLATFORMS={platforms}: install JAX for it, or unset JAX_PLATFORMS"
     return None
+
+
+def _has_devices() -> bool:
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):  # where no platform can be initialised JAX raises either
+        return False
 
 
 def join_processes(

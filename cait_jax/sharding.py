@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from cait_jax.errors import UserError, Way, advise, setting
+from cait_jax.errors import UserError, Way, advise, can_set, setting
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -223,6 +223,12 @@ def check_batch_size(batch_size: int, shards: int, grad_accum: int = 1) -> None:
             f"batch_size {batch_size} must be a multiple of {parts} ({shards} devices times "
             f"{grad_accum} micro batches): set "
             f"{setting('config.batch_size', max(1, batch_size // parts) * parts)}"
+            + (
+                "; a run that goes on keeps its batch size: let devices share images, by "
+                f"{setting('config.mesh.tensor', shards)}"
+                if shards > 1 and can_set("config.mesh.tensor") and batch_size % grad_accum == 0
+                else ""
+            )
         )
 
 

@@ -4,6 +4,8 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +24,13 @@ from cait_jax.cli.output import check_writable, text_output
 from cait_jax.errors import config_flags, speaking
 from cait_jax.processes import explain
 from cait_jax.reading import MAX_IMAGE, check_regular, read_bytes
-from cait_jax.sharding import local_bytes, make_mesh, param_shardings
+from cait_jax.sharding import (
+    batch_shards,
+    check_batch_size,
+    local_bytes,
+    make_mesh,
+    param_shardings,
+)
 from cait_jax.train import NonFiniteError, setup
 from cait_jax.train.config import flatten
 from cait_jax.train.keys import KEYS, Name, Number, Several, Size, Words
@@ -839,6 +847,57 @@ def test_cait_refuses_a_saved_model(place):
     assert not wrong, "\n".join(f"{k}: {v}" for k, v in wrong.items())
 
 
+PROCESSES = (
+    ("JAX_PLATFORMS=cuda", "train.py --config=DIGITS", "unset JAX_PLATFORMS"),
+    ("JAX_PLATFORMS=cuda", "cait predict good.png -m model", "unset JAX_PLATFORMS"),
+    ("JAX_PLATFORMS=nothing", "train.py --config=DIGITS", "unset JAX_PLATFORMS"),
+    ("", "train.py --config=configs/raises.py", "ZeroDivisionError"),
+    ("", "train.py --config=configs/exits.py", "SystemExit: no"),
+    ("", "train.py --config=configs/fifo.py", "named pipe"),
+    ("", "train.py --config=DIGITS stray", "'stray' is no flag"),
+    ("", "train.py --config=DIGITS --config.seed=99999999999999999999", "must be a whole number"),
+    ("", "train.py --config=DIGITS --config.model.width=100000", "GB of each device, which has"),
+    (
+        "",
+        "train.py --config=DIGITS --coordinator=a:b --processes=2 --process=0",
+        "a port from 1 to",
+    ),
+    (
+        "",
+        "train.py --config=DIGITS --coordinator=a:0 --processes=2 --process=1",
+        "a port from 1 to",
+    ),
+    ("", "train.py --config=DIGITS --workdir=good.png/run", "choose another place"),
+    ("", "cait predict odd/fifo.png -m model", "1 of 1 images were left out"),
+    ("", "cait predict odd/zero.png -m model", "1 of 1 images were left out"),
+    ("", "cait predict odd/sparse.png -m model", "1 of 1 images were left out"),
+    ("", "cait predict good.png -m models/deep", "nests too deeply"),
+    ("", "cait evaluate -m model --data ./photos -o /proc/x", "cannot be written"),
+    ("", "cait convert -m model good.png/x", "nothing can be written"),
+    ("", "cait plot runs/zeros", "holds no metrics yet"),
+    ("", "cait data show with_fifo --sheet x.jpg", "does not end in .png"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variable", "command", "words"), PROCESSES)
+def test_a_process_ends_with_the_sentence(place, variable, command, words):
+    root = CONFIGS.parent
+    program = {"train.py": [str(root / "train.py")], "cait": ["-m", "cait_jax"]}
+    name, *arguments = shlex.split(command.replace("DIGITS", str(CONFIGS / "digits.py")))
+    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    if variable:
+        key, _, value = variable.partition("=")
+        environment[key] = value
+    ended = subprocess.run(
+        [sys.executable, *program[name], *arguments], env=environment, cwd=place, capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert words in ended.stderr.splitlines()[-1]
+
+
 # What is right beside it
 
 
@@ -865,6 +924,15 @@ def test_a_state_of_many_devices_is_counted_by_its_shards():
     params = {"fc1": {"kernel": jax.ShapeDtypeStruct((1024, 64), np.float32)}}
     shaped = setup.with_shardings(params, param_shardings(params, mesh))
     assert local_bytes(shaped) == 1024 * 64 * 4 // 8
+
+
+def test_a_batch_of_a_run_that_goes_on_can_stay_on_three_devices():
+    sentence = (
+        "batch_size 64 must be a multiple of 3 .* keeps its batch size: .*config.mesh.tensor=3"
+    )
+    with pytest.raises(UserError, match=sentence):
+        check_batch_size(64, shards=3)
+    check_batch_size(64, batch_shards(make_mesh(jax.devices()[:3], tensor=3)))
 
 
 def test_dev_null_and_existing_files_are_outputs(tmp_path):
