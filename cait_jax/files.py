@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from cait_jax import reading
 from cait_jax.errors import UserError, one_line, printable, writable
 
 MANIFEST = "manifest.json"
@@ -78,10 +79,10 @@ def to_json(value: Any) -> str:
 def read_json(path: Path) -> Any:
     """A JSON file's value; `DamagedError` for one that cannot be read, is no JSON, or is nested too deeply."""
     try:
-        return json.loads(path.read_bytes())
+        return reading.read_json(path)
     except FileNotFoundError:
         raise DamagedError(f"there is no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DamagedError(f"{path.name} cannot be read ({one_line(str(error))})") from None
 
 
@@ -265,8 +266,8 @@ class DirectoryLock(AbstractContextManager["DirectoryLock", None]):
 def _holder(file: int, *, close: bool = False) -> dict[str, Any]:
     """Who a lock's file names; empty if nobody, or if it can be read by nobody."""
     try:
-        found = json.loads(os.pread(file, 4096, 0))
-    except (ValueError, RecursionError):
+        found = reading.parse_json(os.pread(file, 4096, 0).decode())
+    except ValueError:
         return {}
     finally:
         if close:

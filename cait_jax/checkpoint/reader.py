@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 
 from cait_jax.errors import UserError, one_line
 from cait_jax.files import MANIFEST, DamagedError, read_json, read_manifest, sha256
+from cait_jax.reading import check_format
 from cait_jax.sharding import leaf_shapes
 
 _log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ _log = logging.getLogger(__name__)
 STATE = "state"
 META = "meta"
 RUN = "run.json"
-FORMAT = 1  # of a step's manifest; 0 has neither format nor run
+FORMAT = 1  # of a step's manifest; older ones have neither format nor run
 
 # What process 0 broadcasts instead of a step.
 _NOTHING_SAVED = -1
@@ -55,10 +56,8 @@ def read_step_manifest(path: Path, run: str | None) -> dict[str, Any]:
       UserError: a later version wrote it.
     """
     manifest = read_manifest(path)
-    if manifest.get("format", 0) > FORMAT:
-        raise UserError(
-            f"{path} has format {manifest['format']}, and this version reads up to {FORMAT}: install a newer one"
-        )
+    if "format" in manifest:
+        check_format(path, manifest["format"], FORMAT)
     if manifest.get("step") != int(path.name):
         raise DamagedError(f"it is of step {manifest.get('step')}, by its {MANIFEST}")
     if run is not None and manifest.get("run", run) != run:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, can_set, setting
 from cait_jax.files import atomic_replace, to_json
+from cait_jax.reading import parse_json
 from cait_jax.renamed import current_config
 from cait_jax.train.config import as_json, flatten, with_missing
 
@@ -126,8 +126,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def metric_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each whole line and its row, whose `step` is an int. A power cut can leave lines that are not whole."""
     for line in file.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
+        with contextlib.suppress(ValueError):
+            row = parse_json(line.decode())
             if isinstance(row, dict) and type(row.get("step")) is int:
                 yield line, row
 

@@ -538,7 +538,7 @@ def test_a_second_broken_step_of_the_same_number_is_kept_too(tmp_path):
 def test_a_step_of_a_later_format_is_refused(tmp_path):
     save_steps(tmp_path, 10, 20)
     rewrite_manifest(tmp_path / "20", lambda body: {**body, "format": 99})
-    with pytest.raises(UserError, match="format 99, and this version reads up to"):
+    with pytest.raises(UserError, match="of format 99, and this version reads 1"):
         Checkpoints(tmp_path).restore(make_state())
 
 
