@@ -1,16 +1,19 @@
 """What each part of a vision transformer adds: seven networks from no attention to class attention.
 
 Command: python benchmarks/ladder.py [--data_dir=DIR] [--seeds=3] [--rungs=one_head,block] [--out=runs/ladder]
+                                     [--report]
 
 5,000 training and 1,000 test images of CIFAR-10 at 224 pixels, patches of 16, width 64, one block, batch 32, 15
-epochs, Adam at 1e-3, no augmentation: the setting of a published tutorial. Prints, and writes to OUT/ladder.json,
-the test accuracy after the last epoch, mean and standard deviation over seeds. A run is saved after each epoch;
-the same command continues it. OUT/RUNG_seedN.msgpack keeps its parameters.
+epochs, Adam at 1e-3, no augmentation: the setting of a published tutorial. Prints a table of the test accuracy
+after the last epoch, mean and standard deviation over seeds, and writes the accuracies to OUT/ladder.json. A run
+is saved after each epoch; the same command continues it. OUT/RUNG_seedN.msgpack keeps its parameters. With
+--report it trains nothing: it prints the table of the runs under OUT, and which are missing.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +213,15 @@ def load(data_dir: str | None, train: int = 5000, test: int = 1000) -> tuple[InM
     return tuple(load_split("cifar10", s, image_size=(32, 32), data_dir=data_dir) for s in names)
 
 
+def read(out: Path, rung: str, seed: int) -> tuple[dict[str, Any], list[dict[str, float]]] | None:
+    """What a run has saved: `params` and `adam`, and a dict for each epoch; None where there is nothing."""
+    file = out / f"{rung}_seed{seed}.msgpack"
+    if not file.exists():
+        return None
+    saved: Any = serialization.msgpack_restore(file.read_bytes())
+    return saved["state"], json.loads(saved["history"])
+
+
 def train(rung: str, seed: int, data: tuple[InMemory, InMemory], out: Path, epochs: int = EPOCHS):
     """Trains one network, or continues its run under `out`; its state, with an accuracy for each epoch."""
     model, optimizer = RUNGS[rung](), optax.adam(LEARNING_RATE)
@@ -237,10 +249,8 @@ def train(rung: str, seed: int, data: tuple[InMemory, InMemory], out: Path, epoc
 
     state = init(jax.random.key(seed))
     history: list[dict[str, float]] = []
-    if file.exists():
-        saved: Any = serialization.msgpack_restore(file.read_bytes())
-        state = serialization.from_state_dict(state, saved["state"])
-        history = json.loads(saved["history"])
+    if saved := read(out, rung, seed):
+        state, history = serialization.from_state_dict(state, saved[0]), saved[1]
     while len(history) < epochs:
         start, losses = time.perf_counter(), []
         order = np.random.default_rng((seed, len(history))).permutation(len(fit))
@@ -263,24 +273,68 @@ def train(rung: str, seed: int, data: tuple[InMemory, InMemory], out: Path, epoc
     return state, history
 
 
+def parameters(rung: str) -> int:
+    """The number of parameters."""
+    image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+    return sum(
+        leaf.size
+        for leaf in jax.tree.leaves(jax.eval_shape(RUNGS[rung]().init, jax.random.key(0), image))
+    )
+
+
+def finished(
+    out: Path, rungs: Iterable[str], seeds: int, epochs: int = EPOCHS
+) -> tuple[dict[str, list[list[dict[str, float]]]], list[str]]:
+    """The histories of each rung's finished runs, and a line for each rung about those that are missing."""
+    found: dict[str, list[list[dict[str, float]]]] = {}
+    missing = []
+    for rung in rungs:
+        histories = [saved[1] if (saved := read(out, rung, s)) else [] for s in range(seeds)]
+        found[rung] = [history for history in histories if len(history) >= epochs]
+        lacking = [
+            f"seed {seed} ({len(history)} of {epochs} epochs)"
+            for seed, history in enumerate(histories)
+            if len(history) < epochs
+        ]
+        if lacking:
+            missing.append(f"missing: {rung}, {', '.join(lacking)}")
+    return found, missing
+
+
+def report(out: Path, rungs: Iterable[str], seeds: int) -> None:
+    """Prints the finished runs as a table in Markdown, and which are missing."""
+    found, missing = finished(out, rungs, seeds)
+    print("| rung | parameters | test accuracy (%) | published | seeds | seconds an epoch |")
+    print("|---|---|---|---|---|---|")
+    for rung, histories in found.items():
+        last = [history[-1]["accuracy"] for history in histories]
+        accuracy = f"{np.mean(last):.1f}" if last else ""
+        deviation = f" ± {np.std(last, ddof=1):.1f}" if len(last) > 1 else ""
+        seconds = [epoch["seconds"] for history in histories for epoch in history]
+        print(
+            f"| {rung} | {parameters(rung):,} | {accuracy}{deviation} | {PUBLISHED.get(rung, '')} "
+            f"| {len(last)} | {f'{np.median(seconds):.1f}' if seconds else ''} |"
+        )
+    print("", *missing, sep="\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data_dir")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rungs", default=",".join(RUNGS))
     parser.add_argument("--out", type=Path, default=Path("runs/ladder"))
+    parser.add_argument("--report", action="store_true", help="print the table, train nothing")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    data = load(args.data_dir)
     accuracies: dict[str, list[float]] = {rung: [] for rung in args.rungs.split(",")}
-    for seed in range(args.seeds):
-        for rung, found in accuracies.items():
-            found.append(train(rung, seed, data, args.out)[1][-1]["accuracy"])
-    print(f"{'rung':16} {'accuracy':>8} {'deviation':>9} {'published':>9}")
-    for rung, found in accuracies.items():
-        deviation = np.std(found, ddof=1) if len(found) > 1 else float("nan")
-        print(f"{rung:16} {np.mean(found):8.1f} {deviation:9.1f} {PUBLISHED.get(rung, ''):>9}")
-    (args.out / "ladder.json").write_text(json.dumps(accuracies, indent=2))
+    if not args.report:
+        args.out.mkdir(parents=True, exist_ok=True)
+        data = load(args.data_dir)
+        for seed in range(args.seeds):
+            for rung, found in accuracies.items():
+                found.append(train(rung, seed, data, args.out)[1][-1]["accuracy"])
+        (args.out / "ladder.json").write_text(json.dumps(accuracies, indent=2))
+    report(args.out, accuracies, args.seeds)
 
 
 if __name__ == "__main__":
