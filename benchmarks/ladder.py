@@ -284,17 +284,17 @@ def parameters(rung: str) -> int:
 
 def finished(
     out: Path, rungs: Iterable[str], seeds: int, epochs: int = EPOCHS
-) -> tuple[dict[str, list[list[dict[str, float]]]], list[str]]:
-    """The histories of each rung's finished runs, and a line for each rung about those that are missing."""
-    found: dict[str, list[list[dict[str, float]]]] = {}
+) -> tuple[dict[str, dict[int, list[dict[str, float]]]], list[str]]:
+    """The histories of finished runs by rung and seed, and a line for each rung about those that are missing."""
+    found: dict[str, dict[int, list[dict[str, float]]]] = {}
     missing = []
     for rung in rungs:
-        histories = [saved[1] if (saved := read(out, rung, s)) else [] for s in range(seeds)]
-        found[rung] = [history for history in histories if len(history) >= epochs]
+        histories = {s: saved[1] if (saved := read(out, rung, s)) else [] for s in range(seeds)}
+        found[rung] = {seed: h for seed, h in histories.items() if len(h) >= epochs}
         lacking = [
             f"seed {seed} ({len(history)} of {epochs} epochs)"
-            for seed, history in enumerate(histories)
-            if len(history) < epochs
+            for seed, history in histories.items()
+            if seed not in found[rung]
         ]
         if lacking:
             missing.append(f"missing: {rung}, {', '.join(lacking)}")
@@ -307,10 +307,10 @@ def report(out: Path, rungs: Iterable[str], seeds: int) -> None:
     print("| rung | parameters | test accuracy (%) | published | seeds | seconds an epoch |")
     print("|---|---|---|---|---|---|")
     for rung, histories in found.items():
-        last = [history[-1]["accuracy"] for history in histories]
+        last = [history[-1]["accuracy"] for history in histories.values()]
         accuracy = f"{np.mean(last):.1f}" if last else ""
         deviation = f" ± {np.std(last, ddof=1):.1f}" if len(last) > 1 else ""
-        seconds = [epoch["seconds"] for history in histories for epoch in history]
+        seconds = [epoch["seconds"] for history in histories.values() for epoch in history]
         print(
             f"| {rung} | {parameters(rung):,} | {accuracy}{deviation} | {PUBLISHED.get(rung, '')} "
             f"| {len(last)} | {f'{np.median(seconds):.1f}' if seconds else ''} |"
