@@ -1,11 +1,13 @@
 """Every script of benchmarks/ starts, and says how it is called."""
 
 import importlib.util
+import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from flax import serialization
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
 # timm's side runs in an environment of its own, with PyTorch, and takes commands instead of options.
@@ -54,3 +56,19 @@ def test_the_code_base_in_figures(tmp_path):
         "README.md": "1 lines, 3 words",
         "lines of tests": "0",
     }
+
+
+def test_the_ladder_reports_finished_runs_and_names_the_others(tmp_path, capsys):
+    ladder = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "ladder.py"))
+    epoch = {"loss": 2.0, "accuracy": 0.0, "seconds": 8.0}
+    for seed, accuracies in enumerate([[20.0] * 14 + [30.0], [20.0] * 14 + [32.0], [20.0] * 7]):
+        history = [{**epoch, "accuracy": accuracy} for accuracy in accuracies]
+        content = {"state": {}, "history": json.dumps(history)}
+        file = tmp_path / f"one_head_seed{seed}.msgpack"
+        file.write_bytes(serialization.msgpack_serialize(content))
+    ladder["report"](tmp_path, ["one_head", "four_heads"], seeds=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| one_head | 79,178 | 31.0 ± 1.4 | 26.5 | 2 | 8.0 |" in lines
+    assert "| four_heads | 79,178 |  | 33.9 | 0 |  |" in lines
+    assert "missing: one_head, seed 2 (7 of 15 epochs)" in lines
+    assert lines[-1].startswith("missing: four_heads, seed 0 (0 of 15 epochs), seed 1")
