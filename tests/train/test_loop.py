@@ -467,9 +467,9 @@ def test_cifar10_trains_in_memory(tmp_path):
         (
             "eval.crop_pct",
             1.1,
-            "--config.eval.crop_pct is 1.1 and must be a finite number in (0, 1]",
+            "--config.eval.crop_pct is 1.1 and must be a finite number in [0.001, 1]",
         ),
-        ("augment.scale", (0.5, 0.1), "must be 2 increasing finite numbers in (0, 1]"),
+        ("augment.scale", (0.5, 0.1), "must be 2 increasing finite numbers in [0.001, 1]"),
         (
             "data.resize",
             "exat",

@@ -306,7 +306,7 @@ def test_each_kind_of_step_can_be_traced(name, without_data):
     }
     after, metrics = jax.eval_shape(trainer.train_step, state, batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert set(metrics) == {"loss", "accuracy", "learning_rate", "grad_norm"}
+    assert set(metrics) == {"loss", "accuracy", "learning_rate", "grad_norm", "finite"}
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if re.search("384|448", name)])

@@ -134,7 +134,7 @@ def test_a_broken_file_is_named_with_the_cause_and_the_fix(tmp_path, damage, sen
     ("name", "sentence"),
     [
         ("absent.safetensors", "does not exist"),
-        ("folder.pth", "is a directory"),
+        ("folder.pth", "Is a directory"),
         ("w.h5", r"give a file ending in \.safetensors, \.pth, \.pt, \.bin"),
     ],
 )

@@ -267,7 +267,7 @@ def test_rows_of_recorded_logits_come_with_their_examples(tmp_path):
         ({"augment__rand_augment": "rand-m9-x1-inc1"}, "x1"),
         (
             {"augment__mixup": -1.0},
-            "augment.mixup is -1.0 and must be a finite number of 0 or more",
+            "augment.mixup is -1.0 and must be a finite number of at least 0.001 and at most 1,000, or 0",
         ),
         ({"optimizer__layer_decay": 0.0}, "layer_decay is 0.0 and must be a finite number in"),
         ({"data__aug_repeats": 0}, "data.aug_repeats is 0 and must be a whole number of 1 or more"),
