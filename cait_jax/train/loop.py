@@ -178,7 +178,7 @@ def _run(
     def rolled_back(step: int) -> TrainState:
         """The state of the last checkpoint before the steps that were skipped, as the one after `step`."""
         point = checkpoints.rollback_step()
-        non_finite.roll_back(point or 0)
+        non_finite.roll_back(step, point or 0)
         found = checkpoints.restore(trainer.abstract_state, point) if point else None
         state: TrainState = found[1] if found else trainer.init_state()
         writer.message(

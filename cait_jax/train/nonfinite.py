@@ -41,22 +41,21 @@ class NonFiniteSteps:
         """Counts a skipped step; a message for the log."""
         self.skipped += 1
         self._last = f"step {step}: loss {values['train/loss']:.4g}, gradient norm {values['train/grad_norm']:.4g}"
-        if all(math.isfinite(value) for value in values.values()):
-            self._last += ", parameters that are not finite"
         return f"{self._last}: skipped ({self.skipped} in a row)"
 
-    def roll_back(self, point: int) -> None:
-        """Counts a rollback to the checkpoint of a step; 0: to the start.
+    def roll_back(self, step: int, point: int) -> None:
+        """Counts a rollback after a step to the checkpoint of another; 0: to the start.
 
         Raises:
           NonFiniteError: no more are allowed.
         """
         limits = self.config.nonfinite
+        reason = self._last if self.skipped else f"step {step}: its new state is not finite"
         if self.rollbacks >= limits.rollbacks:
             allowed = f"the run was rolled back {limits.rollbacks} times already"
             if not limits.rollbacks:
                 allowed = f"of such steps {limits.skips} in a row may be skipped"
-            raise NonFiniteError(f"{self._last}, and {allowed}: {self._advice(saved=point > 0)}")
+            raise NonFiniteError(f"{reason}, and {allowed}: {self._advice(saved=point > 0)}")
         self.skipped, self.rollbacks = 0, self.rollbacks + 1
 
     def check_metrics(self, step: int, metrics: Mapping[str, float]) -> None:

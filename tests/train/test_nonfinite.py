@@ -13,6 +13,7 @@ from trees import assert_same_bits
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train import NonFiniteError, loop, setup, train
+from cait_jax.train.nonfinite import NonFiniteSteps
 from cait_jax.train.resume import read_metrics
 from configs import digits
 
@@ -214,3 +215,10 @@ def test_a_stopped_run_rolls_back_to_the_same_step(config, tmp_path, monkeypatch
     monkeypatch.setattr(loop, "stop_signal", stop)
     resumed = train(config, tmp_path / "stopped")
     assert_same_bits(resumed.state, whole.state)
+
+
+def test_a_state_found_bad_when_it_is_saved_is_named(config):
+    config.nonfinite.rollbacks = 0
+    steps = NonFiniteSteps(config, "run")
+    with pytest.raises(NonFiniteError, match=r"^step 7: its new state is not finite, and "):
+        steps.roll_back(7, 0)
