@@ -25,6 +25,7 @@ from cait_jax.weights.saved import (
     read_saved,
     read_saved_weights,
     replace_attributes,
+    run_model,
     run_settings,
     save_pretrained,
 )
@@ -149,10 +150,7 @@ def load_pretrained(
         place = Path(name_or_path)
         trained, stored = _read(place, ema and weights is None)
         if trained is None:
-            raise UserError(
-                f"{place} holds weights but not the network they are of: give "
-                f"{setting('name_or_path', Literal('NAME'))} and {setting('weights', str(place))}"
-            )
+            raise _no_network(place)
         model = replace_attributes(trained, **attributes)
         if weights is not None:
             place = Path(weights)
@@ -168,6 +166,22 @@ def load_pretrained(
         return model, from_timm(stored, model)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+
+
+def load_model(name_or_path: str | os.PathLike[str]) -> Any:
+    """The model of `load_pretrained(name_or_path)`, from what is saved beside the weights, which are not read.
+
+    Raises:
+      UserError: there is no such name or directory, it cannot be read, or it holds weights alone.
+    """
+    if _is_name(name_or_path):
+        return zoo.create_model(str(name_or_path))
+    path = Path(name_or_path)
+    if is_run(path):
+        return run_model(path)
+    if is_saved(path):
+        return read_saved(path).model
+    raise _no_network(path) if _is_file_of_weights(path) else _no_source(path)
 
 
 def load_settings(name_or_path: str | os.PathLike[str]) -> Settings:
@@ -260,7 +274,7 @@ def _read(path: Path, ema: bool) -> tuple[Any, dict[str, np.ndarray]]:
                 f"{setting('ema', True)}"
             )
         trained, weights = read_saved(path).model, read_saved_weights(path)
-    elif path.suffix in SUFFIXES and not path.is_dir():
+    elif _is_file_of_weights(path):
         trained, weights = None, read_weights(path, ema=ema)
     else:
         raise _no_source(path)
@@ -269,6 +283,17 @@ def _read(path: Path, ema: bool) -> tuple[Any, dict[str, np.ndarray]]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return trained, weights
+
+
+def _is_file_of_weights(path: Path) -> bool:
+    return path.suffix in SUFFIXES and not path.is_dir()
+
+
+def _no_network(path: Path) -> UserError:
+    return UserError(
+        f"{path} holds weights but not the network they are of: give "
+        f"{setting('name_or_path', Literal('NAME'))} and {setting('weights', str(path))}"
+    )
 
 
 def _no_source(path: Path) -> UserError:

@@ -378,17 +378,22 @@ def read_run(path: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarra
     return model, checked_state_dict(model, {"params": params})
 
 
+def run_model(path: Path) -> Any:
+    """The model of a run; of its parameters none are read, but of an old run.
+
+    Raises:
+      UserError: there is no checkpoint, or none that is valid.
+    """
+    return _model(*_meta(path))
+
+
 def run_settings(path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
     """A run's class names and the preprocessing of its evaluation.
 
     Raises:
       UserError: there is no checkpoint, or none that is valid.
     """
-    checkpoints, step = _open(path)
-    meta = checkpoints.meta(step)
-    params: Mapping[str, Any] = {}
-    if "class_names" not in meta or "channels" not in meta:
-        params, meta = _restore(path, "params")
+    meta, params = _meta(path)
     config = current_config(meta["config"])
     preprocessing = {
         "image_size": list(_image_size(config)),
@@ -412,6 +417,16 @@ def _open(path: Path) -> tuple[Any, int | None]:
     if _is_step(path):
         return Checkpoints(path.absolute().parent), int(path.name)
     return Checkpoints(path / _CHECKPOINTS), None
+
+
+def _meta(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The metadata of a run, and its parameters where they tell what old metadata do not, else nothing."""
+    checkpoints, step = _open(path)
+    meta = checkpoints.meta(step)
+    if "class_names" in meta and "channels" in meta:
+        return meta, {}
+    params, meta = _restore(path, "params")
+    return meta, params
 
 
 def _restore(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Any]]:

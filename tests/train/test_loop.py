@@ -12,6 +12,7 @@ import pytest
 import tfds_files
 from marks import slow
 from run_files import untimed
+from small_runs import nan_params, poison, small_digits
 from trees import assert_same_bits
 
 from cait_jax import UserError
@@ -28,26 +29,13 @@ from configs import cait_xs24, cifar10
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One uninterrupted run, for comparison."""
-    from configs import digits
-
-    config = _small(digits.get_config())
+    config = small_digits()
+    config.steps = 6
+    config.model.dropout = 0.1
+    config.eval.batch_size = 100
+    config.report.every_steps = 2
     workdir = tmp_path_factory.mktemp("finished")
     return config, workdir, train(config, workdir)
-
-
-def _small(config):
-    config.steps = 6
-    config.batch_size = 32
-    config.model.width = 16
-    config.model.depth = 1
-    config.model.class_depth = 1
-    config.model.num_heads = 2
-    config.model.dropout = 0.1
-    config.eval.every_epochs = 4 * 32 / 1437  # every 4 steps
-    config.eval.batch_size = 100
-    config.checkpoint.every_steps = 2
-    config.report.every_steps = 2
-    return config
 
 
 @pytest.fixture
@@ -254,10 +242,8 @@ def test_reporting_and_worker_keys_may_differ(finished, config):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
-    config.optimizer.learning_rate = 1e30
-    config.optimizer.warmup_epochs = 0.0
-    config.optimizer.grad_clip_norm = 0.0
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
+    poison(monkeypatch, nan_params(2))
     config.checkpoint.every_steps = 1
     config.nonfinite.skips = config.nonfinite.rollbacks = 0
     with pytest.raises(NonFiniteError, match=r"step 2: loss .* from the weights saved here by"):
@@ -268,10 +254,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_is_saved_of_a_step_whose_loss_is_found_bad_in_its_evaluation(config, tmp_path):
-    config.optimizer.learning_rate = 1e30
-    config.optimizer.warmup_epochs = 0.0
-    config.optimizer.grad_clip_norm = 0.0
+def test_nothing_is_saved_of_a_step_whose_loss_is_found_bad_in_its_evaluation(
+    config, tmp_path, monkeypatch
+):
+    poison(monkeypatch, nan_params(2))
     config.eval.every_epochs = 32 / 1437  # every step
     config.nonfinite.skips = config.nonfinite.rollbacks = 0
     with pytest.raises(NonFiniteError, match=r"step 2: loss .* from the weights saved here by"):

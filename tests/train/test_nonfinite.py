@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_runs import nan_images, nan_params, poison, small_digits
 from trees import assert_same_bits
 
 from cait_jax.checkpoint.store import Checkpoints
@@ -15,59 +16,17 @@ from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train import NonFiniteError, loop, setup, train
 from cait_jax.train.nonfinite import NonFiniteSteps
 from cait_jax.train.resume import read_metrics
-from configs import digits
 
 
 @pytest.fixture
 def config():
-    config = digits.get_config()
+    config = small_digits()
     config.steps = 12
-    config.batch_size = 32
-    config.model.width = 16
-    config.model.depth = 1
-    config.model.class_depth = 1
-    config.model.num_heads = 2
     config.optimizer.ema_decay = 0.9
-    config.eval.every_epochs = 4 * 32 / 1437  # every 4 steps
     config.eval.batch_size = 360
-    config.checkpoint.every_steps = 2
     config.report.every_steps = 1
     config.nonfinite.skips = 2
     return config
-
-
-def poison(monkeypatch, spoil):
-    """Has `spoil(number, state, batch)` give state and batch of each step, before it is taken."""
-    build = loop.build
-
-    def poisoned(*args, **kwargs):
-        trainer = build(*args, **kwargs)
-
-        def step(state, batch, objective):
-            return trainer.step(*spoil(int(state.step) + 1, state, batch), objective)
-
-        return dataclasses.replace(trainer, step=step)
-
-    monkeypatch.setattr(loop, "build", poisoned)
-
-
-def nan_params(*numbers):
-    def spoil(number, state, batch):
-        if number in numbers:
-            nan = jax.tree.map(lambda leaf: leaf * jnp.nan, state.params)
-            state = dataclasses.replace(state, params=nan)
-        return state, batch
-
-    return spoil
-
-
-def nan_images(*numbers):
-    def spoil(number, state, batch):
-        if number in numbers:
-            batch = {**batch, "image": batch["image"] * jnp.float32(jnp.nan)}
-        return state, batch
-
-    return spoil
 
 
 def saved_states(workdir, run):

@@ -127,3 +127,17 @@ def test_a_teacher_of_classes_in_another_order_is_refused(config, weights, tmp_p
             check_teacher_classes(config, digits_names)
         with pytest.raises(UserError):
             build(config)
+
+
+@pytest.mark.parametrize("head", [3, 0])
+def test_a_teacher_of_other_classes_or_none_is_refused_before_its_weights_are_read(
+    config, tmp_path, head
+):
+    model = create_model("cait_nano4_patch4_8", depth=1, width=16, num_heads=2, num_classes=head)
+    save_pretrained(tmp_path / "teacher", model, {"params": random_params(model)}, preprocessing={
+        "image_size": [8, 8], "crop_pct": 1.0, "mean": [0.5], "std": [0.5], "channels": 1,
+    })  # fmt: skip
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    config.distill.kind, config.distill.teacher = "soft", str(tmp_path / "teacher")
+    with pytest.raises(UserError, match="knows 3 classes" if head else "no head to teach with"):
+        build(config)

@@ -13,7 +13,7 @@ from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.train.config import as_json
 from cait_jax.train.step import create_state
 from cait_jax.weights.adapt import mean_params
-from cait_jax.weights.pretrained import load_pretrained, load_settings
+from cait_jax.weights.pretrained import load_model, load_pretrained, load_settings
 from configs import digits
 
 
@@ -43,7 +43,7 @@ def test_the_newest_parameters_of_a_run_are_read_and_nothing_is_changed(tmp_path
     save_run(tmp_path, model, steps=(1, 2))
     before = contents(tmp_path)
     loaded, variables = load_pretrained(tmp_path)
-    assert loaded == model
+    assert loaded == load_model(tmp_path) == model
     assert_same_bits(variables, {"params": random_params(model, seed=2)})
     assert contents(tmp_path) == before
 

@@ -96,30 +96,34 @@ def teacher_from_config(config: ConfigDict, model: Any) -> Teacher | None:
     """The teacher of `distill.teacher`, a released name or a directory, in bfloat16; None for recorded logits.
 
     Raises:
-      UserError: its weights cannot be had, or it has other classes than `model`.
+      UserError: its weights cannot be had, or, before they are read, it does not fit `model` or the data.
     """
-    from cait_jax.weights.pretrained import load_pretrained, preprocessing
+    from cait_jax.weights.pretrained import load_model, load_pretrained, preprocessing
 
     if config.distill.logits is not None:
         return None
     name = config.distill.teacher
+    options = _options(config, model, preprocessing(name))
+    _check_teacher(load_model(name), **options)
     teacher, variables = load_pretrained(name, weights=config.distill.weights)
-    return make_teacher_for(config, model, teacher, variables, preprocessing(name))
+    return make_teacher(teacher, variables, **options)
 
 
 def make_teacher_for(
     config: ConfigDict, model: Any, teacher: Network, variables: Any, preprocessing: Any
 ) -> Teacher:
     """`make_teacher` with a config's normalisation; `variables` may be shapes, if no step will run."""
-    return make_teacher(
-        teacher,
-        variables,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        student_mean=config.data.mean,
-        student_std=config.data.std,
-        num_classes=model.num_classes,
-    )
+    return make_teacher(teacher, variables, **_options(config, model, preprocessing))
+
+
+def _options(config: ConfigDict, model: Any, preprocessing: Any) -> dict[str, Any]:
+    return {
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+        "student_mean": config.data.mean,
+        "student_std": config.data.std,
+        "num_classes": model.num_classes,
+    }
 
 
 def check_teacher_classes(config: ConfigDict, class_names: Sequence[str]) -> None:
@@ -189,24 +193,10 @@ def make_teacher(
     Raises:
       UserError: for a teacher without a head or with other classes, or a normalisation of other channels.
     """
-    if not model.num_classes:
-        raise UserError("the teacher has no head to teach with: choose one that has")
-    if num_classes is not None and num_classes != model.num_classes:
-        raise UserError(
-            f"the teacher knows {model.num_classes} classes and the student {num_classes}: choose a "
-            "teacher trained on the student's classes"
-        )
     statistics = {
         "mean": mean, "std": std, "student_mean": student_mean, "student_std": student_std
     }  # fmt: skip
-    for name, values in statistics.items():
-        if len(values) not in (1, model.in_channels):
-            raise UserError(
-                f"{name} has {len(values)} values and the teacher's images {model.in_channels} channels: "
-                "give one value for each channel, or one for all"
-            )
-        if "std" in name and not min(values) > 0:
-            raise UserError(f"{name} is {tuple(values)}: give numbers above 0")
+    _check_teacher(model, num_classes=num_classes, **statistics)
     to_mean, to_std, from_mean, from_std = (
         np.asarray(values, np.float64) for values in statistics.values()
     )
@@ -227,6 +217,27 @@ def make_teacher(
         return logits
 
     return jax.tree_util.Partial(logits_of, variables)
+
+
+def _check_teacher(
+    model: Network, *, num_classes: int | None, **statistics: Sequence[float]
+) -> None:
+    """Refuses what `make_teacher` does."""
+    if not model.num_classes:
+        raise UserError("the teacher has no head to teach with: choose one that has")
+    if num_classes is not None and num_classes != model.num_classes:
+        raise UserError(
+            f"the teacher knows {model.num_classes} classes and the student {num_classes}: choose a "
+            "teacher trained on the student's classes"
+        )
+    for name, values in statistics.items():
+        if len(values) not in (1, model.in_channels):
+            raise UserError(
+                f"{name} has {len(values)} values and the teacher's images {model.in_channels} channels: "
+                "give one value for each channel, or one for all"
+            )
+        if "std" in name and not min(values) > 0:
+            raise UserError(f"{name} is {tuple(values)}: give numbers above 0")
 
 
 def _affine(images: Any, scale: np.ndarray, shift: np.ndarray) -> Array:

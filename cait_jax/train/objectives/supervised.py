@@ -157,8 +157,8 @@ def from_config(
         from cait_jax.train.objectives import distillation
 
         teacher_loss = distillation.loss_from_config(config)
-        found = (teacher or distillation.teacher_from_config)(config, model)
         distillation.check_teacher_classes(config, split.class_names)
+        found = (teacher or distillation.teacher_from_config)(config, model)
     return Supervised(
         model=model,
         label_loss=loss_from_config(config),
