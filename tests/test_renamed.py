@@ -11,7 +11,7 @@ from cait_jax.renamed import OLD_KEYS, current_attributes, current_config
 from cait_jax.train.config import as_json, flatten, get_config, load_config, parse_command_line
 from cait_jax.train.keys import KEYS
 from cait_jax.train.resume import check_resumable
-from cait_jax.weights.saved import model_from_dict, model_to_dict
+from cait_jax.weights.model_json import model_from_dict, model_to_dict
 
 DIGITS = str(Path(__file__).parents[1] / "configs" / "digits.py")
 VALUES = {

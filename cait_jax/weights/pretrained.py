@@ -18,17 +18,9 @@ from cait_jax.models import zoo
 from cait_jax.models.variants import VARIANTS
 from cait_jax.weights.adapt import adapt_head, adapt_input
 from cait_jax.weights.hub import RELEASED, download, find_released
-from cait_jax.weights.saved import (
-    is_run,
-    is_saved,
-    read_run,
-    read_saved,
-    read_saved_weights,
-    replace_attributes,
-    run_model,
-    run_settings,
-    save_pretrained,
-)
+from cait_jax.weights.model_json import replace_attributes
+from cait_jax.weights.runs import is_run, read_run, run_model, run_settings
+from cait_jax.weights.saved import is_saved, read_saved, read_saved_weights, save_pretrained
 from cait_jax.weights.state_dicts import SUFFIXES, check_finite, read_weights
 from cait_jax.weights.timm_names import from_timm
 

@@ -1,0 +1,132 @@
+"""Training runs as sources of models; they are only read.
+
+`RUN` is a run's newest valid checkpoint, `RUN/checkpoints/STEP` the one of that step and no other; a run is read
+also while it goes on.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cait_jax.errors import UserError, setting
+from cait_jax.models.zoo import create_model
+from cait_jax.renamed import current_config
+from cait_jax.weights.saved import checked_state_dict
+
+_CHECKPOINTS = "checkpoints"  # of a run
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is the directory of a training run, or of one of its checkpoints."""
+    return path.is_dir() and (_is_step(path) or (path / _CHECKPOINTS).is_dir())
+
+
+def read_run(path: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarray]]:
+    """Reads a run's parameters, or their average, without the optimiser's state.
+
+    Returns:
+      The model as it was trained, and a state dict of timm's.
+
+    Raises:
+      UserError: there is no checkpoint, none that is valid, or no average in it.
+    """
+    params, meta = _restore(path, "ema" if ema else "params")
+    model = _model(meta, params)
+    return model, checked_state_dict(model, {"params": params})
+
+
+def run_model(path: Path) -> Any:
+    """The model of a run; of its parameters none are read, but of an old run.
+
+    Raises:
+      UserError: there is no checkpoint, or none that is valid.
+    """
+    return _model(*_meta(path))
+
+
+def run_settings(path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """A run's class names and the preprocessing of its evaluation.
+
+    Raises:
+      UserError: there is no checkpoint, or none that is valid.
+    """
+    meta, params = _meta(path)
+    config = current_config(meta["config"])
+    preprocessing = {
+        "image_size": list(_image_size(config)),
+        "crop_pct": config["eval"]["crop_pct"],
+        "mean": list(config["data"]["mean"]),
+        "std": list(config["data"]["std"]),
+        "channels": _channels(meta, params),
+    }
+    return _class_names(meta, params), preprocessing
+
+
+def _is_step(path: Path) -> bool:
+    path = path.absolute()
+    return path.name.isdecimal() and path.parent.name == _CHECKPOINTS
+
+
+def _open(path: Path) -> tuple[Any, int | None]:
+    """The checkpoints of a run, and the step of the one that `path` names; None: the newest valid one."""
+    from cait_jax.checkpoint.store import Checkpoints
+
+    if _is_step(path):
+        return Checkpoints(path.absolute().parent), int(path.name)
+    return Checkpoints(path / _CHECKPOINTS), None
+
+
+def _meta(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The metadata of a run, and its parameters where they tell what old metadata do not, else nothing."""
+    checkpoints, step = _open(path)
+    meta = checkpoints.meta(step)
+    if "class_names" in meta and "channels" in meta:
+        return meta, {}
+    params, meta = _restore(path, "params")
+    return meta, params
+
+
+def _restore(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    checkpoints, step = _open(path)
+    if part == "ema" and not checkpoints.meta(step)["config"]["optimizer"]["ema_decay"]:
+        raise UserError(
+            f"the run in {path} kept no average of its parameters (optimizer.ema_decay is 0): leave out "
+            f"{setting('ema', True)}"
+        )
+    restored = checkpoints.restore_part(part, step=step)
+    if restored is None:
+        raise UserError(f"the run in {path} has saved no checkpoint yet: wait for its first")
+    _, params, meta = restored
+    return params, meta
+
+
+def _model(meta: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
+    config = current_config(meta["config"])
+    return create_model(
+        image_size=_image_size(config),
+        num_classes=len(_class_names(meta, params)),
+        in_channels=_channels(meta, params),
+        **config["model"],
+    )
+
+
+def _image_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    size = config["image_size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+# Old runs, all of CaiT, saved neither class names nor channels.
+
+
+def _class_names(meta: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[str, ...]:
+    if "class_names" in meta:
+        return tuple(meta["class_names"])
+    return tuple(str(i) for i in range(params["head"]["bias"].shape[0]))
+
+
+def _channels(meta: Mapping[str, Any], params: Mapping[str, Any]) -> int:
+    if "channels" in meta:
+        return int(meta["channels"])
+    return int(params["patch_embed"]["proj"]["kernel"].shape[2])
