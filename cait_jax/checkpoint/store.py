@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import threading
@@ -30,6 +31,7 @@ from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
 
 from cait_jax import files
 from cait_jax.checkpoint import reader
+from cait_jax.checkpoint.orbax_logs import quiet_errors
 from cait_jax.errors import UserError, one_line
 
 _log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
             raise UserError(f"The number of checkpoints to keep is {keep}, and must be 1 or more.")
         if best_mode not in ("max", "min"):
             raise UserError(f"best_mode is {best_mode!r}, and must be 'max' or 'min'.")
+        quiet_errors()
         self._directory = Path(directory).absolute()
         self._keep = keep
         self._best_metric = best_metric
@@ -247,12 +250,18 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
         manager, self._manager = self._manager, None
         if manager is None:
             return
-        with contextlib.suppress(Exception):  # raises a failure once more, which would end close()
+        failed = False
+        try:
             manager.wait_until_finished()
+        except Exception:  # a failed save, of which `wait` tells
+            failed = True
         try:
             manager.close()
-        except Exception:
-            _log.warning("Closing Orbax's checkpoint manager failed.", exc_info=True)
+        except Exception as error:
+            if not failed:
+                _log.warning(
+                    "Closing Orbax's checkpoint manager failed (%s).", one_line(repr(error))
+                )
 
     def _move_broken_steps(self) -> None:
         for step in set(self._steps()) - set(self._committed()):
@@ -305,7 +314,7 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
 
     def _save_failed(self, step: int, error: Exception) -> UserError:
         return UserError(
-            f"Saving step {step} under {self._directory} failed ({one_line(f'{type(error).__name__}: {error}')}): "
+            f"Saving step {step} under {self._directory} failed ({_reason(error)}): "
             "make room or mend the disk, then run the same command again, which goes on from the last checkpoint"
         )
 
@@ -348,3 +357,10 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
             return reader.choose_step(self._directory, self._steps(), step, self._damage)
 
         return reader.restore(self._directory, choose, self.latest_step, read)
+
+
+def _reason(error: Exception) -> str:
+    """What the system says of a failure; TensorStore's exceptions have its number in their text."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    code = int(found[1]) if found else getattr(error, "errno", None)
+    return os.strerror(code) if code else one_line(f"{type(error).__name__}: {error}")
