@@ -53,7 +53,9 @@ def main(line: CommandLine) -> int:
     workdir = WORKDIR.value or default_workdir(line.file)
     address, count, index = COORDINATOR.value, PROCESSES.value, PROCESS.value
     if DISTRIBUTED.value or (address, count, index) != (None, None, None):
-        join_processes(address=address, count=count, index=index)
+        join_processes(
+            address=address, count=count, index=index, start_seconds=config.watchdog.start_seconds
+        )
     return 0 if train(config, workdir).finished else 130
 
 

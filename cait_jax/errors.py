@@ -31,6 +31,10 @@ class UserError(ValueError):
         super().__init__(printable(str(message)))
 
 
+class StorageError(UserError):
+    """A write that failed, of something that may be written later: no room, or storage that is away."""
+
+
 # Names in sentences
 
 

@@ -117,6 +117,7 @@ def join_processes(
     address: str | None = None,
     count: int | None = None,
     index: int | None = None,
+    start_seconds: float = 600.0,
     heartbeat_seconds: int = 100,
 ) -> None:
     """Connects this process with the others of its run. To be called before JAX is used.
@@ -127,10 +128,12 @@ def join_processes(
     Args:
       address: host and port of process 0, such as `"10.0.0.1:8476"`.
       index: this one's, from 0.
+      start_seconds: for the others to start.
       heartbeat_seconds: after how long a silent process counts as gone, and the others end.
 
     Raises:
-      UserError: only some of the three are given, they make no sense, or nobody says who the others are.
+      UserError: only some of the three are given, they make no sense, nobody says who the others are, or one of
+        them does not start.
     """
     given = (address, count, index)
     if given != (None, None, None):
@@ -148,6 +151,20 @@ def join_processes(
                 f"--coordinator={address} --processes={count} --process={index} do not do: the first is a "
                 "host and a port from 1 to 65535, such as 10.0.0.1:8476, and the last counts from 0"
             )
+        from cait_jax.rendezvous import meet
+
+        meet(host.strip("[]"), int(port), count, index, start_seconds)
+    # JAX would end the process by an abort.
+    late = threading.Timer(
+        start_seconds,
+        leave,
+        (
+            1,
+            f"not all processes of the run have started within {start_seconds:.0f} s: see which did not",
+        ),
+    )
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             address,
@@ -156,12 +173,15 @@ def join_processes(
             # JAX's default binds every interface.
             coordinator_bind_address=address if index == 0 else None,
             heartbeat_timeout_seconds=heartbeat_seconds,
+            initialization_timeout=round(start_seconds) + 60,
         )
     except ValueError as error:
         raise UserError(
             "nothing here says who the other processes are (no Slurm step, no Open MPI up to 4, no TPU pod): give "
             f"--coordinator=HOST:PORT, --processes=N and --process=I ({error})"
         ) from error
+    finally:
+        late.cancel()
     _exit_on_uncaught_exceptions()
 
 

@@ -32,7 +32,7 @@ from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
 from cait_jax import files
 from cait_jax.checkpoint import reader
 from cait_jax.checkpoint.orbax_logs import quiet_errors
-from cait_jax.errors import UserError, one_line
+from cait_jax.errors import StorageError, UserError, one_line
 
 _log = logging.getLogger(__name__)
 _BROKEN_KEPT = 3
@@ -101,7 +101,8 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
           rollback_point: whether it is one of `rollback_step`'s; the newest of these is kept.
 
         Raises:
-          UserError: this save or the one before failed, or `step` is already saved.
+          StorageError: this save or the one before failed.
+          UserError: `step` is already saved.
         """
         self.wait()
         snapshot = json.loads(files.to_json(meta))
@@ -312,10 +313,14 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
             self._thread.join()
             self._thread = None
 
-    def _save_failed(self, step: int, error: Exception) -> UserError:
-        return UserError(
+    def _save_failed(self, step: int, error: Exception) -> StorageError:
+        """Removes what there is of a step, which may be what fills the disk; the error to raise."""
+        if jax.process_index() == 0 and step not in self._committed():
+            for path in (*self._directory.glob(f"{step}.*"), self._path(step)):
+                shutil.rmtree(path, ignore_errors=True)
+        return StorageError(
             f"Saving step {step} under {self._directory} failed ({_reason(error)}): "
-            "make room or mend the disk, then run the same command again, which goes on from the last checkpoint"
+            "make room or mend the disk"
         )
 
     # Reading

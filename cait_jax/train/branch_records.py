@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cait_jax.augment.pipeline import normalise
-from cait_jax.errors import UserError, setting
+from cait_jax.errors import StorageError, UserError, setting
 from cait_jax.explain.depth import branch_ratio
 from cait_jax.files import atomic_replace
 from cait_jax.models.cait import CaiT
@@ -27,7 +27,8 @@ def branch_recorder(trainer: Trainer, workdir: Path) -> Callable[[int, Any, Any]
     and `layer_scale_2` (blocks, width). A record depends on the step alone: a resumed run writes the same again.
 
     Raises:
-      UserError: the network is no transformer, or a record cannot be written.
+      UserError: the network is no transformer.
+      StorageError: by the function: a record cannot be written.
     """
     data = trainer.config.data
     if not isinstance(trainer.model, CaiT):
@@ -54,7 +55,7 @@ def branch_recorder(trainer: Trainer, workdir: Path) -> Callable[[int, Any, Any]
             with atomic_replace(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, **jax.device_get(arrays))
         except OSError as error:
-            raise UserError(
+            raise StorageError(
                 f"{path} cannot be written: {error.strerror}; free some space or set report.inspect_every to 0"
             ) from error
 

@@ -90,6 +90,7 @@ EPOCHS = Number(0, 1e6, above=True)
 BELOW_1, SHARE, PART = Number(0, 1, below=True), Number(0, 1), Number(1e-3, 1)
 DTYPE = Words(FLOAT_DTYPES)
 DEVICES = Number(1, INT32, whole=True, also=-1)
+WAIT = Number(0, 1e6, above=True)
 TOKEN = Words(CLASS_TOKENS, count=FROM_0)
 NAME = Name()
 TRAINED = Words(("all", "head", "class_attention"), count=FROM_0)
@@ -210,8 +211,13 @@ KEYS: Mapping[str, Key] = {
     "eval.crop_pct": Key(1.0, PART, "side of the centre crop over the resized short side"),
     "checkpoint.every_steps": Key(1000, COUNT, "steps between checkpoints, beside those of evaluations"),
     "checkpoint.keep": Key(2, COUNT, "newest checkpoints kept, beside the best by eval/accuracy"),
+    "checkpoint.retry_seconds": Key(60.0, Number(0, 1e6), "in which the last save is tried again"),
     "nonfinite.skips": Key(10, FROM_0, "steps in a row that may be skipped, whose loss or gradient is not finite"),
     "nonfinite.rollbacks": Key(3, FROM_0, "rollbacks to a checkpoint, after more of them, before the run stops"),
+    # of several processes, which all end when one hangs
+    "watchdog.seconds": Key(45.0, WAIT, "for one to answer, and for its data or a step"),
+    "watchdog.factor": Key(20.0, Number(1, 1e6), "times the slowest of late instead, where that is longer"),
+    "watchdog.start_seconds": Key(600.0, WAIT, "for one to start, and for the first step, save and evaluation"),
     "report.every_steps": Key(50, COUNT, "steps between lines of the log and of metrics.jsonl"),
     "report.inspect_every": Key(0, FROM_0, "steps between records of LayerScale and branch norms; 0: none"),
     "report.tensorboard": Key(False, bool, "write TensorBoard files to WORKDIR/tensorboard too"),

@@ -2,23 +2,21 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
-import os
-import signal
-import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.data.loader import PrefetchIterator
 from cait_jax.data.split import identity
+from cait_jax.errors import StorageError
 from cait_jax.files import DirectoryLock, run_folder
 from cait_jax.processes import check_shared
 from cait_jax.sharding import batch_sharding, put_batch
@@ -28,6 +26,7 @@ from cait_jax.train.nonfinite import NonFiniteSteps
 from cait_jax.train.objectives import supervised
 from cait_jax.train.resume import check_resumed, rewind
 from cait_jax.train.setup import MakeObjective, Trainer, build
+from cait_jax.train.signals import save_signal, stop_signal
 from cait_jax.train.step import TrainState, all_finite
 
 # Steps before an evaluation at which its batches start to load: starting the processes that decode takes seconds.
@@ -74,15 +73,18 @@ def train(
     workdir = run_folder(workdir)
     trainer = build(config, make_objective=make_objective)
     workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_count() > 1:
-        check_shared(workdir)
     primary = jax.process_index() == 0
     with (
+        _watchdog(config) as enter,
         DirectoryLock(workdir) if primary else contextlib.nullcontext() as lock,
         Checkpoints(
             workdir / "checkpoints", keep=config.checkpoint.keep, best_metric="eval/accuracy"
         ) as checkpoints,
     ):
+        if jax.process_count() > 1:
+            enter("barrier", 0)
+            check_shared(workdir)
+            enter("start", 0)
         splits = {"train": trainer.train_split, "eval": trainer.eval_split}
         data = {name: identity(split) for name, split in splits.items()}
         if checkpoints.latest_step() is not None:
@@ -130,7 +132,8 @@ def train(
 
                 record = branch_recorder(trainer, workdir)
             run = _run(
-                trainer, state, start, metrics, data, checkpoints, writer, evaluated, record, non_finite, lock
+                trainer, state, start, metrics, data, checkpoints, writer, evaluated, record, non_finite, lock,
+                enter,
             )  # fmt: skip
         if run.finished:
             non_finite.check_metrics(trainer.total_steps, run.metrics)
@@ -149,10 +152,12 @@ def _run(
     record: Callable[[int, Any, Any], None] | None,
     non_finite: NonFiniteSteps,
     lock: DirectoryLock | None,
+    enter: Callable[[str, int], None],
 ) -> Run:
     config, total = trainer.config, trainer.total_steps
     sharding = batch_sharding(trainer.mesh)
     is_finite = jax.jit(all_finite)
+    patience = config.checkpoint.retry_seconds
     pending: tuple[int, Any] | None = None
 
     def write_pending() -> bool:
@@ -188,14 +193,42 @@ def _run(
         number = jax.device_put(np.int32(step), state.step.sharding)
         return dataclasses.replace(state, step=number)
 
-    def evaluate(step: int, batches: PrefetchIterator) -> None:
-        """Evaluates the saved state of a step, and adds the metrics to its lines and its checkpoint."""
+    def save(step: int, *, due: bool, must: bool) -> bool:
+        """Saves the state of a step; whether it could be saved."""
+
+        def work() -> None:
+            writer.sync()
+            checkpoints.save(
+                step,
+                state,
+                {
+                    "config": as_json(config),
+                    "metrics": metrics,
+                    "class_names": list(trainer.train_split.class_names),
+                    "channels": trainer.model.in_channels,
+                    "data": data,
+                    "nonfinite": non_finite.counts,
+                    "metrics_file": writer.written(),
+                },
+                rollback_point=due and not non_finite.skipped,
+            )
+            if must:
+                checkpoints.wait()
+
+        enter("save", step)
+        _store(checkpoints.wait, writer)  # of the save before
+        return _store(work, writer, retry_seconds=patience if must else None)
+
+    def evaluate(step: int, batches: PrefetchIterator, *, saved: bool = True) -> None:
+        """Evaluates the state of a step, and adds the metrics to its lines and its checkpoint."""
         nonlocal metrics
-        metrics = _evaluate(trainer, state, batches)
+        metrics = _evaluate(trainer, state, _entering(enter, step, batches))
         writer.write(step, metrics)
         writer.log(step, metrics)
-        writer.sync()
-        checkpoints.record(step, metrics)
+        enter("save", step)
+        last = patience if step == total else None
+        if _store(writer.sync, writer, retry_seconds=last) and saved:
+            checkpoints.record(step, metrics)
 
     if not evaluated:
         writer.message(f"step {start} is saved and its evaluation was not finished: evaluating it")
@@ -205,7 +238,9 @@ def _run(
     try:
         with stop_signal() as reached, save_signal() as asked:
             for step in range(start + 1, total + 1):
+                enter("data", step)
                 batch = put_batch(next(batches), sharding)
+                enter("step", step)
                 state, step_metrics = trainer.train_step(state, batch)
                 if write_pending():
                     state, step_metrics = trainer.train_step(rolled_back(step - 1), batch)
@@ -213,7 +248,7 @@ def _run(
                 if lock is not None:
                     lock.check()
                 if record is not None and step % config.report.inspect_every == 0:
-                    record(step, state.params, batch)
+                    _store(functools.partial(record, step, state.params, batch), writer)
                 remaining = _steps_to_evaluation(trainer, step)
                 if eval_batches is None and remaining <= _PREFETCH_STEPS:
                     eval_batches = trainer.eval_batches()
@@ -231,23 +266,9 @@ def _run(
                     if stopping:
                         return Run(trainer.model, state, metrics, finished=False)
                     continue
-                writer.sync()
-                checkpoints.save(
-                    step,
-                    state,
-                    {
-                        "config": as_json(config),
-                        "metrics": metrics,
-                        "class_names": list(trainer.train_split.class_names),
-                        "channels": trainer.model.in_channels,
-                        "data": data,
-                        "nonfinite": non_finite.counts,
-                        "metrics_file": writer.written(),
-                    },
-                    rollback_point=due and not non_finite.skipped,
-                )
+                saved = save(step, due=due, must=stopping or step == total)
                 if eval_batches is not None and remaining == 0 and (not stopping or step == total):
-                    evaluate(step, eval_batches)
+                    evaluate(step, eval_batches, saved=saved)
                     eval_batches = None
                     stopping = reached(step)
                 if stopping and step < total:
@@ -262,6 +283,51 @@ def _run(
     return Run(trainer.model, state, metrics, finished=True)
 
 
+def _store(
+    work: Callable[[], None], writer: MetricWriter, *, retry_seconds: float | None = None
+) -> bool:
+    """Whether something could be stored; what must be is tried for `retry_seconds`, and raises at last.
+
+    So does what one of several processes cannot store at once: the others wait for it in the next save.
+    """
+    pause, deadline = 1.0, time.monotonic() + (retry_seconds or 0.0)
+    while True:
+        try:
+            work()
+            return True
+        except StorageError as error:
+            optional = retry_seconds is None
+            if jax.process_count() > 1 or not (optional or time.monotonic() + pause < deadline):
+                again = "then run the same command again, which goes on from the last checkpoint"
+                raise StorageError(f"{error}, {again}") from error
+            then = "training goes on without it" if optional else f"trying again in {pause:.0f} s"
+            writer.message(f"{error}; {then}")
+            if optional:
+                return False
+        time.sleep(pause)
+        pause = min(2 * pause, 30.0)
+
+
+@contextlib.contextmanager
+def _watchdog(config: ConfigDict) -> Iterator[Callable[[str, int], None]]:
+    """Yields what is to be told of each phase and its step."""
+    if jax.process_count() == 1:
+        yield lambda phase, step: None
+        return
+    from cait_jax.train.watchdog import Watchdog
+
+    with Watchdog(config.watchdog) as watchdog:
+        yield watchdog.enter
+
+
+def _entering(
+    enter: Callable[[str, int], None], step: int, batches: PrefetchIterator
+) -> Iterator[Any]:
+    for batch in batches:
+        enter("evaluation", step)
+        yield batch
+
+
 def _steps_to_evaluation(trainer: Trainer, step: int) -> int:
     """Steps from a step to the next whose state is evaluated; 0 if its own is."""
     steps_per_epoch = len(trainer.train_split) / trainer.config.batch_size
@@ -270,7 +336,7 @@ def _steps_to_evaluation(trainer: Trainer, step: int) -> int:
     return remaining
 
 
-def _evaluate(trainer: Trainer, state: TrainState, batches: PrefetchIterator) -> dict[str, float]:
+def _evaluate(trainer: Trainer, state: TrainState, batches: Iterator[Any]) -> dict[str, float]:
     """The metrics of parameters and average; of one whose loss is not finite all are NaN."""
     params = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
     return {
@@ -288,60 +354,3 @@ def _greeting(trainer: Trainer, state: TrainState, workdir: Path, start: int) ->
         f"{config.data.name}, {trainer.mesh.size} {jax.devices()[0].platform} device(s), steps {start + 1} to "
         f"{trainer.total_steps:,} of {config.batch_size} images; {workdir}"
     )
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Yields whether to stop after a step, the same in every process; to be asked at every step.
-
-    The first SIGINT or SIGTERM requests it; a second acts as usual. On the same step several processes agree by
-    JAX's preemption service, whose SIGTERM handler Python's would disable: SIGINT is passed on to it as SIGTERM.
-    """
-    if jax.process_count() > 1:
-        with _handling(_pass_on, signal.SIGINT):
-            yield lambda step: bool(multihost_utils.reached_preemption_sync_point(step))
-        return
-    requested = threading.Event()
-    with contextlib.ExitStack() as handlers:
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            requested.set()
-            handlers.close()
-
-        handlers.enter_context(_handling(handle, signal.SIGINT, signal.SIGTERM))
-        yield lambda step: requested.is_set()
-
-
-@contextlib.contextmanager
-def save_signal() -> Iterator[Callable[[], bool]]:
-    """Yields whether SIGUSR1, which Slurm sends before it preempts, has asked for a checkpoint since last asked.
-
-    Several processes cannot agree on a step to save and go on: there it is passed on as SIGTERM, and all stop.
-    """
-    if jax.process_count() > 1:
-        with _handling(_pass_on, signal.SIGUSR1):
-            yield lambda: False
-        return
-    requested: list[int] = []
-    with _handling(lambda number, frame: requested.append(number), signal.SIGUSR1):
-        yield lambda: bool(requested) and bool(requested.pop(0))
-
-
-def _pass_on(number: int, frame: FrameType | None) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _handling(
-    handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals
-) -> Iterator[None]:
-    """Handles signals, but outside the main thread, where Python allows no handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, before in previous.items():
-            signal.signal(number, before)

@@ -12,7 +12,7 @@ from typing import Any, SupportsFloat, TextIO
 
 from tqdm import tqdm
 
-from cait_jax.errors import UserError, printable
+from cait_jax.errors import StorageError, UserError, printable
 from cait_jax.files import to_json
 from cait_jax.train.resume import TIMING_KEYS, LinesDigest, read_metrics
 
@@ -52,7 +52,8 @@ class MetricWriter:
         with self._explaining():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._board = _summary_writer(self._path.parent, start_step) if tensorboard else None
-            self._file = self._path.open("ab")
+            self._file = self._path.open("ab", buffering=0)
+        self._unwritten = b""
         self._written = LinesDigest()
         for row in read_metrics(self._path):
             self._written.add(row)
@@ -89,20 +90,25 @@ class MetricWriter:
                 numbers.setdefault("train/images_per_second", rate)
         else:
             self._throughput.end_pause()
-        with self._explaining():
-            row = {"step": step, "time": now, **numbers}
-            self._file.write(to_json(row).encode() + b"\n")
-            self._file.flush()
+        row = {"step": step, "time": now, **numbers}
         self._written.add(row)
+        self._unwritten += to_json(row).encode() + b"\n"
+        with contextlib.suppress(OSError):  # `sync` tries again, and raises
+            self._flush()
         if self._board is not None:
             for key, value in numbers.items():
                 self._board.add_scalar(key, value, step, walltime=now)
 
     def sync(self) -> None:
-        """Returns when every line is on the disk; to be called before a checkpoint is saved."""
+        """Returns when every line is on the disk; to be called before a checkpoint is saved.
+
+        Raises:
+          StorageError: some cannot be written; they are kept for the next call.
+        """
         if not self._primary:
             return
         with self._explaining():
+            self._flush()
             os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
@@ -150,8 +156,9 @@ class MetricWriter:
             return
         if self._bar is not None:
             self._bar.close()
-        with contextlib.suppress(OSError):  # of a line that `write` has already failed on
-            self._file.close()
+        with contextlib.suppress(OSError):  # of lines on which `sync` has failed
+            self._flush()
+        self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -160,7 +167,13 @@ class MetricWriter:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self._path} cannot be written to: {error.strerror}.") from error
+            raise StorageError(
+                f"{self._path} cannot be written to ({error.strerror}): make room or mend the disk"
+            ) from error
+
+    def _flush(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def _draw(self, bar: "tqdm[Any]", step: int, values: Mapping[str, SupportsFloat]) -> None:
         bar.n = max(bar.n, step)

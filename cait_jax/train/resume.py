@@ -16,7 +16,15 @@ from cait_jax.renamed import current_config
 from cait_jax.train.config import as_json, flatten, with_missing
 
 # What may differ when a run is resumed: it changes no number of the run, or of a run that would have stopped.
-FREE_KEYS = ("report", "mesh", "data.data_dir", "data.workers", "checkpoint", "nonfinite")
+FREE_KEYS = (
+    "report",
+    "mesh",
+    "data.data_dir",
+    "data.workers",
+    "checkpoint",
+    "nonfinite",
+    "watchdog",
+)
 # The keys of `metrics.jsonl` that may differ between two runs of the same config.
 TIMING_KEYS = ("time", "train/images_per_second")
 _OF_SPLITS = ("name", "train_split", "eval_split")

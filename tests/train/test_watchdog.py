@@ -1,0 +1,246 @@
+"""One of several processes hangs, is silent or leaves: every process ends, and names it."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from cait_jax.train import watchdog
+from cait_jax.train.watchdog import Report, Watchdog
+
+ROOT = Path(__file__).parents[2]
+LIMITS = ConfigDict({"seconds": 0.4, "factor": 20.0, "start_seconds": 5.0})
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch):
+    monkeypatch.setattr(watchdog, "_INTERVAL_S", 0.02)
+
+
+class Board:
+    """The reports of all processes, as JAX's key-value store has them."""
+
+    def __init__(self):
+        self.reports = {}
+        self.ended = {}
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def watch(self, index, count=2):
+        def exchange(report):
+            self.answers.wait()
+            self.reports[index] = report
+            return dict(self.reports)
+
+        return Watchdog(
+            LIMITS,
+            index=index,
+            count=count,
+            exchange=exchange,
+            end=lambda sentence: self.ended.setdefault(index, sentence),
+        )
+
+    def wait(self, count, seconds=3.0):
+        deadline = time.monotonic() + seconds
+        while len(self.ended) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return dict(self.ended)
+
+
+def take(watches, steps, *, seconds=0.01):
+    for step in range(1, steps + 1):
+        for phase in ("data", "step"):
+            for watch in watches:
+                watch.enter(phase, step)
+            time.sleep(seconds)
+
+
+def test_the_process_that_the_others_wait_for_is_named_by_all():
+    board = Board()
+    with board.watch(0) as first, board.watch(1) as second:
+        take([first, second], 3)
+        assert not board.ended
+        second.enter("data", 4)  # and hangs in it
+        for phase, step in (("data", 4), ("step", 4), ("data", 5), ("step", 5)):
+            first.enter(phase, step)
+        ended = board.wait(2)
+    assert set(ended) == {0, 1}
+    for sentence in ended.values():
+        assert sentence.startswith(f"process 1 on {socket.gethostname()} spent ")
+        assert " s in the data of step 4, where " in sentence
+
+
+def test_a_slow_step_within_its_limit_ends_nobody():
+    """The limit follows the slowest step of late: here 20 times 0.1 s."""
+    board = Board()
+    with board.watch(0) as first, board.watch(1) as second:
+        take([first, second], 3, seconds=0.1)
+        for watch in (first, second):
+            watch.enter("data", 4)
+        first.enter("step", 4)
+        time.sleep(1.0)
+    assert not board.ended
+    assert first.report().limit == pytest.approx(2.0, rel=0.2)
+
+
+def test_the_first_of_a_phase_may_last_as_long_as_a_start():
+    board = Board()
+    with board.watch(0) as first, board.watch(1) as second:
+        for watch in (first, second):
+            watch.enter("save", 1)
+        time.sleep(3 * LIMITS.seconds)
+    assert not board.ended
+    assert first.report().limit == LIMITS.start_seconds
+
+
+def test_a_silent_process_is_named():
+    board = Board()
+    silent = Report(beat=1, entered=5, phase="step", step=7, seconds=0.0, limit=9.0, host="there")
+    board.reports[1] = json.dumps(silent.__dict__)
+    with board.watch(0) as first:
+        take([first], 2)
+        ended = board.wait(1)
+    assert ended[0].startswith("process 1 on there has not answered for ")
+    assert "last in step 7" in ended[0]
+
+
+def test_a_silent_service_is_process_0s():
+    """The reports of all others are then old too."""
+    board = Board()
+    with board.watch(1, count=3) as second, board.watch(2, count=3) as third:
+        board.reports[0] = json.dumps(Report(1, 9, "save", 9, 0.0, 9.0, "first").__dict__)
+        take([second, third], 3)
+        board.answers.clear()
+        ended = board.wait(2)
+        board.answers.set()
+    assert len(ended) == 2
+    for sentence in ended.values():
+        assert sentence.startswith("process 0 on first has not answered for ")
+
+
+def test_who_does_not_come_out_of_its_start_is_named(monkeypatch):
+    monkeypatch.setitem(LIMITS, "start_seconds", 0.5)
+    board = Board()
+    with board.watch(0) as first:
+        take([first], 2)
+        assert not board.ended
+        ended = board.wait(1)
+    assert ended[0].startswith("process 1 spent ")
+    assert "in its start" in ended[0]
+
+
+def test_who_leaves_by_an_error_is_named_and_who_is_done_is_not_missed():
+    board = Board()
+    with board.watch(0, count=3) as first:
+        with board.watch(1, count=3) as second:
+            take([first, second], 2)
+        with contextlib.suppress(SystemExit), board.watch(2, count=3) as third:
+            take([third], 2)
+            sys.exit(0)
+        ended = board.wait(1)
+    assert f"process 2 on {socket.gethostname()} ended in step 2 by SystemExit: 0" in ended[0]
+
+
+def test_being_stopped_oneself_is_no_silence_of_the_others(monkeypatch):
+    board = Board()
+    with board.watch(0) as first, board.watch(1) as second:
+        take([first, second], 2)
+        later = 100.0
+        monotonic = time.monotonic
+        monkeypatch.setattr(watchdog.time, "monotonic", lambda: monotonic() + later)
+        time.sleep(0.2)
+    assert not board.ended
+
+
+CHILD = """
+import sys, time
+import train
+from cait_jax.train import loop, watchdog
+
+fault, put, count = sys.argv.pop(1), loop.put_batch, 0
+
+def broken(*arguments):
+    global count
+    count += 1
+    if count == 8 and fault == "hang":
+        time.sleep(1000)
+    if count == 8 and fault == "exit":
+        sys.exit(0)
+    return put(*arguments)
+
+loop.put_batch = broken
+sys.exit(train.program())
+"""
+
+
+def start(environment, workdir, faults, **settings):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    given = {
+        "steps": 100_000, "batch_size": 32, "model.width": 16, "model.num_heads": 2, "model.depth": 1,
+        "report.every_steps": 1, "eval.every_epochs": 1000, "mesh.data": 2, "watchdog.seconds": 6,
+    } | settings  # fmt: skip
+    return [
+        subprocess.Popen(
+            [
+                sys.executable, "-c", CHILD, fault, "--config=configs/digits.py", f"--workdir={workdir}",
+                *(f"--config.{key}={value}" for key, value in given.items()),
+                f"--coordinator={address}", f"--processes={len(faults)}", f"--process={index}",
+            ],
+            cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for index, fault in enumerate(faults)
+        if fault != "never"
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(compilation_cache):
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | compilation_cache
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_in_its_data_ends_both(tmp_path, environment):
+    for process in start(environment, tmp_path, ["", "hang"]):
+        said = process.communicate(timeout=200)[1]
+        assert process.returncode == 1
+        assert "process 1 on " in said.splitlines()[-1]
+        assert " s in the data of step 8, where 6 s are allowed" in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_process_that_exits_ends_the_other(tmp_path, environment):
+    first, second = start(environment, tmp_path, ["", "exit"])
+    said = first.communicate(timeout=200)[1]
+    second.communicate()
+    assert first.returncode == 1
+    assert "process 1 on " in said.splitlines()[-1]
+    assert " ended in the data of step 8 by SystemExit: 0" in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_stopped_process_0_is_named_though_its_service_is_silent(tmp_path, environment):
+    first, second = start(environment, tmp_path, ["", ""])
+    metrics = tmp_path / "metrics.jsonl"
+    while first.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > 5):
+        time.sleep(0.05)
+    first.send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    said = second.communicate(timeout=200)[1]
+    waited = time.monotonic() - stopped
+    first.kill()
+    first.communicate()
+    assert second.returncode == 1
+    assert "process 0 on " in said.splitlines()[-1]
+    assert " has not answered for " in said.splitlines()[-1]
+    assert 5 < waited < 20
