@@ -49,7 +49,7 @@ class MetricWriter:
         self._stream = sys.stderr if stream is None else stream
         self._throughput = _Throughput(images_per_step)
         self._path = Path(workdir) / "metrics.jsonl"
-        with self._explaining():
+        with self._explaining("give another place"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._board = _summary_writer(self._path.parent, start_step) if tensorboard else None
             self._file = self._path.open("ab", buffering=0)
@@ -163,12 +163,12 @@ class MetricWriter:
             self._board.close()
 
     @contextlib.contextmanager
-    def _explaining(self) -> Iterator[None]:
+    def _explaining(self, remedy: str = "make room or mend the disk") -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise StorageError(
-                f"{self._path} cannot be written to ({error.strerror}): make room or mend the disk"
+                f"{self._path} cannot be written to ({error.strerror}): {remedy}"
             ) from error
 
     def _flush(self) -> None:

@@ -672,7 +672,7 @@ def test_a_write_that_fails_in_the_background_is_said(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert checkpoints.restore(large)[0] == 1
-        assert list(tmp_path.glob("2*"))
+        assert not list(tmp_path.glob("2*"))  # it may have taken the last room
         checkpoints.save(2, large, {})
         checkpoints.wait()
         assert checkpoints.latest_step() == 2

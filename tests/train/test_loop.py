@@ -1,10 +1,15 @@
 """Whole runs on real images: what they write, how they stop, how they go on."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import shutil
 import signal
+import time
+import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +23,7 @@ from trees import assert_same_bits
 from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.data.split import BrokenImage
+from cait_jax.errors import StorageError
 from cait_jax.files import DirectoryLock
 from cait_jax.train import NonFiniteError, loop, train
 from cait_jax.train.metric_writer import MetricWriter
@@ -265,6 +271,50 @@ def test_nothing_is_saved_of_a_step_whose_loss_is_found_bad_in_its_evaluation(
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == 1
     assert all(row["step"] <= 2 for row in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+@pytest.mark.slow
+def test_training_goes_on_while_nothing_can_be_saved_and_ends_with_the_same_bits(
+    finished, config, tmp_path, monkeypatch, capsys
+):
+    """The disk is mended while the last save waits to try again."""
+    _, workdir, run = finished
+    config.checkpoint.every_steps = 2
+    fsync, failing = os.fsync, [True]
+
+    def broken(descriptor):
+        of = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if failing and "checkpoints" in of.parts:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return fsync(descriptor)
+
+    waiting = types.SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: failing.clear())
+    monkeypatch.setattr(os, "fsync", broken)
+    monkeypatch.setattr(loop, "time", waiting)
+    ended = train(config, tmp_path)
+    said = capsys.readouterr().err
+    for step, then in ((2, "training goes on without it"), (6, "trying again in 1 s")):
+        failed = rf"Saving step {step} .* failed \(.*Input/output error.*mend the disk; {then}"
+        assert re.search(failed, said)
+    assert ended.finished
+    assert_same_bits(ended.state, run.state)
+    assert untimed(tmp_path) == untimed(workdir)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 6
+        assert checkpoints.metrics(6) == ended.metrics
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name not in ("6", "run.json")]
+
+
+@pytest.mark.slow
+def test_a_last_step_that_cannot_be_saved_is_an_error(config, tmp_path, monkeypatch):
+    config.checkpoint.retry_seconds = 2.0
+    monkeypatch.setattr(Checkpoints, "save", no_room)
+    with pytest.raises(StorageError, match=r"no room, then run the same command again, which goes"):
+        train(config, tmp_path)
+
+
+def no_room(self, *arguments, **options):
+    raise StorageError("no room")
 
 
 @pytest.mark.slow

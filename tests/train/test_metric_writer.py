@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import struct
 import sys
 import termios
@@ -14,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from cait_jax.errors import UserError
+from cait_jax.errors import StorageError, UserError
 from cait_jax.train import metric_writer
 from cait_jax.train.metric_writer import MetricWriter
 from cait_jax.train.resume import TIMING_KEYS, read_metrics
@@ -225,17 +226,36 @@ def test_sync_brings_the_file_to_the_disk(tmp_path, monkeypatch, make_report):
 
 def test_a_directory_that_cannot_be_written_is_said(tmp_path, make_report):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/run/metrics.jsonl cannot be written to: Not a dir"):
+    with pytest.raises(UserError, match=r"file/run/metrics.jsonl cannot be written to \(Not a dir"):
         make_report(tmp_path / "file" / "run")
 
 
-def test_a_full_disk_is_said(tmp_path, make_report):
-    full = os.open("/dev/full", os.O_WRONLY)
+def test_what_a_full_disk_refuses_is_kept_and_written_when_there_is_room(tmp_path, make_report):
     report = make_report(tmp_path)
+    report.write(1, TRAIN)
+    path, place = tmp_path / "metrics.jsonl", os.dup(report._file.fileno())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # of the second line only a part has room
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limits[1]))
+        report.write(2, TRAIN)
+        report.write(3, TRAIN)
+        with pytest.raises(
+            StorageError, match=r"cannot be written to \(File too large\): make room"
+        ):
+            report.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, report._file.fileno())
+    with pytest.raises(StorageError, match="No space left"):
+        report.sync()
+    os.dup2(place, report._file.fileno())
     os.close(full)
-    with pytest.raises(UserError, match="cannot be written to: No space left"):
-        report.write(1, TRAIN)
+    os.close(place)
+    report.write(4, TRAIN)
+    report.sync()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
+    assert report.written()["lines"] == 4
     report.close()
 
 

@@ -164,13 +164,14 @@ def test_layer_scale_grows_under_lamb(tmp_path, environment):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_sentence_at_the_end_and_the_run_goes_on_afterwards(
+def test_a_full_disk_is_a_sentence_at_each_save_and_the_run_goes_on_afterwards(
     tmp_path, environment
 ):
     """Files may not grow over 64 KiB, as on a disk without room: no checkpoint can be written."""
     workdir = tmp_path / "run"
     environment = environment | WRITES_NO_CACHE
-    limited = f"ulimit -f 64; exec {shlex.join(command(workdir))}"
+    run = [*command(workdir), "--config.checkpoint.retry_seconds=2"]
+    limited = f"ulimit -f 64; exec {shlex.join(run)}"
     result = subprocess.run(
         ["bash", "-c", limited],
         cwd=ROOT,
@@ -182,9 +183,11 @@ def test_a_full_disk_is_one_sentence_at_the_end_and_the_run_goes_on_afterwards(
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     *before, last = result.stderr.splitlines()
-    assert last.startswith(f"train.py: Saving step 3 under {workdir / 'checkpoints'} failed")
+    assert last.startswith(f"train.py: Saving step 60 under {workdir / 'checkpoints'} failed")
     assert "File too large" in last
-    assert all(line.startswith(("step", "cait_nano4")) for line in before)
+    assert last.endswith("then run the same command again, which goes on from the last checkpoint")
+    assert all(line.startswith(("step", "cait_nano4", "Saving step")) for line in before)
+    assert "Saving step 3 under" in "\n".join(before)
 
     result = subprocess.run(
         command(workdir), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
