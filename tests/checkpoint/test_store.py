@@ -704,7 +704,7 @@ def test_orbax_says_nothing_of_its_own_of_a_failed_save(tmp_path, most):
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | WRITES_NO_CACHE,
     )  # fmt: skip
     assert result.stdout.startswith(
-        f"UserError Saving step 1 under {tmp_path} failed (File too large): make room"
+        f"StorageError Saving step 1 under {tmp_path} failed (File too large): make room"
     )
     assert not result.stderr
 
