@@ -40,6 +40,13 @@ _REMEDIES = {
     for code in codes
 }
 
+# Of JAX's exceptions, those of its means of exchange (Gloo on CPUs, NCCL on GPUs) and of its coordination service.
+_GONE = re.compile(
+    "Gloo .* failed|NCCL .*(remote process exited|network error)"
+    "|(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|INTERNAL): .*([Bb]arrier|coordination)",
+    re.DOTALL,
+)
+
 
 def end_program(name: str, error: BaseException, errors: tuple[type[Exception], ...]) -> NoReturn:
     """Ends the process by what a program raised: with a sentence, if it is a mistake of the user's.
@@ -52,7 +59,9 @@ def end_program(name: str, error: BaseException, errors: tuple[type[Exception], 
         leave(130, f"{name}: interrupted")
     if isinstance(error, SystemExit) and isinstance(error.code, str):
         leave(1, error.code)
-    sentence = str(error) if isinstance(error, errors) else explain(error)
+    sentence = _of_other_process(error)
+    if sentence is None:
+        sentence = str(error) if isinstance(error, errors) else explain(error)
     if sentence is None:
         raise error
     leave(1, f"{name}: {sentence}")
@@ -63,11 +72,13 @@ def leave(code: int, last: str | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    _end_workers()
+    stderr = None
     with contextlib.suppress(OSError):
         stderr = os.dup(2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # from here on others write there
-        if last is not None:
+    _end_workers()
+    with contextlib.suppress(OSError):
+        if stderr is not None and last is not None:
             encoding = sys.stderr.encoding or "utf-8"
             os.write(stderr, f"{printable(last)}\n".encode(encoding, errors="backslashreplace"))
     os._exit(code)
@@ -102,6 +113,18 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError | AssertionError) and not _has_devices():
         platforms = os.environ.get("JAX_PLATFORMS")
         return f"JAX finds no device of JAX_PLATFORMS={platforms}: install JAX for it, or unset JAX_PLATFORMS"
+    return None
+
+
+def _of_other_process(error: BaseException | None) -> str | None:
+    """A sentence if an exception, or one that it came from, says that another process of the run is gone."""
+    while error is not None and jax.distributed.is_initialized():
+        if isinstance(error, RuntimeError) and _GONE.search(str(error)):
+            return (
+                f"another process of this run has ended or does not answer ({one_line(str(error))}): look at its "
+                "last line for the cause; the same command, in all processes, goes on from the last checkpoint"
+            )
+        error = error.__cause__ or error.__context__
     return None
 
 
@@ -192,8 +215,11 @@ def _exit_on_uncaught_exceptions() -> None:
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and (sentence := _of_other_process(error)) is not None:
+            leave(1, sentence)
         report(kind, error, traceback)
-        if threading.current_thread() is threading.main_thread():
+        if in_main:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)

@@ -167,6 +167,33 @@ def test_a_process_that_fails_takes_the_others_with_it(tmp_path, environment, da
     assert "Traceback" not in said[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_who_outlives_a_killed_process_says_so_in_one_sentence(
+    tmp_path, environment, data_dir, killed
+):
+    """With process 0 the coordinator is gone: then JAX's own C++ writes lines first, which cannot be stopped."""
+    processes = start(environment | WRITES_NO_CACHE, tmp_path, data_dir, processes=2, steps=100_000)
+    wait_for(tmp_path, 1, processes)
+    processes[killed].kill()
+    processes[killed].communicate()
+    said = processes[1 - killed].communicate(timeout=60)[1]
+    assert processes[1 - killed].returncode
+    assert "Traceback" not in said
+    if killed == 1:
+        *before, last = said.splitlines()
+        assert last.startswith(
+            "train.py: another process of this run has ended or does not answer (UNKNOWN: Gloo"
+        )
+        assert "the same command, in all processes, goes on from the last checkpoint" in last
+        own = ("[Gloo]", "cait_nano4", "step")
+        assert not [
+            line for line in before if not line.startswith(own) and "sampler.py" not in line
+        ]
+    else:
+        assert "another process of this run has ended" in said or "another task died" in said
+
+
 DEFECT = """
 import sys
 import jax
