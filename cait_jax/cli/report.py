@@ -74,7 +74,8 @@ def command(
     --class, with deletion and insertion curves. Images that cannot be read, or have fewer pixels than patches, are
     left out, and the exit status is then 1.
     """
-    from cait_jax.explain.report.look import check_model, look
+    from cait_jax.explain.attention import check_class_token
+    from cait_jax.explain.report.look import look
     from cait_jax.explain.report.page import Seer, View, build_page
     from cait_jax.files import atomic_replace
 
@@ -82,7 +83,7 @@ def command(
     models = [with_class_names(loaded, class_names) for loaded in load(**dtype_policy)]
     wanted = [class_indices(loaded, classes) for loaded in models]
     for loaded, name in zip(models, model_names, strict=True):
-        check_model(loaded.model, _shown(name))
+        check_class_token(loaded.model, _shown(name), "give --model a network with one")
     total = len(paths)
     paths = without_small(paths, models)
     kept = images_with_self_attention(models, paths, chosen, small=small)

@@ -26,32 +26,33 @@ Intermediates = Mapping[str, Any]
 ImageMaps = Float[Array, "batch heads rows columns"]
 
 
-def check_transformer(model: Any) -> CaiT:
-    """The model, if it has attention.
+def check_transformer(model: Any, name: str = "this network") -> CaiT:
+    """The model, which the sentence calls by a name, if it has attention.
 
     Raises:
       UserError: it has none, as RegNetY.
     """
     if not isinstance(model, CaiT):
         raise UserError(
-            f"{type(model).__name__} is a convolutional network and has no attention to show: choose a CaiT, DeiT "
-            "or ViT"
+            f"{name} is a {type(model).__name__}, a convolutional network without attention to show: choose a "
+            "CaiT, DeiT or ViT"
         )
     transformer: CaiT = model
     return transformer
 
 
-def check_class_token(model: Any) -> CaiT:
-    """The model, if it has attention and a class token.
+def check_class_token(
+    model: Any, name: str = "this network", way: str = "use rollout, relevance or a gradient"
+) -> CaiT:
+    """The model, if it has attention and a class token; `way` is what to do without.
 
     Raises:
       UserError: one of them is missing.
     """
-    transformer = check_transformer(model)
+    transformer = check_transformer(model, name)
     if transformer.class_token == "mean":
         raise UserError(
-            "this network has no class token (its head reads the mean patch), so there is no attention of one: "
-            "use rollout, relevance or a gradient"
+            f"{name} has no class token (its head reads the mean patch), so there is no attention of one: {way}"
         )
     return transformer
 
@@ -114,11 +115,20 @@ def class_token_maps(
     Raises:
       UserError: the network has no class token.
     """
-    model = check_class_token(model)
+    rows, columns = patch_grid(check_class_token(model))
+    read = class_rows(model, inside, kind)
+    return jnp.stack([over_image(model, row[:, :, -rows * columns :]) for row in read])
+
+
+def class_rows(
+    model: CaiT, inside: Intermediates, kind: str = "mixed_weights"
+) -> list[Float[Array, "batch heads keys"]]:
+    """What the class token reads from every token, special ones first, in each class-attention block of a CaiT,
+    else in each self-attention block that has it."""
     if maps := class_attention(model, inside, kind):
-        return jnp.stack([over_image(model, row[:, :, 0, 1:]) for row in maps])
+        return [each[:, :, 0] for each in maps]
     layers = zip(self_attention(model, inside, kind), special_tokens(model), strict=True)
-    return jnp.stack([over_image(model, maps[:, :, 0, n:]) for maps, n in layers if n])
+    return [each[:, :, 0] for each, special in layers if special]
 
 
 def read_by(

@@ -113,7 +113,7 @@ def others(tmp_path_factory):
         ("headless", ["--class", "0"], "this network has no head"),
         ("headless", ["--method", "relevance"], "this network has no head"),
         ("headless", ["--methods", "all"], "this network has no head"),
-        ("regnet", [], "RegNetY is a convolutional network and has no attention"),
+        ("regnet", [], "is a RegNetY, a convolutional network without attention"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(model, arguments, sentence, saved, others, photographs):

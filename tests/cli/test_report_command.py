@@ -142,7 +142,7 @@ def test_beyond_the_limit_the_first_images_keep_their_self_attention(models, pic
     ("arguments", "sentence"),
     [
         (["a.png", "-m", "regnet"], "regnet is a RegNetY, a convolutional network without attention"),
-        (["a.png", "-m", "mean"], "mean has neither class attention nor a class token"),
+        (["a.png", "-m", "mean"], "mean has no class token"),
         (["a.png", "-m", "cait", "--class", "clas 3"], "--class: there is no class 'clas 3'; nearest: class 3"),
         (["a.png", "-m", "headless", "--class", "3"], "leave out --class"),
         (["dot.png", "-m", "cait"], "every image is left out: give larger ones, or a smaller --image-size"),

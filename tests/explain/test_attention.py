@@ -115,9 +115,11 @@ def test_bad_requests_name_what_there_is():
     model, inside = passed(class_token="mean")
     with pytest.raises(UserError, match="no class token"):
         attention.class_token_maps(model, inside)
+    with pytest.raises(UserError, match=r"^mine has no class token .*: give another$"):
+        attention.check_class_token(model, "mine", "give another")
     with pytest.raises(UserError, match="no patch 6: an image has 2 x 3, 0 to 5"):
         attention.read_by(model, inside, 6)
     with pytest.raises(UserError, match="no kind of attention map 'logits': scores, mixed_scores"):
         attention.self_attention(model, inside, "logits")
-    with pytest.raises(UserError, match="RegNetY is a convolutional network"):
-        attention.check_transformer(cait_jax.create_model("regnety_160"))
+    with pytest.raises(UserError, match=r"^mine is a RegNetY, a convolutional network"):
+        attention.check_class_token(cait_jax.create_model("regnety_160"), "mine")

@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cait_jax.errors import UserError
 from cait_jax.explain.attention import (
-    Intermediates,
-    class_attention,
+    class_rows,
     patch_grid,
     self_attention,
     special_tokens,
@@ -22,25 +20,6 @@ from cait_jax.models.inspect import forward_intermediates
 
 # Maps that are the same for every class; relevance follows, a map for each class.
 CLASS_FREE = ("class_attention", "rollout", "random", "centre")
-
-
-def check_model(model: Any, name: str) -> CaiT:
-    """The model, if a report can show it.
-
-    Raises:
-      UserError: it has no attention, or no class token.
-    """
-    if not isinstance(model, CaiT):
-        raise UserError(
-            f"{name} is a {type(model).__name__}, a convolutional network without attention to show: "
-            "give --model a CaiT, DeiT or ViT"
-        )
-    if model.class_token == "mean":
-        raise UserError(
-            f"{name} has neither class attention nor a class token (its head reads the mean patch), which a "
-            "report shows: give --model a network with one"
-        )
-    return model
 
 
 def map_kinds(model: CaiT) -> tuple[str, ...]:
@@ -125,17 +104,6 @@ def look(
         }
 
     return function
-
-
-def class_rows(
-    model: CaiT, inside: Intermediates, kind: str
-) -> list[Float[Array, "batch heads keys"]]:
-    """What the class token reads in each class-attention block, or self-attention block that has it; its own
-    column first."""
-    if model.class_depth:
-        return [maps[:, :, 0] for maps in class_attention(model, inside, kind)]
-    layers = zip(self_attention(model, inside, kind), special_tokens(model), strict=True)
-    return [maps[:, :, 0] for maps, special in layers if special]
 
 
 def _classes(

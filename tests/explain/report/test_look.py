@@ -9,13 +9,11 @@ import pytest
 from report_pages import network as model_of
 from trees import random_params
 
-from cait_jax import create_model, forward_intermediates
-from cait_jax.errors import UserError
+from cait_jax import forward_intermediates
 from cait_jax.explain import attention, attribution
 from cait_jax.explain.faithfulness import deletion_insertion
 from cait_jax.explain.report.look import (
     CLASS_FREE,
-    check_model,
     class_specials,
     look,
     map_kinds,
@@ -110,10 +108,3 @@ def test_a_network_without_a_head_has_maps_and_no_classes():
     assert found["classes"].shape == (2, 0)
     assert found["maps"].shape == (2, len(CLASS_FREE), 2, 2)
     assert "deletion" not in found
-
-
-def test_networks_without_attention_or_class_token_are_refused():
-    with pytest.raises(UserError, match="regnety_160 is a RegNetY, a convolutional network"):
-        check_model(create_model("regnety_160"), "regnety_160")
-    with pytest.raises(UserError, match="neither class attention nor a class token"):
-        check_model(create_model("vit_tiny", class_token="mean"), "mine")
