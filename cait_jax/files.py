@@ -76,14 +76,9 @@ def to_json(value: Any) -> str:
     return json.dumps(json_values(value), allow_nan=False)
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's value; `DamagedError` for one that cannot be read, is no JSON, or is nested too deeply."""
-    try:
-        return reading.read_json(path)
-    except FileNotFoundError:
-        raise DamagedError(f"there is no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{path.name} cannot be read ({one_line(str(error))})") from None
+def json_sha256(value: Any) -> str:
+    """The SHA-256 of a value as JSON with sorted keys, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def commit(directory: Path, fields: Mapping[str, Any]) -> None:
@@ -106,23 +101,22 @@ def amend(directory: Path, fields: Mapping[str, Any]) -> None:
 
 def _write_manifest(directory: Path, body: Mapping[str, Any]) -> None:
     with atomic_replace(directory / MANIFEST) as temporary:
-        text = json.dumps({"sha256": _checksum(body), **body}, indent=1, allow_nan=False)
+        text = json.dumps({"sha256": json_sha256(body), **body}, indent=1, allow_nan=False)
         temporary.write_text(text, encoding="utf-8")
-
-
-def _checksum(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest; `DamagedError` if it is missing, unreadable, incomplete or differs from its own checksum."""
     if not (directory / MANIFEST).exists():
         raise DamagedError(f"it has no {MANIFEST}, so its save did not finish")
-    manifest = read_json(directory / MANIFEST)
+    try:
+        manifest = reading.read_json(directory / MANIFEST)
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{MANIFEST} cannot be read ({one_line(str(error))})") from None
     if not isinstance(manifest, dict) or "sha256" not in manifest:
         raise DamagedError(f"{MANIFEST} is none")
     checksum = manifest.pop("sha256")
-    if checksum != _checksum(manifest):
+    if checksum != json_sha256(manifest):
         raise DamagedError(f"{MANIFEST} differs from its own SHA-256")
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(

@@ -6,7 +6,7 @@ directories are synced, then a manifest of their checksums is put in place.
     DIRECTORY/run.json              the run's id
     DIRECTORY/<step>/state/         the arrays
     DIRECTORY/<step>/meta/          JSON
-    DIRECTORY/<step>/manifest.json  step, id of the run, size and SHA-256 of each file, and the metrics
+    DIRECTORY/<step>/manifest.json  step, run, metrics, SHA-256 of the config and of each file
     DIRECTORY/broken/<step>         what was in the way of a save and could not be used; the last three
 """
 
@@ -111,6 +111,7 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
             "step": step,
             "metrics": files.json_values(metrics or {}),
             "rollback_point": rollback_point,
+            "config_sha256": reader.config_sha256(snapshot),
         }
         try:
             manager = self._open_manager()
@@ -149,7 +150,7 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics of a committed step, NaN where one was not finite; empty if none were given."""
         self._join()
-        recorded = self._manifest(step)["metrics"].items()
+        recorded = self._manifest(step, reader.run_id(self._directory))["metrics"].items()
         return {name: math.nan if value is None else value for name, value in recorded}
 
     def rollback_step(self) -> int | None:
@@ -333,17 +334,19 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
     def _committed(self) -> dict[int, float | None]:
         """Each step with a valid manifest that is not known to be damaged, and its best metric."""
         found: dict[int, float | None] = {}
+        run = reader.run_id(self._directory)
         for step in self._steps():
             if step not in self._damage:
                 with contextlib.suppress(files.DamagedError):
-                    found[step] = self._manifest(step)["metrics"].get(self._best_metric)
+                    found[step] = self._manifest(step, run)["metrics"].get(self._best_metric)
         return found
 
-    def _manifest(self, step: int) -> dict[str, Any]:
-        return reader.read_step_manifest(self._path(step), reader.run_id(self._directory))
+    def _manifest(self, step: int, run: str | None) -> dict[str, Any]:
+        return reader.read_step_manifest(self._path(step), run, reader.cached_manifest)
 
     def _is_point(self, step: int) -> bool:
-        return bool(self._manifest(step).get("rollback_point", True))
+        """Of a committed step."""
+        return bool(reader.cached_manifest(self._path(step)).get("rollback_point", True))
 
     def _best(self, committed: Mapping[int, float | None]) -> int | None:
         known = {step: value for step, value in committed.items() if value is not None}

@@ -443,6 +443,20 @@ def replace_by_another_runs(step: Path) -> str:
     return "another run"
 
 
+def replace_the_config(step: Path) -> str:
+    """With the right checksum of the file that holds it."""
+    text = json.dumps({"config": {"seed": 1}}).encode()
+    (step / "meta" / "metadata").write_bytes(text)
+    file = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    rewrite_manifest(step, lambda body: {**body, "files": {**body["files"], "meta/metadata": file}})
+    return "its config is not the one"
+
+
+def lose_the_sum_of_the_config(step: Path) -> str:
+    rewrite_manifest(step, lambda body: {k: v for k, v in body.items() if k != "config_sha256"})
+    return "its config is not the one"
+
+
 def rename_an_older_one(step: Path) -> str:
     shutil.rmtree(step)
     shutil.copytree(step.with_name("10"), step)
@@ -465,6 +479,8 @@ FAULTS = [
     add_a_file,
     replace_by_another_runs,
     rename_an_older_one,
+    replace_the_config,
+    lose_the_sum_of_the_config,
 ]
 
 
@@ -536,20 +552,43 @@ def test_a_second_broken_step_of_the_same_number_is_kept_too(tmp_path):
     assert sorted(p.name for p in (tmp_path / "broken").iterdir()) == ["20", "20-2"]
 
 
+def test_a_manifest_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    read, reads = reader.read_manifest, []
+    monkeypatch.setattr(reader, "read_manifest", lambda path: reads.append(path) or read(path))
+    save_steps(tmp_path, 10, 20)
+    checkpoints = Checkpoints(tmp_path, best_metric="accuracy")
+    for _ in range(3):
+        assert checkpoints.latest_step() == 20
+        assert checkpoints.best_step() is None
+    known = len(reads)
+    assert checkpoints.latest_step() == 20
+    assert len(reads) == known
+    checkpoints.record(10, {"accuracy": 0.5})
+    checkpoints.wait()
+    assert checkpoints.best_step() == 10
+    assert len(reads) == known + 1
+
+
 def test_a_step_of_a_later_format_is_refused(tmp_path):
     save_steps(tmp_path, 10, 20)
     rewrite_manifest(tmp_path / "20", lambda body: {**body, "format": 99})
-    with pytest.raises(UserError, match="of format 99, and this version reads 1"):
+    with pytest.raises(UserError, match="of format 99, and this version reads 2"):
         Checkpoints(tmp_path).restore(make_state())
 
 
-def test_steps_of_before_runs_had_an_id_are_read_and_go_on(tmp_path):
+@pytest.mark.parametrize("number", [None, 1])
+def test_steps_of_older_formats_are_read_and_go_on(tmp_path, number):
+    """Of before runs had an id, and of format 1, which has no SHA-256 of the config."""
     save_steps(tmp_path, 10, 20)
-    (tmp_path / "run.json").unlink()
-    old = ("format", "run", "rollback_point")
+    old = ("config_sha256", "format")
+    if number is None:
+        (tmp_path / "run.json").unlink()
+        old += ("run", "rollback_point")
+    formats = {} if number is None else {"format": number}
     for step in ("10", "20"):
         rewrite_manifest(
-            tmp_path / step, lambda body: {k: v for k, v in body.items() if k not in old}
+            tmp_path / step,
+            lambda body: {k: v for k, v in body.items() if k not in old} | formats,
         )
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         assert checkpoints.restore(make_state())[0] == 20
