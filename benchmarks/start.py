@@ -1,7 +1,7 @@
 """Seconds from the command to the end of the first training step, without and with JAX's compilation cache.
 
-Command: python benchmarks/start.py [--config=configs/digits.py] [--rounds=3] [--out=runs/benchmark_start]
-         [-- --config.KEY=VALUE ...]
+Command: python benchmarks/start.py [--config=configs/digits.py] [--rounds=3] [--resume]
+         [--out=runs/benchmark_start] [-- --config.KEY=VALUE ...]
 
 Each measurement is `python train.py --config=...` in a new process and a new workdir, with a line of
 `metrics.jsonl` for every step. Such a line carries the time at which it was written; the process is killed when
@@ -10,6 +10,9 @@ loaded and initialised until then. The step comes after it: traced, compiled or 
 
 The cache is a new directory that one more run fills first, with every program however small
 (JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0, JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1). Rounds alternate.
+
+With --resume the workdir is that of a run which was killed after its first checkpoint: each measurement restores
+and verifies it, and ends with the first step after it.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +32,7 @@ from typing import Any
 import jax
 from tabulate import tabulate
 
+from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.train.resume import read_metrics
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -36,13 +41,33 @@ LIMIT = 900  # seconds that a start may take
 SET_UP = re.compile(r"parameters\) on .* steps \d+ to ")
 
 
-def start(config: str, options: list[str], cache: Path | None) -> dict[str, float]:
+def killed(folder: Path, config: str, options: list[str]) -> Path:
+    """The workdir of a run that was killed after its first checkpoint."""
+    workdir, log = folder / "killed", folder / "log"
+    command = [sys.executable, str(TRAIN), f"--config={config}", f"--workdir={workdir}", *options]
+    command += ["--config.report.every_steps=1", "--config.checkpoint.every_steps=1"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stderr=stream)
+    began = time.time()
+    while Checkpoints(workdir / "checkpoints").latest_step() is None:
+        if process.poll() is not None or time.time() - began > LIMIT:
+            sys.exit(f"start.py: train.py saved nothing:\n{log.read_text()}")
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    return workdir
+
+
+def start(
+    config: str, options: list[str], cache: Path | None, resumed: Path | None
+) -> dict[str, float]:
     """Starts a run and ends it after its first step.
 
     Args:
       config: the recipe.
       options: for train.py.
       cache: the compilation cache's directory; None for no cache.
+      resumed: a workdir to resume from a copy of.
 
     Returns:
       Seconds from the command to when the run was `set_up`, and to its first `step`.
@@ -59,6 +84,10 @@ def start(config: str, options: list[str], cache: Path | None) -> dict[str, floa
         }
     with tempfile.TemporaryDirectory() as folder:
         workdir, log = Path(folder) / "run", Path(folder) / "log"
+        before = -1
+        if resumed is not None:
+            shutil.copytree(resumed, workdir)
+            before = Checkpoints(workdir / "checkpoints").latest_step() or 0
         command = [sys.executable, str(TRAIN), f"--config={config}", f"--workdir={workdir}"]
         command += ["--config.report.every_steps=1", *options]
         with log.open("w") as stream:
@@ -73,7 +102,8 @@ def start(config: str, options: list[str], cache: Path | None) -> dict[str, floa
                 time.sleep(0.01)
                 if set_up is None and SET_UP.search(log.read_text()):
                     set_up = time.time() - began
-                lines = read_metrics(workdir / "metrics.jsonl")
+                rows = read_metrics(workdir / "metrics.jsonl")
+                lines = [row for row in rows if row["step"] > before and row["time"] > began]
         finally:
             process.kill()
             process.wait()
@@ -85,16 +115,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/digits.py", help="a recipe")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
+    parser.add_argument("--resume", action="store_true", help="from a checkpoint")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_start"))
     parser.add_argument("options", nargs="*", help="for train.py")
     args = parser.parse_args()
     sides: dict[str, list[dict[str, float]]] = {"no cache": [], "cache": []}
     with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder)
-        filling = start(args.config, args.options, cache)
+        cache = Path(folder) / "cache"
+        resumed = killed(Path(folder), args.config, args.options) if args.resume else None
+        filling = start(args.config, args.options, cache, resumed)
         for _ in range(args.rounds):
-            sides["no cache"].append(start(args.config, args.options, None))
-            sides["cache"].append(start(args.config, args.options, cache))
+            sides["no cache"].append(start(args.config, args.options, None, resumed))
+            sides["cache"].append(start(args.config, args.options, cache, resumed))
         entries = [path.stat().st_size for path in cache.rglob("*") if path.is_file()]
 
     medians = {
@@ -119,6 +151,7 @@ def main() -> None:
                 "jax": jax.__version__,
                 "config": args.config,
                 "options": args.options,
+                "resume": args.resume,
                 "seconds": sides,
                 "filling": filling,
                 "medians": medians,

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
-from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
 
 from cait_jax import files
 from cait_jax.checkpoint import reader
@@ -113,25 +113,37 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
             "rollback_point": rollback_point,
             "config_sha256": reader.config_sha256(snapshot),
         }
-        try:
-            manager = self._open_manager()
-            self._saving = step
+
+        def start(manager: ocp.CheckpointManager, state: PyTree) -> None:
             items = {
                 reader.STATE: ocp.args.StandardSave(state),
                 reader.META: ocp.args.JsonSave(snapshot),
             }
             manager.save(step, args=ocp.args.Composite(**items), force=True)
-        except StepAlreadyExistsError:
+
+        alone = jax.process_count() == 1
+        try:
+            manager = self._open_manager()
+            if step in self._steps():
+                raise UserError(
+                    f"Step {step} is already saved under {self._directory}: resume from it, or save "
+                    "to another directory."
+                )
+            self._saving = step
+            if not alone:
+                start(manager, state)
+        except UserError:
             self._close_manager()
-            raise UserError(
-                f"Step {step} is already saved under {self._directory}: resume from it, or save "
-                "to another directory."
-            ) from None
+            raise
         except Exception as error:  # Orbax raises all sorts
             self._close_manager()
             raise self._save_failed(step, error) from error
+        # Orbax takes longer to begin than to copy, by the number of arrays.
+        copied = _copy_to_host(state) if alone else None
 
         def finish() -> None:
+            if alone:
+                start(manager, copied)
             manager.wait_until_finished()
             if jax.process_index() == 0:
                 files.commit(self._path(step), {**fields, "run": reader.run_id(self._directory)})
@@ -372,3 +384,9 @@ def _reason(error: Exception) -> str:
     found = re.search(r"os_error_code='(\d+)'", str(error))
     code = int(found[1]) if found else getattr(error, "errno", None)
     return os.strerror(code) if code else one_line(f"{type(error).__name__}: {error}")
+
+
+def _copy_to_host(state: PyTree) -> PyTree:
+    """Arrays of numpy that share no memory with the devices, whose buffers may be donated."""
+    host = jax.device_get(state)
+    return jax.tree.map(np.array, host) if jax.default_backend() == "cpu" else host
