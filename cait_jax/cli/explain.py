@@ -331,10 +331,10 @@ def _contact_sheet(loaded: LoadedModel, seen: Sequence[tuple[Any, Any, str]]) ->
 
 
 def _scores(each: Sequence[Any]) -> str:
-    """Mean and standard error over images and classes of both areas, a line a method."""
+    """Mean and standard error over images and classes of both areas, and of their lead over the centre blob."""
     import jax.numpy as jnp
 
-    from cait_jax.explain.faithfulness import Curves, summary
+    from cait_jax.explain.faithfulness import Curves, lead, summary
 
     curves = {
         method: Curves(
@@ -348,11 +348,18 @@ def _scores(each: Sequence[Any]) -> str:
         error = areas[f"{name}_error"]  # of one image there is none
         return f"{areas[name]:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
 
+    ahead = lead(curves)
     rows = [
         {
             "method": method,
             "deletion (less is better)": score(areas, "deletion"),
             "insertion (more is better)": score(areas, "insertion"),
+            "deletion, lead over centre": score(ahead[method], "deletion")
+            if method in ahead
+            else "",
+            "insertion, lead over centre": score(ahead[method], "insertion")
+            if method in ahead
+            else "",
         }
         for method, areas in summary(curves).items()
     ]

@@ -118,16 +118,30 @@ def compare(
 
 def summary(curves: Mapping[str, Curves]) -> dict[str, dict[str, float]]:
     """For each method the mean over images, and its standard error, of both areas."""
-
-    def mean(name: str, areas: Any) -> dict[str, float]:
-        areas = np.asarray(areas, np.float64)
-        error = areas.std(ddof=1) / np.sqrt(areas.size) if areas.size > 1 else float("nan")
-        return {name: float(areas.mean()), f"{name}_error": float(error)}
-
     return {
-        method: mean("deletion", found.deletion_area) | mean("insertion", found.insertion_area)
+        method: _mean("deletion", found.deletion_area) | _mean("insertion", found.insertion_area)
         for method, found in curves.items()
     }
+
+
+def lead(curves: Mapping[str, Curves], baseline: str = "centre") -> dict[str, dict[str, float]]:
+    """As `summary`, of each other method's lead over a baseline on the same image; above 0 it is better.
+
+    Images differ more than methods do, so the error of a paired difference is the smaller one.
+    """
+    base = curves[baseline]
+    return {
+        method: _mean("deletion", base.deletion_area - found.deletion_area)
+        | _mean("insertion", found.insertion_area - base.insertion_area)
+        for method, found in curves.items()
+        if method != baseline
+    }
+
+
+def _mean(name: str, areas: Any) -> dict[str, float]:
+    areas = np.asarray(areas, np.float64)
+    error = areas.std(ddof=1) / np.sqrt(areas.size) if areas.size > 1 else float("nan")
+    return {name: float(areas.mean()), f"{name}_error": float(error)}
 
 
 def random_maps(images: Images, shape: tuple[int, int, int], seed: int) -> PatchMaps:

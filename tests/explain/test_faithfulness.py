@@ -96,6 +96,20 @@ def test_summary_is_mean_and_standard_error():
     assert scores["deletion_error"] == pytest.approx(areas.std(ddof=1) / 2)
 
 
+def test_a_lead_is_measured_image_by_image():
+    """Images that differ much and methods that differ by 0.1 in each: no error."""
+    base = jnp.array([[0.1, 0.1], [0.5, 0.5], [0.8, 0.8]])
+    curves = {
+        "better": faithfulness.Curves(base - 0.1, base + 0.1),
+        "centre": faithfulness.Curves(base, base),
+    }
+    (found,) = faithfulness.lead(curves).values()
+    assert found["deletion"] == pytest.approx(0.1, rel=1e-5)
+    assert found["insertion"] == pytest.approx(0.1, rel=1e-5)
+    assert found["deletion_error"] == pytest.approx(0.0, abs=1e-6)
+    assert faithfulness.summary(curves)["better"]["deletion_error"] > 0.1
+
+
 def test_a_random_map_belongs_to_its_image():
     images = jax.random.normal(jax.random.key(0), (3, 32, 48, 3))
     maps = faithfulness.random_maps(images, (3, 2, 3), 0)
