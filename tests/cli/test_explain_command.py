@@ -133,7 +133,11 @@ def test_an_image_with_fewer_pixels_than_patches_is_left_out(saved, tmp_path):
 
 def test_the_scores_of_one_image_have_no_error():
     curve = np.array([[1.0, 0.5, 0.0]])
-    one = {"deletion": {"random": curve}, "insertion": {"random": curve[:, ::-1]}}
+    maps = {"random": curve, "centre": curve / 2}
+    one = {"deletion": maps, "insertion": {name: c[:, ::-1] for name, c in maps.items()}}
     assert "±" not in _scores([one])
     assert "nan" not in _scores([one])
-    assert _scores([one, one]).count("0.5000 ± 0.0000") == 2
+    both = _scores([one, one])
+    assert both.count("0.5000 ± 0.0000") == 2
+    assert "-0.2500 ± 0.0000" in both  # deletion: the centre's area is the smaller one
+    assert " 0.2500 ± 0.0000" in both
