@@ -1,7 +1,4 @@
-"""Files that a crash leaves whole: fsync, checksums, atomic replacement, strict JSON, manifests and locks.
-
-A directory with a valid manifest was written completely and has not changed since.
-"""
+"""Files that a crash leaves whole: fsync, checksums, atomic replacement, strict JSON; a run's folder, its lock."""
 
 import contextlib
 import fcntl
@@ -20,17 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from cait_jax import reading
-from cait_jax.errors import UserError, one_line, printable, writable
+from cait_jax.errors import UserError, printable, writable
 
-MANIFEST = "manifest.json"
 LOCK = "lock.json"
 HEARTBEAT_S, STALE_S = 10.0, 60.0
 # What Orbax expands in a path.
 _GLOB = "*?[]" if os.sep == "\\" else "*?[]\\"
-
-
-class DamagedError(Exception):
-    """A directory that does not match its manifest; the message names the file."""
 
 
 def fsync(path: Path) -> None:
@@ -74,56 +66,6 @@ def json_values(value: Any) -> Any:
 def to_json(value: Any) -> str:
     """`json.dumps` with null for NaN and infinity."""
     return json.dumps(json_values(value), allow_nan=False)
-
-
-def json_sha256(value: Any) -> str:
-    """The SHA-256 of a value as JSON with sorted keys, in hexadecimal."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def commit(directory: Path, fields: Mapping[str, Any]) -> None:
-    """Syncs all files under a directory, then writes its manifest: their sizes and SHA-256, and `fields`."""
-    files = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            name = path.relative_to(directory).as_posix()
-            files[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        fsync(path)
-    fsync(directory)
-    fsync(directory.parent)
-    _write_manifest(directory, {**fields, "files": files})
-
-
-def amend(directory: Path, fields: Mapping[str, Any]) -> None:
-    """Replaces fields of a valid manifest."""
-    _write_manifest(directory, {**read_manifest(directory), **fields})
-
-
-def _write_manifest(directory: Path, body: Mapping[str, Any]) -> None:
-    with atomic_replace(directory / MANIFEST) as temporary:
-        text = json.dumps({"sha256": json_sha256(body), **body}, indent=1, allow_nan=False)
-        temporary.write_text(text, encoding="utf-8")
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest; `DamagedError` if it is missing, unreadable, incomplete or differs from its own checksum."""
-    if not (directory / MANIFEST).exists():
-        raise DamagedError(f"it has no {MANIFEST}, so its save did not finish")
-    try:
-        manifest = reading.read_json(directory / MANIFEST)
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{MANIFEST} cannot be read ({one_line(str(error))})") from None
-    if not isinstance(manifest, dict) or "sha256" not in manifest:
-        raise DamagedError(f"{MANIFEST} is none")
-    checksum = manifest.pop("sha256")
-    if checksum != json_sha256(manifest):
-        raise DamagedError(f"{MANIFEST} differs from its own SHA-256")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(file, dict) and file.keys() == {"size", "sha256"} for file in files.values()
-    ):
-        raise DamagedError(f"{MANIFEST} lists no files")
-    return manifest
 
 
 def run_folder_name(name: str) -> str:

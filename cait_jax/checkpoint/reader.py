@@ -1,14 +1,12 @@
-"""Choosing, verifying and reading a step of a run's checkpoints.
+"""Choosing and reading a step of a run's checkpoints.
 
 A state is restored only if tree, shapes and dtypes are those of the template; Orbax would cast a dtype without a
 word.
 """
 
-import contextlib
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,126 +16,15 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from cait_jax.checkpoint.manifest import MANIFEST, META, STATE, DamagedError, run_id, verify
 from cait_jax.errors import UserError, one_line
-from cait_jax.files import MANIFEST, DamagedError, json_sha256, read_manifest, sha256
-from cait_jax.reading import check_format, read_json
 from cait_jax.sharding import leaf_shapes
 
 _log = logging.getLogger(__name__)
 
-# Orbax's items, and the folders of a step.
-STATE = "state"
-META = "meta"
-RUN = "run.json"
-# Of a step's manifest. Before 2 it has no `config_sha256`, before 1 neither a format nor a run.
-FORMAT = 2
-
 # What process 0 broadcasts instead of a step.
 _NOTHING_SAVED = -1
 _NOTHING_USABLE = -2
-
-
-def run_id(directory: Path) -> str | None:
-    """The run whose checkpoints these are, by `run.json`, else by the newest step; None: neither has an id."""
-    with contextlib.suppress(OSError, ValueError):
-        run = read_json(directory / RUN)
-        if isinstance(run, dict) and isinstance(run.get("run"), str):
-            return str(run["run"])
-    steps = (int(path.name) for path in directory.glob("*") if path.name.isdecimal())
-    for step in sorted(steps, reverse=True):
-        with contextlib.suppress(DamagedError):
-            return read_manifest(directory / str(step)).get("run")
-    return None
-
-
-def cached_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a step, read again only when the file has changed; not to be written to.
-
-    Raises:
-      DamagedError: as `read_manifest`.
-    """
-    try:
-        status = (path / MANIFEST).stat()
-    except OSError:
-        return read_manifest(path)
-    return _manifest(path, (status.st_ino, status.st_mtime_ns, status.st_size))
-
-
-@functools.lru_cache(maxsize=256)
-def _manifest(path: Path, stamp: tuple[int, ...]) -> dict[str, Any]:
-    return read_manifest(path)
-
-
-def read_step_manifest(
-    path: Path, run: str | None, read: Callable[[Path], dict[str, Any]] = read_manifest
-) -> dict[str, Any]:
-    """The manifest of a step, if it is of this step and run; `metrics` is a dict.
-
-    Raises:
-      DamagedError: it is damaged, or of another step or run.
-      UserError: a later version wrote it.
-    """
-    manifest = read(path)
-    if "format" in manifest:
-        check_format(path, manifest["format"], FORMAT)
-    if manifest.get("step") != int(path.name):
-        raise DamagedError(f"it is of step {manifest.get('step')}, by its {MANIFEST}")
-    if run is not None and manifest.get("run", run) != run:
-        raise DamagedError(f"it is of another run ({manifest['run']}), by its {MANIFEST}")
-    metrics = manifest.get("metrics")
-    if not isinstance(metrics, dict) or not all(
-        isinstance(value, int | float | None) for value in metrics.values()
-    ):
-        raise DamagedError(f"{MANIFEST} has no metrics, or some that are no numbers")
-    return manifest
-
-
-def verify(path: Path, run: str | None, prefix: str = "") -> None:
-    """Checks a step's manifest, the sizes of all files, the SHA-256 of those with the prefix, and the config's.
-
-    Raises:
-      DamagedError: naming the first file that is missing, differs, or is not in the manifest.
-      UserError: a later version wrote it.
-    """
-    manifest = read_step_manifest(path, run)
-    files = manifest["files"]
-    for name, expected in files.items():
-        try:
-            size = (path / name).stat().st_size
-        except OSError as error:
-            raise DamagedError(f"{name} is missing ({error.strerror})") from None
-        if size != expected["size"]:
-            raise DamagedError(f"{name} has {size} bytes instead of {expected['size']}")
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
-        if file.is_file() and name not in files and not _is_of_the_file_system(file.name):
-            raise DamagedError(f"{name} is not in its {MANIFEST}")
-    for name in filter(lambda name: name.startswith(prefix), files):
-        try:
-            found = sha256(path / name)
-        except OSError as error:
-            raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
-        if found != files[name]["sha256"]:
-            raise DamagedError(f"{name} differs from its SHA-256 in {MANIFEST}")
-    if manifest.get("format", 0) >= 2 and manifest.get("config_sha256") != _config_sha256(path):
-        raise DamagedError(f"its config is not the one of its {MANIFEST}")
-
-
-def config_sha256(meta: Mapping[str, Any]) -> str:
-    """Of the config in a step's metadata; of null where they have none."""
-    return json_sha256(meta.get("config"))
-
-
-def _config_sha256(path: Path) -> str:
-    try:
-        return config_sha256(read_json(path / META / "metadata"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise DamagedError(f"{META}/metadata cannot be read ({one_line(str(error))})") from None
-
-
-def _is_of_the_file_system(name: str) -> bool:
-    """Whether it is the manifest, or a file that an interrupted replacement, NFS or macOS leaves."""
-    return name in (MANIFEST, f".{MANIFEST}.tmp", ".DS_Store") or name.startswith((".nfs", "._"))
 
 
 def choose_step(

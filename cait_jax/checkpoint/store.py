@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from cait_jax import files
-from cait_jax.checkpoint import reader
+from cait_jax.checkpoint import manifest, reader
 from cait_jax.checkpoint.orbax_logs import quiet_errors
 from cait_jax.errors import StorageError, UserError, one_line
 
@@ -107,17 +107,17 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
         self.wait()
         snapshot = json.loads(files.to_json(meta))
         fields = {
-            "format": reader.FORMAT,
+            "format": manifest.FORMAT,
             "step": step,
             "metrics": files.json_values(metrics or {}),
             "rollback_point": rollback_point,
-            "config_sha256": reader.config_sha256(snapshot),
+            "config_sha256": manifest.config_sha256(snapshot),
         }
 
         def start(manager: ocp.CheckpointManager, state: PyTree) -> None:
             items = {
-                reader.STATE: ocp.args.StandardSave(state),
-                reader.META: ocp.args.JsonSave(snapshot),
+                manifest.STATE: ocp.args.StandardSave(state),
+                manifest.META: ocp.args.JsonSave(snapshot),
             }
             manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -146,7 +146,9 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
                 start(manager, copied)
             manager.wait_until_finished()
             if jax.process_index() == 0:
-                files.commit(self._path(step), {**fields, "run": reader.run_id(self._directory)})
+                manifest.commit(
+                    self._path(step), {**fields, "run": manifest.run_id(self._directory)}
+                )
 
         self._in_background(step, finish)
 
@@ -157,12 +159,12 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
         """
         if jax.process_index() == 0:
             fields = {"metrics": files.json_values(metrics)}
-            self._in_background(step, lambda: files.amend(self._path(step), fields))
+            self._in_background(step, lambda: manifest.amend(self._path(step), fields))
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics of a committed step, NaN where one was not finite; empty if none were given."""
         self._join()
-        recorded = self._manifest(step, reader.run_id(self._directory))["metrics"].items()
+        recorded = self._manifest(step, manifest.run_id(self._directory))["metrics"].items()
         return {name: math.nan if value is None else value for name, value in recorded}
 
     def rollback_step(self) -> int | None:
@@ -247,9 +249,9 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
                 with contextlib.suppress(OSError):  # the parent may be somebody else's
                     files.fsync(self._directory.parent)
                 self._move_broken_steps()
-                run = reader.run_id(self._directory) or secrets.token_hex(8)
-                with files.atomic_replace(self._directory / reader.RUN) as temporary:
-                    temporary.write_text(json.dumps({"format": reader.FORMAT, "run": run}))
+                run = manifest.run_id(self._directory) or secrets.token_hex(8)
+                with files.atomic_replace(self._directory / manifest.RUN) as temporary:
+                    temporary.write_text(json.dumps({"format": manifest.FORMAT, "run": run}))
             # Opening has a barrier, so the others see the directory as process 0 left it.
             self._manager = ocp.CheckpointManager(
                 self._directory,
@@ -346,19 +348,19 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
     def _committed(self) -> dict[int, float | None]:
         """Each step with a valid manifest that is not known to be damaged, and its best metric."""
         found: dict[int, float | None] = {}
-        run = reader.run_id(self._directory)
+        run = manifest.run_id(self._directory)
         for step in self._steps():
             if step not in self._damage:
-                with contextlib.suppress(files.DamagedError):
+                with contextlib.suppress(manifest.DamagedError):
                     found[step] = self._manifest(step, run)["metrics"].get(self._best_metric)
         return found
 
     def _manifest(self, step: int, run: str | None) -> dict[str, Any]:
-        return reader.read_step_manifest(self._path(step), run, reader.cached_manifest)
+        return manifest.of_step(self._path(step), run, manifest.cached)
 
     def _is_point(self, step: int) -> bool:
         """Of a committed step."""
-        return bool(reader.cached_manifest(self._path(step)).get("rollback_point", True))
+        return bool(manifest.cached(self._path(step)).get("rollback_point", True))
 
     def _best(self, committed: Mapping[int, float | None]) -> int | None:
         known = {step: value for step, value in committed.items() if value is not None}
