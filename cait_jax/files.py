@@ -1,6 +1,7 @@
 """Files that a crash leaves whole: fsync, checksums, atomic replacement, strict JSON; a run's folder, its lock."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import secrets
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -74,7 +76,12 @@ def run_folder_name(name: str) -> str:
 
 
 def run_folder(workdir: str | Path) -> Path:
-    """The folder of a run; not the address of a bucket, nor a path that Orbax would take for a pattern."""
+    """The folder of a run, which may not exist yet.
+
+    Raises:
+      UserError: it is the address of a bucket, or a path that Orbax would take for a pattern, or nothing can be
+        written in it.
+    """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(workdir)):
         raise UserError(
             f"--workdir={workdir} is an address, and a run is kept in a folder: mount the bucket (gs:// with "
@@ -86,7 +93,40 @@ def run_folder(workdir: str | Path) -> Path:
             f"checkpoints cannot be kept in {path}: its name is not UTF-8 or holds one of {_GLOB} which Orbax "
             "takes for a pattern; give another --workdir"
         )
+    check_folder(Path(workdir), parents=True)
     return Path(workdir)
+
+
+def check_folder(path: Path, *, parents: bool = False) -> None:
+    """Tries an output directory, which may not exist yet, nor with `parents` those above it, before the work.
+
+    Raises:
+      UserError: a file cannot be made in it or, where it is missing, in the nearest directory above.
+    """
+    there = path.absolute()
+    try:
+        while not _is_there(there):
+            there = there.parent
+        if not parents and there not in (path.absolute(), path.absolute().parent):
+            raise FileNotFoundError(errno.ENOENT, f"there is no directory {path.parent}")
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is no directory")
+        descriptor, name = tempfile.mkstemp(prefix=".cait-", dir=there)
+        os.close(descriptor)
+        Path(name).unlink()
+    except OSError as error:
+        raise UserError(
+            f"nothing can be written in {path}: {error.strerror}; choose another directory"
+        ) from error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a path exists, if only as a link; raises `OSError` for one that cannot, as a name too long."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 class DirectoryLock(AbstractContextManager["DirectoryLock", None]):

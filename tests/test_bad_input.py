@@ -552,6 +552,7 @@ predict good.png {M} --batch-size 99999999999
 predict good.png {M} --image-size 0
 predict good.png {M} --image-size 9
 predict good.png {M} --image-size 99999
+predict good.png {M} --image-size 16384
 predict good.png {M} --dtype float16
 predict good.png {M} --ema
 predict good.png {M} --weights nowhere
@@ -704,6 +705,7 @@ finetune photos {M} --epochs 1e300
 finetune photos {M} --batch-size 0
 finetune photos {M} --batch-size 1000
 finetune photos {M} --image-size 9
+finetune photos {M} --image-size 16384
 finetune photos {M} --image-size 0
 finetune photos {M} --seed -1
 finetune photos {M} --seed x
@@ -868,7 +870,7 @@ PROCESSES = (
         "train.py --config=DIGITS --coordinator=a:0 --processes=2 --process=1",
         "a port from 1 to",
     ),
-    ("", "train.py --config=DIGITS --workdir=good.png/run", "choose another place"),
+    ("", "train.py --config=DIGITS --workdir=good.png/run", "choose another directory"),
     ("", "cait predict odd/fifo.png -m model", "1 of 1 images were left out"),
     ("", "cait predict odd/zero.png -m model", "1 of 1 images were left out"),
     ("", "cait predict odd/sparse.png -m model", "1 of 1 images were left out"),

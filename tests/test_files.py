@@ -45,6 +45,26 @@ def test_a_folder_whose_checkpoints_orbax_would_not_find_again_is_refused(name, 
     assert run_folder(tmp_path / renamed) == tmp_path / renamed
 
 
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("file", "file is no directory"),
+        ("file/run", "file is no directory"),
+        ("dangling", "dangling is no directory"),
+        ("/proc/run", "No such file"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_folder_in_which_nothing_can_be_written_is_refused(name, cause, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=rf"{cause}.*; choose another directory"):
+        run_folder(tmp_path / name)
+    run_folder(tmp_path / "new" / "run")
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("name", ["my run", "caf\u00e9", 'a"%20#', "-x"])
 def test_other_names_of_folders_stay(name, tmp_path):
     assert run_folder_name(name) == name

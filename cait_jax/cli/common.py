@@ -206,9 +206,15 @@ def load_model(
     Those of `weights` count where it is a directory.
     """
     from cait_jax.evaluation.labels import imagenet_classes
+    from cait_jax.models.inspect import check_attention_memory
     from cait_jax.models.variants import VARIANTS
+    from cait_jax.weights import pretrained
+    from cait_jax.weights.model_json import replace_attributes
     from cait_jax.weights.pretrained import load_pretrained, load_settings, preprocessing
 
+    if image_size is not None:  # before positions are resized to it
+        described = pretrained.load_model(name_or_path)
+        check_attention_memory(replace_attributes(described, image_size=image_size))
     model, variables = load_pretrained(
         name_or_path, weights=weights, image_size=image_size, **options
     )

@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from cait_jax.cli.common import model_options
-from cait_jax.cli.output import check_folder, echo
+from cait_jax.cli.output import echo
+from cait_jax.files import check_folder
 
 
 @click.command(

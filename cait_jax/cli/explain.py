@@ -19,9 +19,10 @@ from cait_jax.cli.common import (
     run_over_images,
     without_small,
 )
-from cait_jax.cli.output import check_folder, echo, table
+from cait_jax.cli.output import echo, table
 from cait_jax.errors import UserError
 from cait_jax.explain.attribution import FOR_A_CLASS, METHODS
+from cait_jax.files import check_folder
 
 SHOWN = ("attribution", "attention", "patch", "matrices", "depth", "patches")
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cait_jax.cli.common import COUNT, EPOCHS, SEED, image_size_option, weights_option
-from cait_jax.cli.output import check_folder, echo, note
+from cait_jax.cli.output import echo, note
 
 
 @click.command(
@@ -78,7 +78,7 @@ def command(
     )
     run_name = run_folder_name(f"{photographs.directory.name}-{Path(model).name}")
     workdir = workdir or Path("runs") / run_name
-    check_folder(run_folder(workdir), parents=True)
+    run_folder(workdir)
     echo(_plan(photographs, config, model))
     _check_files(photographs)
     try:

@@ -146,27 +146,6 @@ def check_writable(*paths: Path | None, suffix: str = "") -> None:
             ) from error
 
 
-def check_folder(path: Path, *, parents: bool = False) -> None:
-    """Tries an output directory, which may not exist yet, nor with `parents` those above it, before the work.
-
-    Raises:
-      UserError: a file cannot be made in it or, where it is missing, in the nearest directory above.
-    """
-    there = path.absolute()
-    while not os.path.lexists(there):
-        there = there.parent
-    try:
-        if not parents and there not in (path.absolute(), path.absolute().parent):
-            raise FileNotFoundError(errno.ENOENT, f"there is no directory {path.parent}")
-        if not there.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{there} is no directory")
-        _try(there / ".cait.tmp")
-    except OSError as error:
-        raise UserError(
-            f"nothing can be written in {path}: {error.strerror}; choose another directory"
-        ) from error
-
-
 def _try(path: Path) -> None:
     """Makes a file and removes it."""
     if not path.exists():

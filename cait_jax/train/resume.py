@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, can_set, setting
 from cait_jax.files import atomic_replace, to_json
-from cait_jax.reading import parse_json
+from cait_jax.reading import check_regular, parse_json
 from cait_jax.renamed import current_config
 from cait_jax.train.config import as_json, flatten, with_missing
 
@@ -27,6 +27,8 @@ FREE_KEYS = (
 )
 # The keys of `metrics.jsonl` that may differ between two runs of the same config.
 TIMING_KEYS = ("time", "train/images_per_second")
+MAX_LINE = 2**20
+"""Bytes of a line of `metrics.jsonl`."""
 _OF_SPLITS = ("name", "train_split", "eval_split")
 
 
@@ -132,12 +134,22 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def metric_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each whole line and its row, whose `step` is an int. A power cut can leave lines that are not whole."""
-    for line in file.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
-            row = parse_json(line.decode())
-            if isinstance(row, dict) and type(row.get("step")) is int:
-                yield line, row
+    """Each whole line and its row, whose `step` is an int. A power cut can leave lines that are not whole.
+
+    Lines of more than `MAX_LINE` bytes are none. Raises `OSError` for what is no regular file.
+    """
+    check_regular(file)
+    with file.open("rb") as stream:
+        while line := stream.readline(MAX_LINE):
+            if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                while (rest := stream.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                    pass
+                continue
+            line = line.removesuffix(b"\n")
+            with contextlib.suppress(ValueError):
+                row = parse_json(line.decode())
+                if isinstance(row, dict) and type(row.get("step")) is int:
+                    yield line, row
 
 
 def rewind(
@@ -158,18 +170,16 @@ def rewind(
             return not any(key.startswith("eval/") for key in row)
         return bool(row["step"] <= step)
 
-    found = path.read_bytes() if path.exists() else b""
-    kept = [(line, row) for line, row in metric_lines(path) if stays(row)] if found else []
-    content = b"".join(line + b"\n" for line, _ in kept)
-    if content != found:
-        with atomic_replace(path) as temporary:
-            temporary.write_bytes(content)
-    if not expected:
-        return ""
-    digest = LinesDigest()
-    for _, row in kept[: expected["lines"]]:
-        digest.add(row)
-    if digest.value() == expected:
+    digest, size = LinesDigest(), 0
+    for line, row in metric_lines(path) if path.exists() else ():
+        if stays(row):
+            size += len(line) + 1
+            if expected and digest.lines < expected["lines"]:
+                digest.add(row)
+    if path.exists() and size != path.stat().st_size:
+        with atomic_replace(path) as temporary, temporary.open("wb") as stream:
+            stream.writelines(line + b"\n" for line, row in metric_lines(path) if stays(row))
+    if not expected or digest.value() == expected:
         return ""
     return (
         f"{path} has lost lines or they were changed since step {step} was saved, when it had "

@@ -18,6 +18,7 @@ from cait_jax.data.sampler import warn_of_shared_draws
 from cait_jax.data.sources import load_split
 from cait_jax.data.split import Split
 from cait_jax.errors import UserError, setting
+from cait_jax.models.inspect import check_attention_memory
 from cait_jax.sharding import (
     batch_sharding,
     batch_shards,
@@ -162,6 +163,7 @@ def build(
     mesh = mesh_from_config(config, devices)
     train_split, eval_split = load_splits(config)
     objective = make_objective(config, train_split)
+    check_attention_memory(objective.model)
     logits = None
     if config.distill.logits is not None:
         from cait_jax.train.objectives.distillation import recorded_logits

@@ -14,9 +14,11 @@ from cait_jax.data.split import InMemory, identity
 from cait_jax.train.config import as_json, get_config
 from cait_jax.train.metric_writer import MetricWriter
 from cait_jax.train.resume import (
+    MAX_LINE,
     check_resumable,
     check_resumed,
     check_same_data,
+    metric_lines,
     read_metrics,
     rewind,
 )
@@ -159,3 +161,19 @@ def test_a_rewind_that_is_stopped_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="stopped"):
         rewind(path, 1)
     assert len(read_metrics(path)) == 2
+
+
+def test_lines_of_any_length_are_passed_over_one_at_a_time(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    row = json.dumps({"step": 1, "train/loss": 0.5}).encode()
+    long = json.dumps({"step": 2, "text": "x" * (2 * MAX_LINE)}).encode()
+    file.write_bytes(row + b"\n" + long + b"\n" + b"\0" * MAX_LINE + b"\n" + row)
+    assert [line for line, _ in metric_lines(file)] == [row, row]
+    assert rewind(file, 1) == ""
+    assert file.read_bytes() == row + b"\n" + row + b"\n"
+
+
+def test_metrics_are_read_from_a_regular_file_alone(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="named pipe"):
+        read_metrics(tmp_path / "metrics.jsonl")
