@@ -146,6 +146,7 @@ def join_processes(
     """Connects this process with the others of its run. To be called before JAX is used.
 
     Without arguments they are found as JAX finds them: on TPU pods, in Slurm steps and under Open MPI up to 4.
+    Process 0 binds `address`, or JAX_COORDINATOR_ADDRESS, alone, and every interface where JAX finds the address.
     From here on an uncaught exception ends the process at once, and so, soon after, the others.
 
     Args:
@@ -193,8 +194,7 @@ def join_processes(
             address,
             count,
             index,
-            # JAX's default binds every interface.
-            coordinator_bind_address=address if index == 0 else None,
+            coordinator_bind_address=_bind_address(address),
             heartbeat_timeout_seconds=heartbeat_seconds,
             initialization_timeout=round(start_seconds) + 60,
         )
@@ -206,6 +206,16 @@ def join_processes(
     finally:
         late.cancel()
     _exit_on_uncaught_exceptions()
+
+
+def _bind_address(address: str | None) -> str | None:
+    """What process 0 binds: the address that is known to all, where it is; else JAX binds every interface.
+
+    JAX has no public function for the address that it finds in a cluster's variables.
+    """
+    if os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        return None  # JAX takes it
+    return address or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
 
 
 def _exit_on_uncaught_exceptions() -> None:

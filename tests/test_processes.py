@@ -19,7 +19,7 @@ from tfds_files import numbered_jpeg, write_imagenet2012
 from trees import assert_same_bits
 
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.processes import explain
+from cait_jax.processes import explain, join_processes
 from cait_jax.train.resume import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +192,30 @@ def test_who_outlives_a_killed_process_says_so_in_one_sentence(
         ]
     else:
         assert "another process of this run has ended" in said or "another task died" in said
+
+
+@pytest.mark.parametrize(
+    ("variables", "address", "bound"),
+    [
+        ({}, "10.0.0.1:8476", "10.0.0.1:8476"),
+        ({}, None, None),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476"}, None, "10.0.0.2:8476"),
+        ({"JAX_COORDINATOR_BIND_ADDRESS": "[::]:8476"}, "10.0.0.1:8476", None),
+    ],
+)
+def test_the_coordinator_binds_one_address_where_it_is_known(
+    monkeypatch, variables, address, bound
+):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    given = {}
+    monkeypatch.setattr("cait_jax.rendezvous.meet", lambda *arguments: None)
+    monkeypatch.setattr("cait_jax.processes._exit_on_uncaught_exceptions", lambda: None)
+    monkeypatch.setattr("jax.distributed.initialize", lambda *_, **options: given.update(options))
+    join_processes(address=address, **({"count": 2, "index": 0} if address else {}))
+    assert given["coordinator_bind_address"] == bound
 
 
 DEFECT = """
