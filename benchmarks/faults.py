@@ -93,7 +93,7 @@ def prepare(fault: str, out: Path) -> tuple[Any, Any]:
     if fault == "disk":
         from injection import storage
 
-        storage.preload(out, out / "disk")
+        storage.preload(out, out / "mounted")
     import jax
     from injection.runs import Bench
 

@@ -115,10 +115,10 @@ def build(folder: Path) -> Path:
 def preload(out: Path, prefix: Path) -> None:
     """Has this process and its children obey `Fault`: starts the program anew, with the layer below it."""
     control = out.absolute() / "control"
-    control.parent.mkdir(parents=True, exist_ok=True)
-    control.write_bytes(struct.pack("i", 0))
     if os.environ.get("FAULT_CONTROL") == str(control):
         return
+    control.parent.mkdir(parents=True, exist_ok=True)
+    control.write_bytes(struct.pack("i", 0))
     library = build(control.parent)
     os.environ |= {
         "LD_PRELOAD": str(library),

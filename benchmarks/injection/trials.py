@@ -179,7 +179,7 @@ def disk(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
     lasts = draw.uniform(0.05, 1.5) if passes else None
     marks = Marks(folder / "marks")
     where: dict[str, Any] = {"kind": kind, "lasts_s": lasts and round(lasts, 3)}
-    with storage.tmpfs(folder / "disk") as place:
+    with storage.tmpfs(bench.out / "mounted") as place:
         workdir = place / "run"
         fault = storage.Fault(bench.out, place, kind)
         children = bench.launcher.start(options(workdir), folder / "log", hooks={0: marks.install})
