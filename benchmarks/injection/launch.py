@@ -256,6 +256,7 @@ def _program(arguments: list[str], settings: Mapping[str, str], hook: Hook | Non
         option = name.lower()
         if option.startswith("jax_") and hasattr(jax.config, option):
             jax.config.update(option, _value(value))
+    _write_cache_from_every_process()
     if hook is not None:
         hook()
     status: Any = 1
@@ -268,6 +269,23 @@ def _program(arguments: list[str], settings: Mapping[str, str], hook: Hook | Non
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     return status if isinstance(status, int) else 1
+
+
+def _write_cache_from_every_process() -> None:
+    """JAX writes programs to its cache from process 0 alone, and the others' have other keys on CPUs."""
+    from jax._src import compiler, distributed
+
+    real = compiler._cache_write
+
+    def write(*args: Any, **kwargs: Any) -> Any:
+        state = distributed.global_state
+        index, state.process_id = state.process_id, 0
+        try:
+            return real(*args, **kwargs)
+        finally:
+            state.process_id = index
+
+    compiler._cache_write = write
 
 
 def _value(text: str) -> Any:
