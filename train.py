@@ -1,6 +1,10 @@
 """Trains a model: `python train.py --config=configs/digits.py [--workdir=DIR] [--config.KEY=VALUE ...]`."""
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `program`: imports take seconds
 
 from absl import app, flags
 
@@ -84,6 +88,8 @@ def parse(argv: list[str]) -> CommandLine:
 
 def program() -> int:
     """The whole program; gives the exit status."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     quiet_libraries()
     with speaking(config_flags):
         try:

@@ -262,7 +262,7 @@ def processes(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
     kind = draw.choice(list(CULPRITS))
     fault, place = CULPRITS[kind]
     culprit = draw.randrange(2)
-    step = draw.randrange(2, STEPS)
+    step = draw.randrange(7, STEPS)  # the first of each phase may last `start_seconds`
     workdir, happened = folder / "run", folder / "happened"
     marks = Marks(folder / "marks")
 

@@ -146,6 +146,19 @@ def test_metrics_lines_are_json_with_an_integer_step(tmp_path, environment):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
+def test_ctrl_c_while_libraries_are_imported_prints_nothing(tmp_path, environment):
+    process = subprocess.Popen(
+        command(tmp_path / "run"), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    while "jaxlib" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert (process.returncode, stderr) == (-signal.SIGINT, "")
+
+
+@pytest.mark.slow
 def test_layer_scale_grows_under_lamb(tmp_path, environment):
     """From gammas of 1e-5, in 8 blocks. With a trust ratio for every array the accuracy is 0.200."""
     settings = {
