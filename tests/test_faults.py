@@ -48,9 +48,7 @@ def trials(fault, out, count=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "fault", ["damage", "kill", "nonfinite", "resume", "signals", "two_starts"]
-)
+@pytest.mark.parametrize("fault", ["kill", "nonfinite", "resume", "signals", "two_starts"])
 def test_a_trial_holds(fault, out):
     (line,) = trials(fault, out)
     # How long an end takes is judged on a machine that does nothing else.

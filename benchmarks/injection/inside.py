@@ -54,7 +54,7 @@ class Marks:
 
     def install(self) -> None:
         """Has this process write them."""
-        from cait_jax import files
+        from cait_jax.checkpoint import manifest
         from cait_jax.checkpoint.store import Checkpoints
         from cait_jax.train import loop
         from cait_jax.train.setup import Trainer
@@ -74,7 +74,7 @@ class Marks:
         _before(loop, "_evaluate", lambda *_: mark("evaluate", steps))
         _after(loop, "_evaluate", lambda *_: mark("evaluated", steps))
         _before(Checkpoints, "save", lambda self, number, *_, **__: mark("save", number))
-        _after(files, "commit", lambda _, directory, *__: mark("saved", int(directory.name)))
+        _after(manifest, "commit", lambda _, directory, *__: mark("saved", int(directory.name)))
 
     def read(self) -> list[tuple[str, int, float]]:
         """Name, number and moment (seconds of the monotonic clock) of each so far."""

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from cait_jax.files import DamagedError, read_manifest
+from cait_jax.checkpoint import manifest
 from cait_jax.train.resume import TIMING_KEYS, read_metrics
 from injection.inside import Marks, digests
 from injection.launch import ROOT, Child, Launcher, wait
@@ -55,8 +55,8 @@ def committed(workdir: Path) -> list[int]:
     for path in (workdir / "checkpoints").glob("[0-9]*"):
         if path.name.isdecimal():
             try:
-                read_manifest(path)
-            except DamagedError:
+                manifest.read(path)
+            except manifest.DamagedError:
                 continue
             found.append(int(path.name))
     return sorted(found)

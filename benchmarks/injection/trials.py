@@ -522,12 +522,13 @@ def pictures(folder: Path) -> Path:
 def two_starts(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
     """The same workdir given to two runs, of the same config or of another seed."""
     seeds = draw.choice([[0, 0], [0, 1]])
-    references = [bench.reference(seed=seed) for seed in seeds]
+    settings = [{"seed": seed} if seed else {} for seed in seeds]
+    references = [bench.reference(**given) for given in settings]
     later = draw.choice([0.0, draw.uniform(0, 0.2), draw.uniform(0, references[0].seconds / 2)])
     workdir = folder / "run"
     children: list[Child] = []
-    for index, seed in enumerate(seeds):
-        children += bench.launcher.start(options(workdir, seed=seed), folder / f"log{index}")
+    for index, given in enumerate(settings):
+        children += bench.launcher.start(options(workdir, **given), folder / f"log{index}")
         if index == 0:
             time.sleep(later)
     ended = wait(children, RUN_S)
