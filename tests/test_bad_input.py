@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from marks import slow_unless
 
 import train
-from cait_jax import UserError
+from cait_jax import UserError, load_pretrained
 from cait_jax.cli import main
 from cait_jax.cli.output import check_writable, text_output
 from cait_jax.errors import config_flags, speaking
@@ -109,6 +109,15 @@ def run_cait(*arguments):
     assert result.exit_code, f"accepted: {result.output}"
     assert "Traceback" not in result.output
     return result.stderr.strip().splitlines()[-1]
+
+
+def test_reading_a_model_compiles_nothing(place):
+    """What is wrong with the rest of a command line is found after it."""
+    jax.clear_caches()
+    before = len(compiled)
+    load_pretrained("model")
+    load_pretrained("model", num_classes=0)
+    assert len(compiled) == before
 
 
 def check(run, *arguments):

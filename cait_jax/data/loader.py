@@ -109,9 +109,13 @@ class PrefetchIterator(Iterator[Batch], AbstractContextManager["PrefetchIterator
     """The first `count` of `batches`, of which one is loaded from the start; closing does not wait.
 
     Starting and ending the processes that decode images takes seconds, so a thread does both.
+
+    Attributes:
+      before_each: is called before a batch is waited for.
     """
 
     def __init__(self, batches: Batches, count: int) -> None:
+        self.before_each: Callable[[], None] = lambda: None
         self._batches, self._left = batches, count
         self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "prefetch")
         self._first: Future[Batch] | None = self._thread.submit(next, batches)
@@ -120,6 +124,7 @@ class PrefetchIterator(Iterator[Batch], AbstractContextManager["PrefetchIterator
         if self._thread is None or not self._left:
             raise StopIteration
         self._left -= 1
+        self.before_each()
         first, self._first = self._first, None
         return next(self._batches) if first is None else first.result()
 

@@ -68,7 +68,10 @@ def _flatten(block: Mapping[str, Any]) -> dict[str, Array]:
 @functools.cache
 def abstract_variables(model: Network) -> dict[str, Any]:
     """Shapes and dtypes of a model's variables, as `jax.ShapeDtypeStruct`s."""
-    variables: dict[str, Any] = jax.eval_shape(model.init, jax.random.key(0), _one_image(model))
+    # The key is made inside: outside, making it would be compiled.
+    variables: dict[str, Any] = jax.eval_shape(
+        lambda image: model.init(jax.random.key(0), image), _one_image(model)
+    )
     return variables
 
 

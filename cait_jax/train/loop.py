@@ -222,7 +222,8 @@ def _run(
     def evaluate(step: int, batches: PrefetchIterator, *, saved: bool = True) -> None:
         """Evaluates the state of a step, and adds the metrics to its lines and its checkpoint."""
         nonlocal metrics
-        metrics = _evaluate(trainer, state, _entering(enter, step, batches))
+        batches.before_each = functools.partial(enter, "evaluation", step)
+        metrics = _evaluate(trainer, state, batches)
         writer.write(step, metrics)
         writer.log(step, metrics)
         enter("save", step)
@@ -320,14 +321,6 @@ def _watchdog(config: ConfigDict) -> Iterator[Callable[[str, int], None]]:
         yield watchdog.enter
 
 
-def _entering(
-    enter: Callable[[str, int], None], step: int, batches: PrefetchIterator
-) -> Iterator[Any]:
-    for batch in batches:
-        enter("evaluation", step)
-        yield batch
-
-
 def _steps_to_evaluation(trainer: Trainer, step: int) -> int:
     """Steps from a step to the next whose state is evaluated; 0 if its own is."""
     steps_per_epoch = len(trainer.train_split) / trainer.config.batch_size
@@ -336,7 +329,7 @@ def _steps_to_evaluation(trainer: Trainer, step: int) -> int:
     return remaining
 
 
-def _evaluate(trainer: Trainer, state: TrainState, batches: Iterator[Any]) -> dict[str, float]:
+def _evaluate(trainer: Trainer, state: TrainState, batches: PrefetchIterator) -> dict[str, float]:
     """The metrics of parameters and average; of one whose loss is not finite all are NaN."""
     params = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
     return {

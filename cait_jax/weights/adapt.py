@@ -198,7 +198,7 @@ def adapt_head(
         _log.warning("initialised from seed %d: %s", seed, ", ".join(sorted(fresh)))
         return {**weights, **fresh}, sorted(fresh)
 
-    shapes = jax.eval_shape(head, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: head(jax.random.key(0)))
     empty = jax.tree.map(lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), shapes)
     if not any(_of_head(name) for name in weights):
         if not weights.keys() <= timm_names(model):

@@ -201,5 +201,5 @@ def test_an_unknown_method_names_those_there_are():
     with pytest.raises(UserError, match="no method 'gradcam': class_attention, rollout"):
         attribution.attribute("gradcam", model, variables, images, CLASSES)
     regnet = cait_jax.create_model("regnety_160")
-    with pytest.raises(UserError, match="has no attention"):
+    with pytest.raises(UserError, match="convolutional network without attention"):
         attribution.attribute("rollout", regnet, {}, images, CLASSES)
