@@ -175,6 +175,18 @@ def positions(batch: Any) -> Array:
     return jnp.arange(batch.shape[0], out_sharding=_explicit_spec(batch, 1))
 
 
+def under_automatic_axes(function: Callable[..., Any], batch: Any, *arguments: Any) -> Any:
+    """`function(batch, *arguments)`, inside of which mesh axes are automatic also where they are explicit outside.
+
+    So its operations need not say how their results are sharded. Those of `function` are sharded as the batch axis
+    of `batch`. All arrays that it uses are arguments.
+    """
+    spec = _explicit_spec(batch, 1)
+    if spec is None:
+        return function(batch, *arguments)
+    return jax.sharding.auto_axes(function, out_sharding=spec)(batch, *arguments)
+
+
 def _explicit_spec(x: Any, ndim: int) -> PartitionSpec | None:
     """That of the batch axis, for `ndim` axes; None where no axis of the mesh is explicit."""
     spec = tuple(jax.typeof(x).sharding.spec)

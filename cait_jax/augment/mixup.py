@@ -4,6 +4,7 @@ The rows of a group share one draw, and image i of a group of n is paired with i
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError
-from cait_jax.sharding import constrain_replicated
+from cait_jax.sharding import constrain_replicated, under_automatic_axes
 
 Images = Float[Array, "batch height width channels"]
 Targets = Float[Array, "batch classes"]
@@ -80,7 +81,18 @@ def mix(
     rows = settings.group_size or count
     if rows >= count:
         return _mix_group(sample_weights(key, size, settings), images, targets)
-    groups, rest = divmod(count, rows)
+    mixed: tuple[Images, Targets] = under_automatic_axes(
+        functools.partial(_mix_groups, rows=rows, settings=settings), images, targets, key
+    )
+    return mixed
+
+
+def _mix_groups(
+    images: Array, targets: Array, key: PRNGKeyArray, *, rows: int, settings: Mixup
+) -> tuple[Array, Array]:
+    """Mixes each `rows` consecutive images, and what is left over, with their reverse."""
+    size = (images.shape[1], images.shape[2])
+    groups, rest = divmod(len(images), rows)
     keys = jax.vmap(lambda group: jax.random.fold_in(key, group))(jnp.arange(groups + bool(rest)))
     # Replicated: sharded, each iteration of the rejection sampler would be an all-reduce.
     drawn = constrain_replicated(jax.vmap(lambda key: sample_weights(key, size, settings))(keys))

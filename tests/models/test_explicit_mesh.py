@@ -1,4 +1,6 @@
-"""Networks and the training step under JAX's default mesh, whose axes are explicit, and under automatic axes."""
+"""Networks and the training step, whole and in pieces, under JAX's default mesh, whose axes are explicit."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cait_jax
+from cait_jax.augment import mixup, pipeline
+from cait_jax.augment.randaugment import parse_policy
 from cait_jax.sharding import positions
 from cait_jax.train import setup
+from cait_jax.train.objectives import supervised
+from cait_jax.train.objectives.distillation import soft_distillation
 from cait_jax.train.step import make_train_step
 from configs import digits
 
@@ -54,27 +60,73 @@ def test_a_network_is_the_same_on_a_mesh_forward_and_backward(options, devices, 
     assert largest_difference(found, expected) < 1e-5
 
 
+MIXED = mixup.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0)
+RANDOM = pipeline.Augmentation(rand_augment=parse_policy("rand-m9-mstd0.5-inc1"))
+PIECES = {
+    f"mixed in groups of {rows}": lambda key, images, rows=rows: mixup.mix(
+        key, images, images[:, 0, 0], dataclasses.replace(MIXED, group_size=rows)
+    )
+    for rows in (0, 4, 6, 8)
+} | {
+    "augmented": lambda key, images: pipeline.augment(
+        key, jnp.round(255 * images), positions(images), RANDOM
+    ),
+    "erased": lambda key, images: pipeline.random_erase(key, images, positions(images), 0.5),
+    "binary": lambda key, images: supervised.binary_cross_entropy(
+        images[:, 0, 0], images[:, 1, 1], 0.5
+    ),
+    "taught": lambda key, images: soft_distillation(
+        supervised.cross_entropy(images[:, 0, 0], images[:, 1, 1]), images[:, 0, 0], images[:, 2, 2]
+    ),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("grad_accum", [1, 2])
-def test_the_step_is_the_same_under_explicit_axes(grad_accum):
+@pytest.mark.parametrize("axes", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("piece", PIECES.values(), ids=PIECES)
+def test_a_piece_of_the_step_is_the_same_on_a_mesh_forward_and_backward(piece, devices, axes):
+    key, images = jax.random.key(0), jax.random.uniform(jax.random.key(1), (16, 8, 8, 3))
+
+    def total(images):
+        return sum(leaf.sum() for leaf in jax.tree.leaves(piece(key, images)))
+
+    def both(images):
+        return piece(key, images), jax.grad(total)(images)
+
+    expected = jax.jit(both)(images)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(axes,))
+    with jax.set_mesh(mesh):
+        found = jax.jit(both)(sharded(images, mesh, PartitionSpec("data")))
+    assert largest_difference(found, expected) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("grad_accum", "devices"), [(1, 2), (2, 2), (1, 8)])
+def test_the_step_is_the_same_under_explicit_axes(grad_accum, devices):
     config = digits.get_config()
     config.batch_size = 8
+    config.augment.update(mixup=0.8, cutmix=1.0, mix_rows=4, reprob=0.25)
+    config.model.drop_path_rate = 0.2
     config.model.update(depth=1, width=16, class_depth=1, num_heads=2)
-    config.optimizer.grad_accum = grad_accum
+    config.optimizer.update(grad_accum=grad_accum, ema_decay=0.9)
     trainer = setup.build(config, jax.devices()[:1])
     optimizer = trainer.optimizer
     step = jax.jit(
-        make_train_step(optimizer.transformation, optimizer.schedule, grad_accum=grad_accum)
+        make_train_step(
+            optimizer.transformation, optimizer.schedule, grad_accum=grad_accum, ema_decay=0.9
+        )
     )
     state, objective = jax.device_get((trainer.init_state(), trainer.objective))
     with trainer.train_batches() as batches:
         batch = next(batches)
     expected, _ = step(state, batch, objective)
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         state, objective = sharded((state, objective), mesh, PartitionSpec())
         found, _ = step(state, sharded(batch, mesh, PartitionSpec("data")), objective)
     assert largest_difference(found.params, expected.params) < 1e-6
+    assert largest_difference(found.ema, expected.ema) < 1e-6
 
 
 def test_positions_count_the_batch():
