@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -90,6 +91,8 @@ def run(fault: str, trials: int, out: Path, seed: int) -> None:
 def prepare(fault: str, out: Path) -> tuple[Any, Any]:
     """The trial's function and what all trials share."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # A shell's background job ignores it, and so would the runs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if fault == "disk":
         from injection import storage
 

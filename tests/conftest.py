@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,10 @@ if jax.config.jax_platforms == "cpu":
         else:
             os.environ["XLA_FLAGS"] = given
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A shell's background job ignores it, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CACHE_BYTES = 2**29
 MEMORY_BYTES = 9 * 2**27  # of each worker

@@ -18,6 +18,7 @@ from cait_jax.train.objectives.distillation import (
     hard_distillation,
     make_teacher,
     soft_distillation,
+    teacher_from_config,
 )
 from cait_jax.train.objectives.supervised import Supervised, cross_entropy
 from cait_jax.train.optimizer import make_optimizer
@@ -225,8 +226,11 @@ def test_a_config_names_its_teacher(tmp_path):
     config = config_of(distill__kind="soft", distill__teacher=str(tmp_path / "t"))
     (before, after), _ = steps_of(config, 1)
     assert "blocks" in moved(before, after)
+    config = config_of(distill__kind="hard", distill__teacher="cait_s48")
+    with pytest.raises(UserError, match="the teacher knows 1000 classes and the student 10"):
+        build(config)
     with pytest.raises(UserError, match="no weights were released for cait_s48"):
-        build(config_of(distill__kind="hard", distill__teacher="cait_s48"))
+        teacher_from_config(config, create_model("cait_xxs24"))
 
 
 def test_rows_of_recorded_logits_come_with_their_examples(tmp_path):
