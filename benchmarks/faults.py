@@ -7,6 +7,7 @@ and compares what is left with a run of the same config that nothing disturbed. 
 
     kill        kill -9, of one process or of one of two, at any moment
     power_cut   the ext4 image under the run is copied at any moment, and mounted
+    unsynced    the same, but os.fsync does nothing: a trial that holds is then blind
     damage      a file of a checkpoint is changed, lost, swapped, or another run's
     disk        the storage is full, over quota, read-only or raises, for a while or for good
     processes   one of two processes is killed, stopped, hangs, raises, exits, or is never started
@@ -39,6 +40,7 @@ FAULTS = {
     "kill": "what is restored, and at the end state, EMA, optimiser and every logged loss are those of a run "
     "never killed, to the bit",
     "power_cut": "no step that was reported saved is lost or unreadable; the run ends with the same bits",
+    "unsynced": "nothing: the control of power_cut",
     "damage": "found and named; the newest sound step is used, to the bit",
     "disk": "training goes on where it can; earlier checkpoints stay good; the exit status tells; the same bits",
     "processes": "the others end within 1 s of a death, within the watchdog's limit and 2 s of a hang, and name "

@@ -60,6 +60,8 @@ def test_a_trial_holds(fault, out):
 def test_a_power_cut_loses_nothing_that_was_saved(out):
     (line,) = trials("power_cut", out)
     assert line["held"], line
+    (line,) = trials("unsynced", out)
+    assert any("was reported saved, and the newest sound is" in text for text in line["problems"])
 
 
 def test_bits_that_differ_are_found(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cait_jax.checkpoint import manifest
+from cait_jax.errors import UserError, one_line
 from cait_jax.train.resume import TIMING_KEYS, read_metrics
 from injection.inside import Marks, digests
 from injection.launch import ROOT, Child, Launcher, wait
@@ -214,7 +215,10 @@ def compare_finished(workdir: Path, reference: Reference) -> list[str]:
 
 def compare_newest(workdir: Path, reference: Reference) -> tuple[int | None, list[str]]:
     """The newest sound step, and how its state differs from the reference's of that step."""
-    state = restored(workdir, reference.settings)
+    try:
+        state = restored(workdir, reference.settings)
+    except UserError as error:
+        return None, [one_line(str(error))]
     if state is None:
         return None, []
     step, found = state

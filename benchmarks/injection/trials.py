@@ -137,13 +137,24 @@ def kill(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
     )
 
 
-def power_cut(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
+def unsynced(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
+    """A power cut of a run whose `os.fsync` does nothing, which the trial must notice."""
+    return power_cut(bench, draw, folder, sync=False)
+
+
+def power_cut(bench: Bench, draw: random.Random, folder: Path, *, sync: bool = True) -> Outcome:
     """The image of the file system under a run, copied at a random moment: what a power cut leaves."""
     reference = bench.reference()
     marks = Marks(folder / "marks")
+
+    def install() -> None:
+        if not sync:
+            inside.without_fsync()
+        marks.install()
+
     with storage.loop(folder / "disk.img", folder / "disk") as disk:
         workdir = disk / "run"
-        children = bench.launcher.start(options(workdir), folder / "log", hooks={0: marks.install})
+        children = bench.launcher.start(options(workdir), folder / "log", hooks={0: install})
         phase = draw.choice(["save", "save", "save", "evaluation", "step"])
         where = reach(draw, phase, reference, marks, children)
         reported = [number for name, number, _ in marks.read() if name == "saved"]
