@@ -261,7 +261,7 @@ CULPRITS = {
 }
 DEATHS = ("killed", "raises", "exits")
 # Of the trial: short, and still longer than what such a run takes for anything on a machine with other work.
-WATCHDOG = {"watchdog__seconds": 8, "watchdog__factor": 2, "watchdog__start_seconds": 60}
+WATCHDOG = {"watchdog__seconds": 20, "watchdog__factor": 3, "watchdog__start_seconds": 60}
 ALLOWED = re.compile(
     r"where (\d+) s are allowed|not answered for (\d+) s|did not start within (\d+) s"
 )
@@ -308,7 +308,9 @@ def processes(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
     problems = []
     allowed = [int(number) for numbers in ALLOWED.findall(said) for number in numbers if number]
     limit = 1.0 if kind in DEATHS else min(allowed, default=0) + 2.0
-    if seconds is None:
+    if fault and not happened.exists():
+        problems.append("the run ended before the fault")
+    elif seconds is None:
         problems.append("the other process waited for more than 120 s")
     elif seconds > limit:
         problems.append(
