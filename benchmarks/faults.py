@@ -18,7 +18,7 @@ and compares what is left with a run of the same config that nothing disturbed. 
 
 Each trial is a line of OUT/NAME.jsonl: what was injected, what was observed, the problems, and `held`, which is
 true if there are none and no process, temporary file or shared memory was left behind. The same command goes on
-after the last line. What a trial that did not hold has left stays in OUT/NAME/TRIAL. `--report` prints a table.
+with the trials that have none. What a trial that did not hold has left stays in OUT/NAME/TRIAL. `--report` prints a table.
 power_cut and disk mount file systems, which needs root; disk compiles a small C library (cc). Linux only.
 """
 
@@ -77,12 +77,12 @@ def main() -> None:
 def run(fault: str, trials: int, out: Path, seed: int) -> None:
     """Runs the trials of a fault that are missing in OUT/FAULT.jsonl."""
     log = out / f"{fault}.jsonl"
-    done = len(read(log))
-    if done >= trials:
+    missing = sorted(set(range(trials)) - {line["trial"] for line in read(log)})
+    if not missing:
         return
     out.mkdir(parents=True, exist_ok=True)
     trial, bench = prepare(fault, out)
-    for number in range(done, trials):
+    for number in missing:
         line = attempt(fault, trial, bench, number, seed)
         with log.open("a") as stream:
             stream.write(json.dumps(line) + "\n")

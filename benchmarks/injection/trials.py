@@ -345,7 +345,7 @@ def signals(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
     workdir, marks = folder / "run", Marks(folder / "marks")
     fresh = phase == "start"  # with the time that imports take
     children = bench.launcher.start(
-        options(workdir),
+        options(workdir, **WATCHDOG),
         folder / "log",
         processes=count,
         hooks={0: marks.install},
@@ -359,7 +359,7 @@ def signals(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
     else:
         for child in children if target == "all" else [draw.choice(children)]:
             child.send(number)
-    ended = wait(children, RUN_S if number == signal.SIGUSR1 else 60)
+    ended = wait(children, RUN_S if number == signal.SIGUSR1 else 120)
     seconds = max(child.ended for child in children) - began
     end(children)
     status = [child.status for child in children]
@@ -369,6 +369,8 @@ def signals(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
     right = {0} if goes_on else {130}
     if phase == "start":
         right |= {130, -number}  # before the run has begun, the signal may end it
+        if count == 2 and target == "one":
+            right.add(1)  # of the process that waits for it, for `start_seconds`
     finished = set(status) == {0} and at_step >= STEPS - 2  # no step was left after which to stop
     if finished:
         right = {0}
