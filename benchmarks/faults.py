@@ -18,8 +18,8 @@ and compares what is left with a run of the same config that nothing disturbed. 
 
 Each trial is a line of OUT/NAME.jsonl: what was injected, what was observed, the problems, and `held`, which is
 true if there are none and no process, temporary file or shared memory was left behind. The same command goes on
-with the trials that have none. What a trial that did not hold has left stays in OUT/NAME/TRIAL. `--report` prints a
-table. power_cut and disk mount file systems, which needs root; disk compiles a small C library (cc). Linux only.
+with the trials that have none. What a trial that did not hold has left stays in OUT/NAME/TRIAL. `--report` gives
+a table. power_cut, unsynced and disk mount file systems, which needs root; disk compiles a C library. Linux only.
 """
 
 import argparse
