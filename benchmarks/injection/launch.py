@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 3.0  # in which the processes of a run that has ended are gone
+PATIENCE_S = 30.0  # a worker that its run was still starting ends once it has started
 
 _PR_SET_CHILD_SUBREAPER = 36
 _CLONE_NEWNS = 0x20000
