@@ -168,7 +168,7 @@ class Poisoned:
 
     Attributes:
       inner: the objective.
-      steps: int32 (`MOST_STEPS`,), filled up with 0.
+      steps: int32 (`MOST_STEPS`,), padded with 0.
       value: float32 scalar, NaN or infinite.
       kind: `"batch"`, `"loss"` or `"gradient"`; others leave all as it is.
     """
