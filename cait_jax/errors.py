@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import difflib
 import logging
+import os
 import re
+import signal
 import sys
 import threading
 import unicodedata
@@ -176,8 +178,18 @@ def quiet_libraries() -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)  # backends that are not here, at INFO
     # Of the process that clears up after killed workers, which is started with these options.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    sys.unraisablehook = lambda _: None
+    sys.unraisablehook = _drop_but_interrupts
     sys.excepthook = _print_of_main_thread
+
+
+def _drop_but_interrupts(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Drops what nobody can catch, but sends a Ctrl-C again: JAX has a callback in garbage collection."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        # Later and from another thread: here it would be raised, and lost, at once.
+        again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        with contextlib.suppress(RuntimeError):  # the interpreter ends, and starts no thread
+            again.start()
 
 
 def _print_of_main_thread(

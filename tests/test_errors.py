@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -113,3 +115,30 @@ def test_the_keys_exist():
             assert section.removeprefix("model.") in known, name
         else:
             assert get_config()[section.partition(".")[0]] is not None
+
+
+LOST = """
+import gc, os, signal, time
+from cait_jax.errors import quiet_libraries
+
+def callback(phase, info):
+    gc.callbacks.remove(callback)
+    os.kill(os.getpid(), signal.SIGINT)
+    str(phase)  # the exception is raised here, where nobody can catch it
+
+quiet_libraries()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+gc.callbacks.append(callback)
+gc.collect()
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+def test_a_ctrl_c_during_garbage_collection_is_not_lost():
+    result = subprocess.run(
+        [sys.executable, "-c", LOST], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (result.stdout, result.stderr) == ("heard\n", "")
