@@ -149,6 +149,7 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
                 manifest.commit(
                     self._path(step), {**fields, "run": manifest.run_id(self._directory)}
                 )
+            self._saving = None
 
         self._in_background(step, finish)
 
@@ -329,8 +330,12 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
             self._thread = None
 
     def _save_failed(self, step: int, error: Exception) -> StorageError:
-        """Removes what there is of a step, which may be what fills the disk; the error to raise."""
-        if jax.process_index() == 0 and step not in self._committed():
+        """Removes what there is of a step that was being saved, as it may be what fills the disk; the error.
+
+        A step that was committed and could not be amended stays, whether or not it can be read now.
+        """
+        unfinished = step == self._saving and step not in self._committed()
+        if jax.process_index() == 0 and unfinished:
             for path in (*self._directory.glob(f"{step}.*"), self._path(step)):
                 shutil.rmtree(path, ignore_errors=True)
         return StorageError(

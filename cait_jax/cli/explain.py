@@ -349,19 +349,17 @@ def _scores(each: Sequence[Any]) -> str:
         error = areas[f"{name}_error"]  # of one image there is none
         return f"{areas[name]:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
 
-    ahead = lead(curves)
-    rows = [
-        {
-            "method": method,
-            "deletion (less is better)": score(areas, "deletion"),
-            "insertion (more is better)": score(areas, "insertion"),
-            "deletion, lead over centre": score(ahead[method], "deletion")
-            if method in ahead
-            else "",
-            "insertion, lead over centre": score(ahead[method], "insertion")
-            if method in ahead
-            else "",
-        }
-        for method, areas in summary(curves).items()
-    ]
+    ahead = lead(curves)  # of all but the centre itself
+    rows = []
+    for method, areas in summary(curves).items():
+        over = ahead.get(method)
+        rows.append(
+            {
+                "method": method,
+                "deletion (less is better)": score(areas, "deletion"),
+                "insertion (more is better)": score(areas, "insertion"),
+                "deletion, lead over centre": score(over, "deletion") if over else "",
+                "insertion, lead over centre": score(over, "insertion") if over else "",
+            }
+        )
     return table(rows)

@@ -225,9 +225,8 @@ class Watchdog(AbstractContextManager["Watchdog", None]):
         last = time.monotonic()
         while not self._closed.wait(self._interval):
             now = time.monotonic()
-            if (
-                now - last > 5 * self._interval
-            ):  # this process was stopped, and the others may have been
+            if now - last > 5 * self._interval:
+                # This process was stopped, and the others may have been.
                 self._forgive(now - last)
             last = now
             sentence = self.judge(now)

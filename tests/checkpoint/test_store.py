@@ -754,6 +754,29 @@ def test_other_errors_of_asyncio_are_logged(tmp_path, caplog):
     assert "not Orbax's" in caplog.text
 
 
+def test_a_committed_step_outlives_storage_that_can_neither_amend_nor_read_it(
+    tmp_path, monkeypatch
+):
+    def away(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def unreadable(*arguments):
+        raise manifest.DamagedError("manifest.json cannot be read (Input/output error)")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest, "amend", away)
+            patch.setattr(manifest, "of_step", unreadable)
+            checkpoints.record(1, {"accuracy": 0.5})
+            with pytest.raises(UserError, match="Input/output error"):
+                checkpoints.wait()
+        step, restored, _ = checkpoints.restore(make_state())
+    assert step == 1
+    assert_same_bits(restored, make_state(1))
+
+
 def test_a_directory_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with (
