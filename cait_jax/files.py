@@ -23,6 +23,7 @@ from cait_jax.errors import UserError, printable, writable
 
 LOCK = "lock.json"
 HEARTBEAT_S, STALE_S = 10.0, 60.0
+_NAMED_WITHIN_S = 1.0
 # What Orbax expands in a path.
 _GLOB = "*?[]" if os.sep == "\\" else "*?[]\\"
 
@@ -173,6 +174,7 @@ class DirectoryLock(AbstractContextManager["DirectoryLock", None]):
             raise UserError(self._lost)
 
     def _open(self) -> int:
+        named_by = time.monotonic() + _NAMED_WITHIN_S
         while True:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -180,6 +182,9 @@ class DirectoryLock(AbstractContextManager["DirectoryLock", None]):
             except BlockingIOError:
                 holder = _holder(file)
                 os.close(file)
+                if not holder and time.monotonic() < named_by:  # it has just taken it
+                    time.sleep(0.01)
+                    continue
                 raise self._refusal(holder) from None
             except OSError:  # a file system without locks
                 return file

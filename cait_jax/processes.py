@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import numpy as np
@@ -22,7 +22,12 @@ from jax.experimental import multihost_utils
 
 from cait_jax.errors import UserError, Way, advise, one_line, printable
 
+if TYPE_CHECKING:
+    from cait_jax.peers import Peers
+
+_peers: "Peers | None" = None
 _PATIENCE_S = 2.0
+_KNOWN_WITHIN_S = 1.0  # after a failed exchange: who has ended
 _MOST_PROCESSES = 2**20
 # What no program can foresee of the file system, and the remedy.
 _REMEDIES = {
@@ -120,7 +125,7 @@ def _of_other_process(error: BaseException | None) -> str | None:
     """A sentence if an exception, or one that it came from, says that another process of the run is gone."""
     while error is not None and jax.distributed.is_initialized():
         if isinstance(error, RuntimeError) and _GONE.search(str(error)):
-            return (
+            return (_peers and _peers.verdict(_KNOWN_WITHIN_S)) or (
                 f"another process of this run has ended or does not answer ({one_line(str(error))}): look at its "
                 "last line for the cause; the same command, in all processes, goes on from the last checkpoint"
             )
@@ -146,38 +151,49 @@ def join_processes(
     """Connects this process with the others of its run. To be called before JAX is used.
 
     Without arguments they are found as JAX finds them: on TPU pods, in Slurm steps and under Open MPI up to 4.
-    Process 0 binds `address`, or JAX_COORDINATOR_ADDRESS, alone, and every interface where JAX finds the address.
-    From here on an uncaught exception ends the process at once, and so, soon after, the others.
+    Process 0 listens at the address alone, or at JAX_COORDINATOR_BIND_ADDRESS. From here on an uncaught exception
+    ends the process at once, and the others end within a second of any process that ends (`peers`).
 
     Args:
       address: host and port of process 0, such as `"10.0.0.1:8476"`.
       index: this one's, from 0.
       start_seconds: for the others to start.
-      heartbeat_seconds: after how long a silent process counts as gone, and the others end.
+      heartbeat_seconds: after how long a silent process counts as gone to JAX, and the others end.
 
     Raises:
       UserError: only some of the three are given, they make no sense, nobody says who the others are, or one of
         them does not start.
     """
-    given = (address, count, index)
-    if given != (None, None, None):
-        if address is None or count is None or index is None:
-            raise UserError(
-                "--coordinator=HOST:PORT, --processes=N and --process=I belong together: give all three, or "
-                "--distributed alone where Slurm, Open MPI or a TPU pod knows them"
-            )
-        host, _, port = address.rpartition(":")
-        plain = re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.%\w]+\]", host) and re.fullmatch(
-            "[0-9]{1,5}", port
-        )
-        if not plain or not 1 <= int(port) <= 65535 or not 0 <= index < count <= _MOST_PROCESSES:
-            raise UserError(
-                f"--coordinator={address} --processes={count} --process={index} do not do: the first is a "
-                "host and a port from 1 to 65535, such as 10.0.0.1:8476, and the last counts from 0"
-            )
-        from cait_jax.rendezvous import meet
+    from cait_jax.peers import Peers
+    from cait_jax.rendezvous import meet
 
-        meet(host.strip("[]"), int(port), count, index, start_seconds)
+    global _peers
+    given = (address, count, index)
+    devices = None
+    if given == (None, None, None):
+        address, count, index, devices = _found_by_jax(round(start_seconds))
+    if address is None or count is None or index is None:
+        raise UserError(
+            "--coordinator=HOST:PORT, --processes=N and --process=I belong together: give all three, or "
+            "--distributed alone where Slurm, Open MPI or a TPU pod knows them"
+        )
+    host, port = _host_and_port(address)
+    if port is None or not 0 <= index < count <= _MOST_PROCESSES:
+        raise UserError(
+            f"--coordinator={address} --processes={count} --process={index} do not do: the first is a "
+            "host and a port from 1 to 65535, such as 10.0.0.1:8476, and the last counts from 0"
+        )
+    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+    meeting = meet(
+        host, port, count, index, start_seconds, bind=_host_and_port(bind)[0] if bind else None
+    )
+    name = Path(sys.argv[0]).name
+    _peers = Peers(
+        meeting,
+        index=index,
+        coordinator=(host, port),
+        end=lambda sentence: leave(1, f"{name}: {sentence}"),
+    )
     # JAX would end the process by an abort.
     late = threading.Timer(
         start_seconds,
@@ -191,31 +207,48 @@ def join_processes(
     late.start()
     try:
         jax.distributed.initialize(
-            address,
+            _peers.address,
             count,
             index,
-            coordinator_bind_address=_bind_address(address),
+            local_device_ids=devices,
+            coordinator_bind_address=_peers.address,
             heartbeat_timeout_seconds=heartbeat_seconds,
             initialization_timeout=round(start_seconds) + 60,
         )
-    except ValueError as error:
-        raise UserError(
-            "nothing here says who the other processes are (no Slurm step, no Open MPI up to 4, no TPU pod): give "
-            f"--coordinator=HOST:PORT, --processes=N and --process=I ({error})"
-        ) from error
     finally:
         late.cancel()
     _exit_on_uncaught_exceptions()
 
 
-def _bind_address(address: str | None) -> str | None:
-    """What process 0 binds: the address that is known to all, where it is; else JAX binds every interface.
+def peers() -> "Peers | None":
+    """The processes that this one has joined."""
+    return _peers
 
-    JAX has no public function for the address that it finds in a cluster's variables.
-    """
-    if os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
-        return None  # JAX takes it
-    return address or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
+
+def _found_by_jax(seconds: int) -> tuple[str, int, int, Any]:
+    """Address, count, index and local devices, from a cluster's variables."""
+    # No public interface gives them without connecting.
+    from jax._src.clusters import ClusterEnv
+
+    address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
+        os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, seconds
+    )
+    if address is None or count is None or index is None:
+        raise UserError(
+            "nothing here says who the other processes are (no Slurm step, no Open MPI up to 4, no TPU pod): give "
+            "--coordinator=HOST:PORT, --processes=N and --process=I"
+        )
+    return address, count, index, devices
+
+
+def _host_and_port(address: str) -> tuple[str, int | None]:
+    """The parts of an address; no port if it is none. Brackets around the host are left out."""
+    host, _, port = address.rpartition(":")
+    plain = re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.%\w]+\]", host) and re.fullmatch(
+        "[0-9]{1,5}", port
+    )
+    known = plain and 1 <= int(port) <= 65535
+    return host.strip("[]"), int(port) if known else None
 
 
 def _exit_on_uncaught_exceptions() -> None:

@@ -1,10 +1,12 @@
 """One process at a time in a directory, and a lock that a dead one left behind is taken over."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -129,3 +131,18 @@ def test_of_many_that_start_at_once_one_holds_it(tmp_path):
     assert json.loads((tmp_path / "lock.json").read_text())["process"] == alive[0].pid
     for process in started:
         end(process)
+
+
+def test_a_holder_that_has_not_yet_written_its_name_is_waited_for(tmp_path):
+    """Two that start at the same moment: the one that is refused names the other."""
+    file = os.open(tmp_path / "lock.json", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    record = json.dumps({"host": "here", "process": 7}).encode()
+    later = threading.Timer(0.2, os.pwrite, (file, record, 0))
+    later.start()
+    try:
+        with pytest.raises(UserError, match="in use by process 7 on here"):
+            DirectoryLock(tmp_path)
+    finally:
+        later.join()
+        os.close(file)

@@ -4,6 +4,7 @@ all go on after a kill.
 
 import errno
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from trees import assert_same_bits
 
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.processes import explain, join_processes
+from cait_jax.rendezvous import Meeting
 from cait_jax.train.resume import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -169,53 +171,81 @@ def test_a_process_that_fails_takes_the_others_with_it(tmp_path, environment, da
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_who_outlives_a_killed_process_says_so_in_one_sentence(
+def test_who_outlives_a_killed_process_names_it_in_one_sentence(
     tmp_path, environment, data_dir, killed
 ):
-    """With process 0 the coordinator is gone: then JAX's own C++ writes lines first, which cannot be stopped."""
     processes = start(environment | WRITES_NO_CACHE, tmp_path, data_dir, processes=2, steps=100_000)
     wait_for(tmp_path, 1, processes)
     processes[killed].kill()
     processes[killed].communicate()
     said = processes[1 - killed].communicate(timeout=60)[1]
-    assert processes[1 - killed].returncode
-    assert "Traceback" not in said
-    if killed == 1:
-        *before, last = said.splitlines()
-        assert last.startswith(
-            "train.py: another process of this run has ended or does not answer (UNKNOWN: Gloo"
-        )
-        assert "the same command, in all processes, goes on from the last checkpoint" in last
-        own = ("[Gloo]", "cait_nano4", "step")
-        assert not [
-            line for line in before if not line.startswith(own) and "sampler.py" not in line
-        ]
-    else:
-        assert "another process of this run has ended" in said or "another task died" in said
+    assert processes[1 - killed].returncode == 1
+    *before, last = said.splitlines()
+    assert last.startswith(
+        f"train.py: process {killed} on {socket.gethostname()} has ended, last in "
+    )
+    assert last.endswith("the same command, in all processes, goes on from the last checkpoint")
+    own = ("[Gloo]", "cait_nano4", "step")
+    assert not [line for line in before if not line.startswith(own) and "sampler.py" not in line]
 
 
-@pytest.mark.parametrize(
-    ("variables", "address", "bound"),
-    [
-        ({}, "10.0.0.1:8476", "10.0.0.1:8476"),
-        ({}, None, None),
-        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476"}, None, "10.0.0.2:8476"),
-        ({"JAX_COORDINATOR_BIND_ADDRESS": "[::]:8476"}, "10.0.0.1:8476", None),
-    ],
-)
-def test_the_coordinator_binds_one_address_where_it_is_known(
-    monkeypatch, variables, address, bound
-):
-    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    given = {}
-    monkeypatch.setattr("cait_jax.rendezvous.meet", lambda *arguments: None)
+@pytest.mark.parametrize("bind", [None, "[::]:8476"])
+def test_jax_is_reached_through_the_address_that_process_0_listens_at(monkeypatch, bind):
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
+    if bind:
+        monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", bind)
+    given, met = {}, {}
+
+    def meet(*arguments, **options):
+        met.update(options, arguments=arguments)
+        return Meeting({}, {})
+
+    monkeypatch.setattr("cait_jax.rendezvous.meet", meet)
     monkeypatch.setattr("cait_jax.processes._exit_on_uncaught_exceptions", lambda: None)
-    monkeypatch.setattr("jax.distributed.initialize", lambda *_, **options: given.update(options))
-    join_processes(address=address, **({"count": 2, "index": 0} if address else {}))
-    assert given["coordinator_bind_address"] == bound
+    monkeypatch.setattr("cait_jax.processes._peers", None)
+    monkeypatch.setattr(
+        "jax.distributed.initialize",
+        lambda address, *_, **options: given.update(options, address=address),
+    )
+    join_processes(address="10.0.0.1:8476", count=2, index=0)
+    assert met["arguments"][:4] == ("10.0.0.1", 8476, 2, 0)
+    assert met["bind"] == (bind and "::")
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", given["address"])
+    assert given["coordinator_bind_address"] == given["address"]
+
+
+JOINS = """
+import sys
+import jax
+from cait_jax.processes import join_processes, peers
+
+join_processes()
+print(jax.process_index(), jax.process_count(), peers().name(1 - jax.process_index()))
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_a_slurm_step_find_each_other(environment):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    step = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINS], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            env=environment | step | {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)},
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    host = socket.gethostname()
+    assert said == [f"0 2 process 1 on {host}\n", f"1 2 process 0 on {host}\n"]
+    assert [process.returncode for process in processes] == [0, 0]
 
 
 DEFECT = """
@@ -252,10 +282,13 @@ def test_a_defect_in_one_process_keeps_its_traceback_and_ends_all(environment):
         for index in range(2)
     ]  # fmt: skip
     said = [process.communicate(timeout=60)[1] for process in processes]
-    assert processes[0].returncode
-    assert processes[1].returncode == 1
+    assert [process.returncode for process in processes] == [1, 1]
     assert said[1].splitlines()[-1] == "RuntimeError: a defect"
     assert "Traceback" in said[1]
+    assert (
+        f"process 1 on {socket.gethostname()} has ended, last in its start"
+        in said[0].splitlines()[-1]
+    )
 
 
 @pytest.mark.parametrize(

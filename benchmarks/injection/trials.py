@@ -104,23 +104,33 @@ def end(children: list[Child]) -> None:
     wait(children, RUN_S)
 
 
+START_S = 20  # for the other process
+
+
 def kill(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
     """kill -9 of the run, or of one of its two processes."""
     processes = draw.choice([1, 1, 2])
     reference = bench.reference(processes=processes)
     workdir, marks = folder / "run", Marks(folder / "marks")
     children = bench.launcher.start(
-        options(workdir), folder / "log", processes=processes, hooks={0: marks.install}
+        options(workdir, watchdog__start_seconds=START_S),
+        folder / "log",
+        processes=processes,
+        hooks={0: marks.install},
     )
     phase = draw.choice(["start", "step", "evaluation", "save", "save", "save"])
     where = reach(draw, phase, reference, marks, children)
     victim = draw.randrange(processes)
     children[victim].send(signal.SIGKILL)
     problems = []
-    ended = wait(children, 10)
-    if not ended:
-        problems.append("the other process did not end in 10 s")
-        end(children)
+    # Before the processes have met, the other waits for it to start.
+    wait(children, START_S + 10)
+    after = max(child.ended or time.monotonic() for child in children) - children[victim].ended
+    if (phase == "start" and after > START_S + 2) or (phase != "start" and after > 1):
+        problems.append(f"the other process ended {after:.1f} s later")
+    if processes == 2 and f"process {victim}" not in children[1 - victim].said():
+        problems.append("the other process did not name it")
+    end(children)
     found = committed(workdir)
     step, differing = bench.check(compare_newest, workdir, reference)
     problems += differing
@@ -130,6 +140,7 @@ def kill(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
         {
             "status": [child.status for child in children],
             "committed": found,
+            "seconds": round(after, 3),
             "restored": step,
             "last_mark": (marks.read() or [None])[-1],
         },
@@ -250,8 +261,11 @@ def disk(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
 
 # What one of two processes does, and where; of the others it is a death that they notice.
 CULPRITS = {
-    "killed": (inside.kill, "step"),
+    "killed in data": (inside.kill, "data"),
+    "killed in step": (inside.kill, "step"),
+    "killed in save": (inside.kill, "save"),
     "raises": (inside.fail, "step"),
+    "raises in save": (inside.fail, "save"),
     "exits": (inside.leave, "step"),
     "stopped": (inside.stop, "step"),
     "hung in data": (inside.hang, "data"),
@@ -259,7 +273,7 @@ CULPRITS = {
     "hung in save": (inside.hang, "save"),
     "never started": (None, ""),
 }
-DEATHS = ("killed", "raises", "exits")
+DEATHS = ("killed in data", "killed in step", "killed in save", "raises", "raises in save", "exits")
 # Of the trial: short, and still longer than what such a run takes for anything on a machine with other work.
 WATCHDOG = {"watchdog__seconds": 20, "watchdog__factor": 3, "watchdog__start_seconds": 60}
 ALLOWED = re.compile(

@@ -18,7 +18,7 @@ from cait_jax.data.loader import PrefetchIterator
 from cait_jax.data.split import identity
 from cait_jax.errors import StorageError
 from cait_jax.files import DirectoryLock, run_folder
-from cait_jax.processes import check_shared
+from cait_jax.processes import check_shared, peers
 from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train.config import as_json
 from cait_jax.train.metric_writer import MetricWriter
@@ -312,12 +312,15 @@ def _store(
 @contextlib.contextmanager
 def _watchdog(config: ConfigDict) -> Iterator[Callable[[str, int], None]]:
     """Yields what is to be told of each phase and its step."""
-    if jax.process_count() == 1:
+    others = peers()
+    if others is None or jax.process_count() == 1:
         yield lambda phase, step: None
         return
     from cait_jax.train.watchdog import Watchdog
 
-    with Watchdog(config.watchdog) as watchdog:
+    with Watchdog(
+        config.watchdog, others, index=jax.process_index(), count=jax.process_count()
+    ) as watchdog:
         yield watchdog.enter
 
 

@@ -1,19 +1,19 @@
 """One of several processes hangs, is silent or leaves: every process ends, and names it."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
+from cait_jax.peers import Peers
 from cait_jax.train import watchdog
 from cait_jax.train.watchdog import Report, Watchdog
 
@@ -27,33 +27,44 @@ def _often(monkeypatch):
 
 
 class Board:
-    """The reports of all processes, as JAX's key-value store has them."""
+    """The reports of all processes, as their connections carry them."""
 
     def __init__(self):
         self.reports = {}
         self.ended = {}
-        self.answers = threading.Event()
-        self.answers.set()
+        self.left = set()
+        self.silent = False
 
     def watch(self, index, count=2):
-        def exchange(report):
-            self.answers.wait()
-            self.reports[index] = report
-            return dict(self.reports)
-
-        return Watchdog(
-            LIMITS,
-            index=index,
-            count=count,
-            exchange=exchange,
-            end=lambda sentence: self.ended.setdefault(index, sentence),
-        )
+        return Watchdog(LIMITS, Peer(self, index), index=index, count=count)
 
     def wait(self, count, seconds=3.0):
         deadline = time.monotonic() + seconds
         while len(self.ended) < count and time.monotonic() < deadline:
             time.sleep(0.01)
         return dict(self.ended)
+
+
+class Peer(Peers):
+    def __init__(self, board, index):
+        self.board, self.index = board, index
+
+    def exchange(self, place, report):
+        if not self.board.silent:
+            self.board.reports[self.index] = report
+        return dict(self.board.reports)
+
+    def end_all(self, sentence):
+        self.board.ended.setdefault(self.index, sentence)
+
+    def end_others(self, sentence):
+        self.board.ended["others"] = sentence
+
+    def leave(self):
+        self.board.left.add(self.index)
+
+    def name(self, index):
+        return f"process {index} on there"
 
 
 def take(watches, steps, *, seconds=0.01):
@@ -75,7 +86,7 @@ def test_the_process_that_the_others_wait_for_is_named_by_all():
         ended = board.wait(2)
     assert set(ended) == {0, 1}
     for sentence in ended.values():
-        assert sentence.startswith(f"process 1 on {socket.gethostname()} spent ")
+        assert sentence.startswith("process 1 on there spent ")
         assert " s in the data of step 4, where " in sentence
 
 
@@ -104,8 +115,7 @@ def test_the_first_of_a_phase_may_last_as_long_as_a_start():
 
 def test_a_silent_process_is_named():
     board = Board()
-    silent = Report(beat=1, entered=5, phase="step", step=7, seconds=0.0, limit=9.0, host="there")
-    board.reports[1] = json.dumps(silent.__dict__)
+    board.reports[1] = Report(1, 5, "step", 7, 0.0, 9.0).__dict__
     with board.watch(0) as first:
         take([first], 2)
         ended = board.wait(1)
@@ -113,18 +123,17 @@ def test_a_silent_process_is_named():
     assert "last in step 7" in ended[0]
 
 
-def test_a_silent_service_is_process_0s():
-    """The reports of all others are then old too."""
+def test_a_silent_process_0_is_named_though_no_report_comes_any_more():
+    """It passes on the reports of the others."""
     board = Board()
     with board.watch(1, count=3) as second, board.watch(2, count=3) as third:
-        board.reports[0] = json.dumps(Report(1, 9, "save", 9, 0.0, 9.0, "first").__dict__)
+        board.reports[0] = Report(1, 9, "save", 9, 0.0, 9.0).__dict__
         take([second, third], 3)
-        board.answers.clear()
+        board.silent = True
         ended = board.wait(2)
-        board.answers.set()
     assert len(ended) == 2
     for sentence in ended.values():
-        assert sentence.startswith("process 0 on first has not answered for ")
+        assert sentence.startswith("process 0 on there has not answered for ")
 
 
 def test_who_does_not_come_out_of_its_start_is_named(monkeypatch):
@@ -134,20 +143,30 @@ def test_who_does_not_come_out_of_its_start_is_named(monkeypatch):
         take([first], 2)
         assert not board.ended
         ended = board.wait(1)
-    assert ended[0].startswith("process 1 spent ")
+    assert ended[0].startswith("process 1 on there spent ")
     assert "in its start" in ended[0]
 
 
-def test_who_leaves_by_an_error_is_named_and_who_is_done_is_not_missed():
+def test_who_leaves_by_an_error_tells_the_others_and_who_is_done_is_not_missed():
     board = Board()
     with board.watch(0, count=3) as first:
         with board.watch(1, count=3) as second:
             take([first, second], 2)
+        assert board.left == {1}
         with contextlib.suppress(SystemExit), board.watch(2, count=3) as third:
             take([third], 2)
             sys.exit(0)
-        ended = board.wait(1)
-    assert f"process 2 on {socket.gethostname()} ended in step 2 by SystemExit: 0" in ended[0]
+        assert "process 2 on there ended in step 2 by SystemExit: 0" in board.ended["others"]
+        time.sleep(2 * LIMITS.seconds)
+    assert set(board.ended) == {"others"}
+    assert board.left == {0, 1}
+
+
+def test_an_error_that_follows_from_another_process_is_not_told_as_its_cause():
+    board = Board()
+    with contextlib.suppress(jax.errors.JaxRuntimeError), board.watch(0):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo allreduce failed")
+    assert not board.ended
 
 
 def test_being_stopped_oneself_is_no_silence_of_the_others(monkeypatch):
@@ -162,9 +181,9 @@ def test_being_stopped_oneself_is_no_silence_of_the_others(monkeypatch):
 
 
 CHILD = """
-import sys, time
+import os, sys, time
 import train
-from cait_jax.train import loop, watchdog
+from cait_jax.train import loop
 
 fault, put, count = sys.argv.pop(1), loop.put_batch, 0
 
@@ -175,6 +194,8 @@ def broken(*arguments):
         time.sleep(1000)
     if count == 8 and fault == "exit":
         sys.exit(0)
+    if count == 8 and fault == "die":
+        os.kill(os.getpid(), 9)
     return put(*arguments)
 
 loop.put_batch = broken
@@ -219,13 +240,33 @@ def test_a_process_that_hangs_in_its_data_ends_both(tmp_path, environment):
 
 
 @pytest.mark.slow
-def test_a_process_that_exits_ends_the_other(tmp_path, environment):
-    first, second = start(environment, tmp_path, ["", "exit"])
-    said = first.communicate(timeout=200)[1]
-    second.communicate()
-    assert first.returncode == 1
-    assert "process 1 on " in said.splitlines()[-1]
-    assert " ended in the data of step 8 by SystemExit: 0" in said.splitlines()[-1]
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_process_that_exits_ends_the_other(tmp_path, environment, culprit):
+    faults = ["", ""]
+    faults[culprit] = "exit"
+    for process in start(environment, tmp_path, faults):
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 1
+        assert f"process {culprit} on " in said.splitlines()[-1]
+        assert " ended in the data of step 8 by SystemExit: 0" in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_killed_process_ends_the_other_in_a_second(tmp_path, environment, culprit):
+    """In the data of a step, in which the other is not."""
+    faults = ["", ""]
+    faults[culprit] = "die"
+    processes = start(environment, tmp_path, faults)
+    processes[culprit].communicate(timeout=60)
+    died = time.monotonic()
+    said = processes[1 - culprit].communicate(timeout=60)[1]
+    assert time.monotonic() - died < 2.0  # one on an idle machine
+    assert processes[1 - culprit].returncode == 1
+    assert (
+        f"process {culprit} on {socket.gethostname()} has ended, last in " in said.splitlines()[-1]
+    )
+    assert "coordination_service" not in said
 
 
 @pytest.mark.slow
