@@ -261,7 +261,7 @@ def test_a_killed_process_ends_the_other_in_a_second(tmp_path, environment, culp
     processes[culprit].communicate(timeout=60)
     died = time.monotonic()
     said = processes[1 - culprit].communicate(timeout=60)[1]
-    assert time.monotonic() - died < 2.0  # one on an idle machine
+    assert time.monotonic() - died < 5.0  # one on an idle machine; the watchdog takes six
     assert processes[1 - culprit].returncode == 1
     assert (
         f"process {culprit} on {socket.gethostname()} has ended, last in " in said.splitlines()[-1]
