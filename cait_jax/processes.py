@@ -121,16 +121,25 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def _of_other_process(error: BaseException | None) -> str | None:
-    """A sentence if an exception, or one that it came from, says that another process of the run is gone."""
+def failed_exchange(error: BaseException | None) -> str | None:
+    """What JAX says of a failed exchange with another process, in an exception or one that it came from."""
     while error is not None and jax.distributed.is_initialized():
-        if isinstance(error, RuntimeError) and _GONE.search(str(error)):
-            return (_peers and _peers.verdict(_KNOWN_WITHIN_S)) or (
-                f"another process of this run has ended or does not answer ({one_line(str(error))}): look at its "
-                "last line for the cause; the same command, in all processes, goes on from the last checkpoint"
-            )
+        # Orbax turns JAX's RuntimeError into a ValueError.
+        if isinstance(error, RuntimeError | ValueError) and _GONE.search(str(error)):
+            return one_line(str(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+def _of_other_process(error: BaseException) -> str | None:
+    """A sentence for an exception that follows from another process's end."""
+    reason = failed_exchange(error)
+    if reason is None:
+        return None
+    return (_peers and _peers.verdict(_KNOWN_WITHIN_S)) or (
+        f"another process of this run has ended or does not answer ({reason}): look at its last line for the "
+        "cause; the same command, in all processes, goes on from the last checkpoint"
+    )
 
 
 def _has_devices() -> bool:

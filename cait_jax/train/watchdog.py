@@ -11,11 +11,11 @@ import time
 from collections import defaultdict, deque
 from contextlib import AbstractContextManager
 
-import jax
 from ml_collections import ConfigDict
 
 from cait_jax.errors import one_line
 from cait_jax.peers import Peers
+from cait_jax.processes import failed_exchange
 
 PHASES = {
     "start": "its start",
@@ -83,7 +83,9 @@ class Watchdog(AbstractContextManager["Watchdog", None]):
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
         """Tells the others that this process has left: at the end, or by an error of its own."""
         place = self.report().place
         with self._lock:
@@ -93,7 +95,7 @@ class Watchdog(AbstractContextManager["Watchdog", None]):
         self._exchange()
         if kind is None:
             self._peers.leave()
-        elif not _follows(error):
+        elif not failed_exchange(error):
             reason = one_line(f"{kind.__name__}: {error}".rstrip(": "))
             self._peers.end_others(
                 f"{self._peers.name(self._index)} ended in {place} by {reason}: see what it printed; {_GO_ON}"
@@ -189,8 +191,3 @@ class Watchdog(AbstractContextManager["Watchdog", None]):
             entered, phase, step, began, limit = self._now
             self._now = entered, phase, step, began + seconds, limit
         self._reports = {i: (seen + seconds, report) for i, (seen, report) in self._reports.items()}
-
-
-def _follows(error: object) -> bool:
-    """Whether an error may be the consequence of another process's end."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)

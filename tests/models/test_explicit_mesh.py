@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from trees import random_params
 
 import cait_jax
 from cait_jax.augment import mixup, pipeline
@@ -32,7 +33,7 @@ def sharded(tree, mesh, spec):
 
 def largest_difference(tree, other):
     differences = jax.tree.map(
-        lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), tree, other
+        lambda a, b: np.abs(np.float64(a) - np.float64(b)).max(), tree, other
     )
     return max(jax.tree.leaves(differences))
 
@@ -101,32 +102,72 @@ def test_a_piece_of_the_step_is_the_same_on_a_mesh_forward_and_backward(piece, d
     assert largest_difference(found, expected) < 1e-5
 
 
+STEPS = {
+    "plain": {},
+    "accumulated": {"optimizer.grad_accum": 2},
+    "sam": {"optimizer.sam_rho": 0.05},
+    "lamb": {"optimizer.name": "lamb"},
+    "lion": {"optimizer.name": "lion"},
+    "sgd": {"optimizer.name": "sgd"},
+    "head": {"optimizer.train": "head"},
+    "layer_decay": {"optimizer.layer_decay": 0.7},
+    "phases": {"phases.head_epochs": 1.0, "phases.blocks": 1},
+    "soft": {"distill.kind": "soft"},
+    "hard": {"distill.kind": "hard"},
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A saved network that knows the digits' classes."""
+    folder = tmp_path_factory.mktemp("teacher") / "saved"
+    model = cait_jax.create_model(
+        "cait_nano4_patch4_8", num_classes=10, depth=1, width=16, num_heads=2
+    )
+    cait_jax.save_pretrained(
+        folder,
+        model,
+        {"params": random_params(model)},
+        label_names=[str(digit) for digit in range(10)],
+        preprocessing=cait_jax.Preprocessing((8, 8), mean=(0.5,), std=(0.5,), channels=1),
+    )
+    return str(folder)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("grad_accum", "devices"), [(1, 2), (2, 2), (1, 8)])
-def test_the_step_is_the_same_under_explicit_axes(grad_accum, devices):
+@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
+def test_a_step_is_the_same_under_explicit_axes(settings, teacher):
     config = digits.get_config()
-    config.batch_size = 8
+    config.batch_size = 16
     config.augment.update(mixup=0.8, cutmix=1.0, mix_rows=4, reprob=0.25)
     config.model.drop_path_rate = 0.2
     config.model.update(depth=1, width=16, class_depth=1, num_heads=2)
-    config.optimizer.update(grad_accum=grad_accum, ema_decay=0.9)
+    config.optimizer.update(ema_decay=0.9)
+    config.distill.teacher = teacher
+    config.update_from_flattened_dict(settings)
     trainer = setup.build(config, jax.devices()[:1])
     optimizer = trainer.optimizer
     step = jax.jit(
         make_train_step(
-            optimizer.transformation, optimizer.schedule, grad_accum=grad_accum, ema_decay=0.9
+            optimizer.transformation, optimizer.schedule,
+            grad_accum=config.optimizer.grad_accum, ema_decay=0.9,
+            sam_rho=config.optimizer.sam_rho, freeze=optimizer.freeze,
         )
-    )
+    )  # fmt: skip
     state, objective = jax.device_get((trainer.init_state(), trainer.objective))
     with trainer.train_batches() as batches:
         batch = next(batches)
-    expected, _ = step(state, batch, objective)
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Explicit,))
+    expected = step(state, batch, objective)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         state, objective = sharded((state, objective), mesh, PartitionSpec())
-        found, _ = step(state, sharded(batch, mesh, PartitionSpec("data")), objective)
-    assert largest_difference(found.params, expected.params) < 1e-6
-    assert largest_difference(found.ema, expected.ema) < 1e-6
+        found = step(state, sharded(batch, mesh, PartitionSpec("data")), objective)
+    # The moments hold the gradients; a first update is their sign, which rounding decides where one is 0.
+    # Teachers compute in bfloat16.
+    bound = 1e-3 if "distill.kind" in settings else 1e-5
+    assert largest_difference(found[0].opt_state, expected[0].opt_state) < bound
+    assert largest_difference(found[1], expected[1]) < bound
+    assert largest_difference(found[0].params, state.params) > 0
 
 
 def test_positions_count_the_batch():

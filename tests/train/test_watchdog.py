@@ -13,6 +13,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+from cait_jax.errors import StorageError
 from cait_jax.peers import Peers
 from cait_jax.train import watchdog
 from cait_jax.train.watchdog import Report, Watchdog
@@ -162,10 +163,15 @@ def test_who_leaves_by_an_error_tells_the_others_and_who_is_done_is_not_missed()
     assert board.left == {0, 1}
 
 
-def test_an_error_that_follows_from_another_process_is_not_told_as_its_cause():
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_an_error_that_follows_from_another_process_is_not_told_as_its_cause(monkeypatch, kind):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     board = Board()
-    with contextlib.suppress(jax.errors.JaxRuntimeError), board.watch(0):
-        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo allreduce failed")
+    with contextlib.suppress(StorageError), board.watch(0):
+        try:
+            raise kind("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+        except Exception as error:
+            raise StorageError("Saving step 3 failed") from error
     assert not board.ended
 
 
