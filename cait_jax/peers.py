@@ -4,9 +4,9 @@ A process that dies closes its connection, and process 0, which has one to each,
 within a second, whatever they were doing. What the processes publish of themselves (`train/watchdog`) takes the
 same way.
 
-So does what JAX's clients and its coordination service say to each other. A client that loses its service aborts
-the process in C++, with a stack and no name of who ended; here it never loses it, since each end is a relay in its
-own process.
+A client of JAX's coordination service that loses it aborts its process in C++, with a stack and no name of who
+ended. So it is connected through `relay`, a process of its own, whose connection to it stays open. A thread could
+not pass on what JAX waits for while it holds the interpreter's lock.
 """
 
 import asyncio
@@ -14,18 +14,19 @@ import contextlib
 import dataclasses
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from cait_jax import relay
 from cait_jax.rendezvous import Meeting
 
 _GRACE_S = 0.5  # in which a process may end by a sentence or traceback of its own
 _EXIT_S = 5.0  # to end after an error of its own
 _FLUSH_S = 1.0
-_SPEAKS_WITHIN_S = 5.0
 _LONGEST_LINE = 2**24
-_PIECE = 2**16
 _GO_ON = "the same command, in all processes, goes on from the last checkpoint"
 
 
@@ -41,24 +42,17 @@ class Peers:
     """All processes of a run, as one of them sees them. A thread holds the connections.
 
     Attributes:
-      address: where this process's JAX finds the coordination service, and where that listens in process 0.
+      address: where this process's JAX finds the coordination service.
+      bind_address: where that listens, in process 0.
     """
 
-    def __init__(
-        self,
-        meeting: Meeting,
-        *,
-        index: int,
-        coordinator: tuple[str, int],
-        end: Callable[[str], None],
-    ) -> None:
+    def __init__(self, meeting: Meeting, *, index: int, end: Callable[[str], None]) -> None:
         """Takes the connections over.
 
         Args:
-          coordinator: host and port at which process 0 listens.
           end: ends this process with a sentence; called in a thread of its own.
         """
-        self._index, self._coordinator, self._end = index, coordinator, end
+        self._index, self._end = index, end
         self._hosts = {**meeting.hosts, index: socket.gethostname()}
         self._published: dict[int, Published] = {}
         self._writers: dict[int, asyncio.StreamWriter] = {}
@@ -66,17 +60,29 @@ class Peers:
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio keeps weak references
         self._sentence = ""
         self._decided, self._sent = threading.Event(), threading.Event()
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            relay = free.dup() if index else None
-            port = free.getsockname()[1]
-        self.address = f"127.0.0.1:{port}"
-        self._service = ("127.0.0.1", port)
+        host, port = meeting.service
+        self.bind_address = _address(meeting.bind or host, port)
+        self.address = self._start_relay(host, port) if index else _address(host, port)
         self._loop = asyncio.new_event_loop()
         started = threading.Event()
         threading.Thread(
-            target=self._run, args=(meeting, relay, started), name="peers", daemon=True
+            target=self._run, args=(meeting.connections, started), name="peers", daemon=True
         ).start()
         started.wait()
+
+    def _start_relay(self, host: str, port: int) -> str:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            command = [sys.executable, "-I", "-S", relay.__file__]
+            # It ends when its standard input closes, with this process.
+            self._relay = subprocess.Popen(
+                [*command, str(server.fileno()), host, str(port)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[server.fileno()],
+                start_new_session=True,
+            )
+            return _address(*server.getsockname())
 
     def exchange(self, place: str, report: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """Publishes a report, and gives the last of each process."""
@@ -116,20 +122,15 @@ class Peers:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _run(self, meeting: Meeting, relay: socket.socket | None, started: threading.Event) -> None:
+    def _run(self, connections: dict[int, socket.socket], started: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)
 
         async def start() -> None:
-            for number, connection in meeting.connections.items():
+            for number, connection in connections.items():
                 connection.setblocking(False)
                 reader, writer = await asyncio.open_connection(sock=connection, limit=_LONGEST_LINE)
                 self._writers[number] = writer
                 self._spawn(self._listen(number, reader))
-            server = relay or meeting.server
-            if server is not None:
-                server.setblocking(False)
-                accept = self._from_jax if relay else self._from_process
-                self._server = await asyncio.start_server(accept, sock=server)
             started.set()
 
         self._spawn(start())
@@ -190,46 +191,6 @@ class Peers:
             with contextlib.suppress(OSError, TimeoutError):
                 await asyncio.wait_for(writer.drain(), _FLUSH_S)
 
-    async def _from_jax(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Relays a connection of this process's JAX to process 0."""
-        with contextlib.suppress(OSError):
-            distant, to_distant = await asyncio.open_connection(*self._coordinator)
-            to_distant.write(json.dumps({"relay": self._index}).encode() + b"\n")
-            self._spawn(_pump(reader, to_distant))
-            await _pump(distant, writer, close=False)
-        # JAX would abort if its connection closed before this process knows who has ended.
-        if 0 in self._left:
-            writer.close()
 
-    async def _from_process(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        """Relays a connection that another process's JAX has opened to the service in this one."""
-        try:
-            said = json.loads(await asyncio.wait_for(reader.readline(), _SPEAKS_WITHIN_S))
-            if not isinstance(said, dict) or "relay" not in said:
-                raise ValueError
-            service, to_service = await self._open_service()
-        except (OSError, ValueError, RecursionError):  # whoever it is; also that nothing came
-            writer.close()
-            return
-        self._spawn(_pump(service, writer))
-        await _pump(reader, to_service)
-
-    async def _open_service(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        while True:
-            try:
-                return await asyncio.open_connection(*self._service)
-            except ConnectionRefusedError:  # JAX has not started it yet
-                await asyncio.sleep(0.05)
-
-
-async def _pump(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, close: bool = True
-) -> None:
-    with contextlib.suppress(OSError):
-        while piece := await reader.read(_PIECE):
-            writer.write(piece)
-            await writer.drain()
-    if close:
-        writer.close()
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

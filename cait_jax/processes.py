@@ -197,12 +197,7 @@ def join_processes(
         host, port, count, index, start_seconds, bind=_host_and_port(bind)[0] if bind else None
     )
     name = Path(sys.argv[0]).name
-    _peers = Peers(
-        meeting,
-        index=index,
-        coordinator=(host, port),
-        end=lambda sentence: leave(1, f"{name}: {sentence}"),
-    )
+    _peers = Peers(meeting, index=index, end=lambda sentence: leave(1, f"{name}: {sentence}"))
     # JAX would end the process by an abort.
     late = threading.Timer(
         start_seconds,
@@ -220,7 +215,7 @@ def join_processes(
             count,
             index,
             local_device_ids=devices,
-            coordinator_bind_address=_peers.address,
+            coordinator_bind_address=_peers.bind_address,
             heartbeat_timeout_seconds=heartbeat_seconds,
             initialization_timeout=round(start_seconds) + 60,
         )

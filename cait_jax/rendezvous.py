@@ -24,12 +24,14 @@ class Meeting:
     Attributes:
       connections: of process 0 to all others, of these to process 0, by number.
       hosts: the host names at their other ends, by number.
-      server: of process 0, which still listens.
+      service: host and free port of process 0 for JAX's coordination service.
+      bind: the address of this machine for it, in process 0.
     """
 
     connections: dict[int, socket.socket]
     hosts: dict[int, str]
-    server: socket.socket | None = None
+    service: tuple[str, int]
+    bind: str = ""
 
 
 def meet(
@@ -119,7 +121,11 @@ def _gather(
         else:
             present[number] = connection
             hosts[number] = str(said.get("host") or peer)
-    answer = {"problem": problem} if problem else {"host": socket.gethostname()}
+    place, *_ = server.getsockname()
+    server.close()
+    with socket.create_server((place, 0), family=server.family) as free:
+        service = free.getsockname()[1]
+    answer = {"problem": problem} if problem else {"host": socket.gethostname(), "service": service}
     for connection in present.values():
         try:
             connection.settimeout(_SPEAKS_WITHIN_S)
@@ -127,10 +133,10 @@ def _gather(
         except OSError:
             continue  # its end is noticed by who holds the connection
     if problem:
-        for connection in (*present.values(), server):
+        for connection in present.values():
             connection.close()
         raise UserError(problem)
-    return Meeting(present, hosts, server)
+    return Meeting(present, hosts, (host, service), place)
 
 
 def _report(
@@ -152,8 +158,9 @@ def _report(
             except OSError:
                 pass
             found = _object(answer)
-            if isinstance(found.get("host"), str):
-                return Meeting({0: connection}, {0: str(found["host"])})
+            service = found.get("service")
+            if isinstance(service, int):
+                return Meeting({0: connection}, {0: str(found.get("host"))}, (host, service))
             connection.close()
             if isinstance(found.get("problem"), str):
                 raise UserError(str(found["problem"]))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cait_jax import relay
+
 ROOT = Path(__file__).parents[1]
 PROCESS = """
 import os, signal, sys, time
@@ -23,7 +25,7 @@ def leave(sentence):
     os._exit(1)
 
 meeting = meet("127.0.0.1", port, 3, index, 20.0)
-peers = Peers(meeting, index=index, coordinator=("127.0.0.1", port), end=leave)
+peers = Peers(meeting, index=index, end=leave)
 while len(found := peers.exchange(f"place {index}", {"number": index})) < 3:
     time.sleep(0.02)
 print(sorted(found.items()), flush=True)
@@ -94,33 +96,31 @@ def test_who_has_done_its_part_is_not_missed():
     assert said == [["verdict: "], [], ["verdict: "]]
 
 
-@pytest.mark.parametrize("stranger", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"{}\n", b""])
-def test_a_stranger_does_not_reach_the_coordination_service(stranger):
-    """The service is reached with an introduction; whoever gives none is cut off."""
-    from cait_jax.peers import Peers
-    from cait_jax.rendezvous import Meeting
-
-    server = socket.create_server(("127.0.0.1", 0))
-    place = server.getsockname()
-    peers = Peers(Meeting({}, {}, server), index=0, coordinator=place, end=lambda sentence: None)
-    host, port = peers.address.split(":")
-    with (
-        socket.create_server((host, int(port))) as service,
-        socket.create_connection(place) as known,
-        socket.create_connection(place) as other,
-    ):
-        known.sendall(b'{"relay": 1}\nhello')
-        connection, _ = service.accept()
-        with connection:
-            connection.settimeout(5)
-            assert connection.recv(5) == b"hello"
-            connection.sendall(b"answer")
-            assert known.recv(6) == b"answer"
-        other.sendall(stranger)
-        other.shutdown(socket.SHUT_WR)
-        other.settimeout(5)
-        assert other.recv(1) == b""
-        service.settimeout(0.1)
+def test_the_relay_keeps_a_client_whose_server_is_gone_and_ends_with_its_process():
+    """JAX's client would abort its process."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as later:
+        later.bind(("127.0.0.1", 0))
+        host, port = later.getsockname()
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", relay.__file__, str(listening.fileno()), host, str(port)],
+            stdin=subprocess.PIPE,
+            pass_fds=[listening.fileno()],
+        )
+        client = socket.create_connection(listening.getsockname())
+        client.settimeout(10)
+        client.sendall(b"hello")
+        time.sleep(0.2)
+        later.listen()  # the server starts later than its client
+        server, _ = later.accept()
+        assert server.recv(5) == b"hello"
+        server.sendall(b"answer")
+        assert client.recv(6) == b"answer"
+        process.send_signal(signal.SIGTERM)
+        server.close()
+        client.settimeout(0.5)
         with pytest.raises(TimeoutError):
-            service.accept()
-    time.sleep(0.1)
+            client.recv(1)
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(10) == 0
+        client.close()

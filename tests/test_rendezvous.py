@@ -29,11 +29,11 @@ def run(port, numbers, *, count, seconds=5.0, counts=None):
             found[place] = sorted(meeting.connections)
             assert set(meeting.hosts.values()) == {socket.gethostname()}
             closing.extend(meeting.connections.values())
-            closing.extend([meeting.server] if meeting.server else [])
+            services.add(meeting.service)
         except UserError as error:
             found[place] = str(error)
 
-    closing = []
+    closing, services = [], set()
     threads = [
         threading.Thread(target=one, args=(place, index)) for place, index in enumerate(numbers)
     ]
@@ -44,6 +44,7 @@ def run(port, numbers, *, count, seconds=5.0, counts=None):
     for connection in closing:
         connection.close()
     assert len(found) == len(numbers)
+    assert len(services) <= 1
     return [found[place] for place in range(len(numbers))]
 
 
@@ -60,7 +61,7 @@ class Gathering:
     def finish(self):
         self.thread.join(20)
         (meeting,) = self.meetings
-        for connection in (*meeting.connections.values(), meeting.server):
+        for connection in meeting.connections.values():
             connection.close()
 
 
