@@ -30,10 +30,11 @@ BATCH_AXES = ("data", "fsdp")
 # is replicated. Leading axes, such as that of stacked blocks, are not sharded.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"patch_embed/proj/kernel", ("fsdp",)),
-    (r"(qkv|q|k|v|fc1|head|head_dist)/kernel", ("fsdp", "tensor")),
+    (r"(qkv|q|k|v|fc1|last|head|head_dist)/kernel", ("fsdp", "tensor")),
     (r"(proj|fc2)/kernel", ("tensor", "fsdp")),
     (r"(qkv|q|k|v|fc1|head|head_dist)/bias", ("tensor",)),
     (r"pos_embed", ("fsdp",)),
+    (r"(embed|pixels)/kernel", ("fsdp",)),
     (r"conv\w*/kernel", ("fsdp",)),
 )
 

@@ -39,6 +39,22 @@ def test_the_project_runs_without_tensorflow():
     assert result.stdout.strip() == "False"
 
 
+def test_training_with_labels_loads_nothing_of_other_objectives():
+    code = (
+        "import sys\n"
+        "from cait_jax.train.setup import build\n"
+        "from configs import digits\n"
+        "build(digits.get_config()).init_state()\n"
+        "here = 'cait_jax.train.objectives'\n"
+        "print(sorted(m for m in sys.modules if m.startswith(here)))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    loaded = ["cait_jax.train.objectives", "cait_jax.train.objectives.supervised"]
+    assert result.stdout.strip() == repr(loaded)
+
+
 def test_what_a_network_does_not_use_is_not_imported():
     """Of a CaiT trained on a CPU with small images: neither RegNet nor kernels, nor Pallas."""
     code = (

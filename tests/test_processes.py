@@ -144,6 +144,25 @@ def test_two_processes_read_and_learn_what_one_does_and_resume(tmp_path, environ
 
 
 @pytest.mark.slow
+def test_two_processes_learn_without_labels_what_one_does(tmp_path, environment, data_dir):
+    without = {
+        "objective": "dino", "steps": 4, "augment.mixup": 0, "augment.cutmix": 0, "augment.reprob": 0,
+        "optimizer.ema_decay": 0, "dino.local_crops": 2, "dino.local_size": 8, "dino.head_hidden": 16,
+        "dino.bottleneck": 8, "dino.out_dim": 16,
+    }  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    for workdir, count in ((one, 1), (two, 2)):
+        finish(start(environment, workdir, data_dir, processes=count, **without))
+    assert untimed(two) == untimed(one)
+    assert untimed(one)[-1].keys() >= {"eval/knn_accuracy", "eval/feature_rank"}
+    for part in ("params", "carried"):
+        (_, expected, _), (_, found, _) = (
+            Checkpoints(workdir / "checkpoints").restore_part(part) for workdir in (one, two)
+        )
+        assert_same_bits(found, expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_one_of_two_stops_both_at_the_same_step(
     tmp_path, environment, data_dir, number

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ Images = Real[Array, "batch height width channels"]
 Image = Float[Array, "height width channels"]
 FloatImages = Float[Array, "batch height width channels"]
 Ids = Int[Array, "batch"]
+Tree = TypeVar("Tree")
 
 # Images of 224 pixels, each with some ten float32 arrays, that stay in a TPU's on-chip memory.
 _TPU_CHUNK = 8
@@ -152,15 +153,17 @@ def sample_erasing_box(
 
 
 def per_example_vmap(
-    function: Callable[[PRNGKeyArray, Array], Array], key: PRNGKeyArray, images: Images, ids: Ids
-) -> Images:
+    function: Callable[[PRNGKeyArray, Array], Tree], key: PRNGKeyArray, images: Images, ids: Ids
+) -> Tree:
     """Applies `function(key, image)` to each image, with the key folded from its position.
+
+    The function gives an array or a pytree of arrays, which get a leading batch axis.
 
     A CPU maps sequentially, so that only the taken branch of a `lax.switch` or `lax.cond` is computed. A TPU maps
     chunks that stay in on-chip memory, a GPU the whole batch. On a mesh each device maps its own shard.
     """
 
-    def one(key: PRNGKeyArray, example: tuple[Array, Array]) -> Array:
+    def one(key: PRNGKeyArray, example: tuple[Array, Array]) -> Tree:
         return function(jax.random.fold_in(key, example[0]), example[1])
 
     def in_turn(ids: Array, images: Array, key: Array, *, batch_size: int | None) -> Any:
@@ -175,5 +178,5 @@ def per_example_vmap(
         tpu=functools.partial(in_turn, batch_size=_TPU_CHUNK),
         default=at_once,
     )
-    result: Array = shard_over_batch(mapped, 2)(ids, images, key)
+    result: Tree = shard_over_batch(mapped, 2)(ids, images, key)
     return result

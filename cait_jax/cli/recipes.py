@@ -62,7 +62,13 @@ def recipes() -> list[Recipe]:
             "cifar10.py:small", "cifar10",
             run_here="76.23 %, seed 0; 55 minutes on 2 CPU cores as two devices, 2026-11-21",
         ),
+        Recipe("dino.py:cifar10", "cifar10", 96.42, "arXiv 2210.07240, after fine-tuning with labels"),
+        Recipe("dino.py:imagenet", "imagenet2012"),
+        Recipe("dino.py:small", "cifar10"),
         Recipe("vit_cifar10.py", "cifar10", 92.0, "an aim, of 92 to 94"),
+        Recipe("mae.py:cifar10", "cifar10"),
+        Recipe("mae.py:imagenet", "imagenet2012"),
+        Recipe("mae.py:small", "cifar10"),
     ]  # fmt: skip
 
 

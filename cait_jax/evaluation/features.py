@@ -74,20 +74,49 @@ def extract_features(
       Features and labels of all processes' examples in the order of the split, without padding, in every process.
     """
     mesh = make_mesh() if mesh is None else mesh
-    whole, rows = replicated(mesh), batch_sharding(mesh)
+    step = jit_features(functools.partial(feature_fn, model), mean, std, mesh)
+    variables = jax.device_put(variables, replicated(mesh))
+    features, labels = collect_features(step, variables, batches, mesh, progress)
+    return features, labels
 
-    def step(variables: Any, batch: Batch) -> dict[str, Array]:
-        images = normalise(batch["image"], mean, std)
-        features = feature_fn(model, variables, images).astype("float32")
+
+def jit_features(
+    function: Callable[[Any, Float[Array, "batch height width channels"]], Any],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    mesh: Mesh,
+) -> Callable[[Any, Batch], dict[str, Any]]:
+    """Jits `function(variables, normalised images)`, an array or a pytree of them, for `collect_features`.
+
+    Variables keep the sharding that they have.
+    """
+
+    def step(variables: Any, batch: Batch) -> dict[str, Any]:
+        found = function(variables, normalise(batch["image"], mean, std))
+        features = jax.tree.map(lambda leaf: leaf.astype("float32"), found)
         return {"features": features, "label": batch["label"], "mask": batch["mask"]}
 
-    step = jax.jit(constrain_batch(step, mesh), in_shardings=(whole, rows), out_shardings=whole)
-    variables = jax.device_put(variables, whole)
+    return jax.jit(
+        constrain_batch(step, mesh),
+        in_shardings=(None, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+def collect_features(
+    step: Callable[[Any, Batch], dict[str, Any]],
+    variables: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    mesh: Mesh,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[Any, Int32[np.ndarray, "n"]]:
+    """What a function of `jit_features` gives for batches, as `extract_features` returns it."""
+    rows = batch_sharding(mesh)
     features, labels = [], []
 
-    def collect(output: dict[str, Array]) -> None:
+    def collect(output: dict[str, Any]) -> None:
         mask = np.asarray(output["mask"])
-        features.append(np.asarray(output["features"])[mask])
+        features.append(jax.tree.map(lambda leaf: np.asarray(leaf)[mask], output["features"]))
         labels.append(np.asarray(output["label"])[mask])
 
     pending = None
@@ -101,7 +130,8 @@ def extract_features(
     if pending is None:
         raise ValueError("there is no batch to take features of")
     collect(pending)
-    return np.concatenate(features), np.concatenate(labels)
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *features)
+    return whole, np.concatenate(labels)
 
 
 def features_of_split(

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cait_jax import kernels
 from cait_jax.models.layers import (
@@ -36,6 +36,7 @@ from cait_jax.models.layers import (
     mix_heads,
     record,
     saveable,
+    take_tokens,
 )
 from cait_jax.models.residual import complete_options, residual_scheme
 from cait_jax.sharding import positions, reshape, tile
@@ -252,12 +253,20 @@ class CaiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Images, train: bool = False, example_ids: ExampleIds = None
-    ) -> Float[Array, "batch outputs"]:
+        self,
+        images: Images,
+        train: bool = False,
+        example_ids: ExampleIds = None,
+        visible: Int[Array, "batch kept"] | None = None,
+    ) -> Float[Array, "batch outputs"] | Float[Array, "batch kept d"]:
         """Classifies normalised images, in logits that are at least float32.
 
         In training, draws from `rngs["dropout"]` and `rngs["drop_path"]` by `example_ids`, each image's position
         in the global batch (by default from 0).
+
+        With `visible`, numbers of patches counted row by row, these alone are computed, beside a class token that
+        is among them. The result is their tokens after self-attention, in the order given; class attention, last
+        norm and head are neither applied nor initialised.
         """
         check_images(images, self.image_size, self.in_channels)
         ids = positions(images) if example_ids is None else example_ids
@@ -272,10 +281,15 @@ class CaiT(nn.Module):
         pos_embed = self.param("pos_embed", LINEAR_INIT, (1, *x.shape[1:]), self.param_dtype)
         x = x + pos_embed.astype(self.dtype)
         x = Dropout(self.embedding_dropout, name="pos_drop")(x, example_ids)
+        if visible is not None:
+            prefix = 1 + self.distilled if self.class_token == "input" else 0
+            x = jnp.concatenate([x[:, :prefix], take_tokens(x[:, prefix:], visible)], axis=1)
 
         layerscale = contextlib.nullcontext()
         with layerscale if self.residual == "layerscale" else residual_scheme(self):
             x = self._self_attention_stage(x, example_ids, dtypes)
+            if visible is not None:
+                return x[:, -visible.shape[1] :]
             if self.class_token == "class_attention":
                 x = self._class_attention_stage(x, dtypes)
             elif self.class_token != "mean":

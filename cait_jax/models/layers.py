@@ -170,6 +170,11 @@ class PatchEmbed(nn.Module):
         return reshape(proj(jnp.swapaxes(windows, 2, 3)), batch, rows * columns, self.width)
 
 
+def take_tokens(x: Tokens, numbers: Int[Array, "batch taken"]) -> Float[Array, "batch taken d"]:
+    """The tokens of each image that have these numbers, in their order."""
+    return jnp.take_along_axis(x, numbers[:, :, None], axis=1)
+
+
 class HeadMixing(nn.Module):
     """A linear map with bias over the heads of attention maps (Shazeer et al., arXiv 2003.02436)."""
 

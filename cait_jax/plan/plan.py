@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cait_jax.data.sources import find_builder, is_folder, is_generated, load_split
@@ -27,9 +28,8 @@ from cait_jax.plan.compile import (
 from cait_jax.plan.hlo import Collective, collectives, read_program
 from cait_jax.plan.roofline import Roofline, Topology, roofline, traffic_by_origin
 from cait_jax.sharding import AXES, check_batch_size, local_bytes, param_shardings
+from cait_jax.train import objectives
 from cait_jax.train.config import check_values
-from cait_jax.train.objectives import supervised
-from cait_jax.train.objectives.distillation import make_teacher_for
 from cait_jax.train.setup import (
     Trainer,
     assemble,
@@ -57,7 +57,7 @@ class Plan:
     operations: (
         float  # in a step: two for a multiply-accumulate, teacher and rematerialisation included
     )
-    useful: float  # three times the network's forward pass
+    useful: float  # three times the trained networks' forward passes
     traffic: int | None  # bytes to and from HBM; None if the program does not fit
     exchanged: tuple[Collective, ...] | None  # None if the program does not fit
     largest: Largest | None = None  # None if not asked for
@@ -148,12 +148,15 @@ def _trainer(config: ConfigDict, devices: list[jax.Device], family: str) -> Trai
     check_values(config)
     mesh = mesh_from_config(config, devices)
     train_split, eval_split = load_splits(config, abstract_split)
-    objective = supervised.from_config(config, train_split, teacher=_abstract_teacher)
+    options = {"teacher": _abstract_teacher} if config.objective == "supervised" else {}
+    objective = objectives.from_config(config, train_split, **options)
     objective = with_shardings(objective, param_shardings(objective, mesh))
     return assemble(config, mesh, objective, train_split, eval_split)
 
 
 def _abstract_teacher(config: ConfigDict, model: Any) -> Any:
+    from cait_jax.train.objectives.distillation import make_teacher_for
+
     if config.distill.logits is not None:
         return None
     name = config.distill.teacher
@@ -189,7 +192,48 @@ def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> 
 
 def _useful(trainer: Trainer, topology: Topology) -> float:
     images: int = trainer.config.batch_size
-    return 3 * 2 * macs(trainer.model) * images / topology.chips
+    if seen := _seen(trainer):
+        forward = sum(count * macs(model) for model, count in seen) * images
+    else:
+        loss, params = _loss_of(trainer, images)
+        forward = macs_of(jax.make_jaxpr(loss)(params).jaxpr)
+    return 3 * 2 * forward / topology.chips
+
+
+def _seen(trainer: Trainer) -> tuple[tuple[Any, int], ...]:
+    """The networks that are trained, and how many images of an example each sees; empty if not whole images."""
+    if trainer.config.objective == "supervised":
+        return ((trainer.model, 1),)
+    seen: tuple[tuple[Any, int], ...] = getattr(trainer.objective, "seen", ())
+    return seen
+
+
+def _kept(trainer: Trainer, images: int) -> int:
+    """Bytes that plain JAX keeps for the backward pass, parameters included."""
+    if seen := _seen(trainer):
+        return sum(residual_bytes(model, count * images) for model, count in seen)
+    loss, params = _loss_of(trainer, images)
+    backward = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+
+
+def _loss_of(trainer: Trainer, images: int) -> tuple[Callable[[Any], Any], Any]:
+    """The loss of so many images as a function of parameters, to be traced on one device; and their shapes."""
+    objective, state = trainer.objective, trainer.abstract_state
+    batch = {
+        name: jax.ShapeDtypeStruct((images, *leaf.shape[1:]), leaf.dtype)
+        for name, leaf in abstract_batch(trainer).items()
+    }
+
+    def zeros(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+    def loss(params: Any) -> Any:
+        keys = dict.fromkeys(objective.rngs, jax.random.key(0))
+        micro = objective.prepare(zeros(batch), keys)
+        return objective.loss(params, zeros(state.carried), micro, keys, jnp.int32(0))[0]
+
+    return loss, jax.eval_shape(lambda: zeros(state.params))
 
 
 def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> Plan:
@@ -210,13 +254,15 @@ def _estimate(config: ConfigDict, topology: Topology, folder: Path, say: Say) ->
     held, gradient = local_bytes(state) // (fsdp * tensor), params // fsdp
 
     micro = max(1, local.batch_size // config.optimizer.grad_accum)
-    plain = trainer.model.clone(remat="none")
-    needed = max(0, residual_bytes(plain, micro) // tensor - params)
+    rematerialised, plain = local.model.remat != "none", trainer
+    if rematerialised:
+        without = local.copy_and_resolve_references()
+        without.model.remat = "none"
+        plain = _trainer(without, jax.devices()[:1], topology.chip.family)
+    needed = max(0, _kept(plain, micro) // tensor - params)
     kept = needed
-    if trainer.model.remat != "none":
-        kept = (
-            max(0, residual_bytes(trainer.model, micro) // tensor - params) + needed // plain.depth
-        )
+    if rematerialised:
+        kept = max(0, _kept(trainer, micro) // tensor - params) + needed // trainer.model.depth
     memory = held + gradient + kept + local_bytes(batch)
 
     data = topology.chips // (fsdp * tensor)

@@ -17,6 +17,7 @@ from cait_jax.models.cait import REMATS
 from cait_jax.models.residual import CLASS_TOKENS, DROP_PATH_GROWTHS, SCHEMES
 from cait_jax.models.variants import VARIANTS
 from cait_jax.models.zoo import FLOAT_DTYPES
+from cait_jax.train.objectives import OBJECTIVES
 from cait_jax.train.optimizer import OPTIMIZERS, SCHEDULES
 
 INT32 = 2**31 - 1
@@ -101,6 +102,7 @@ CROP_RATIO = Several(SCALE, (2,), "0.75,1.33", increasing=True)
 
 # fmt: off
 KEYS: Mapping[str, Key] = {
+    "objective": Key("supervised", Words(OBJECTIVES), "what is learnt: labels, masked patches, self-distillation"),
     "seed": Key(0, Number(0, 2**32 - 1, whole=True), "every random draw of the run follows from it and the step"),
     "batch_size": Key(1024, COUNT, "images a step, over all devices and processes"),
     "epochs": Key(400.0, EPOCHS, "passes over the training split"),
@@ -174,6 +176,32 @@ KEYS: Mapping[str, Key] = {
     "distill.logits": Key(None, NAME, "a file of recorded logits instead of a teacher"),
     "distill.alpha": Key(0.5, SHARE, "the teacher's share of the loss"),
     "distill.temperature": Key(1.0, SCALE, "of soft distillation"),
+    # of objective=mae
+    "mae.mask_ratio": Key(0.75, Number(0, 1, above=True, below=True), "share of the patches that is masked"),
+    "mae.decoder_depth": Key(8, BLOCKS, "blocks of the decoder"),
+    "mae.decoder_width": Key(512, COUNT, "channels of a token in the decoder, a multiple of 4"),
+    "mae.decoder_heads": Key(16, COUNT, "heads of the decoder"),
+    "mae.norm_pixels": Key(True, bool, "predict each patch less its mean, over its standard deviation"),
+    "mae.visible_weight": Key(0.0, RATE, "of the loss on visible patches, beside that on masked ones"),
+    "mae.pictures_every_epochs": Key(0.0, Number(0, 1e9), "epochs between pictures of reconstructions; 0: none"),
+    # of objective=dino
+    "dino.global_scale": Key((0.4, 1.0), CROP_SCALE, "global crops: share of the image's area"),
+    "dino.second_scale": Key(None, CROP_SCALE, "of the second global crop; None: as of the first"),
+    "dino.local_crops": Key(8, Number(0, 64, whole=True), "local crops of an image, beside two global ones"),
+    "dino.local_scale": Key((0.05, 0.4), CROP_SCALE, "local crops: share of the image's area"),
+    "dino.local_size": Key(96, SIDE, "side of a local crop in pixels, a multiple of the patch's"),
+    "dino.blur": Key(True, bool, "blur crops, as the paper does; images of 32 pixels are better off without"),
+    "dino.head_hidden": Key(2048, COUNT, "width of the projection head's two hidden layers"),
+    "dino.bottleneck": Key(256, COUNT, "width before its last layer"),
+    "dino.out_dim": Key(65536, Number(2, INT32, whole=True), "outputs of its last layer"),
+    "dino.freeze_last_epochs": Key(1.0, Number(0, 1e6), "in which the last layer is not trained"),
+    "dino.student_temp": Key(0.1, SCALE, "temperature of the student's softmax"),
+    "dino.teacher_temp_start": Key(0.04, SCALE, "temperature of the teacher's softmax in step 0"),
+    "dino.teacher_temp": Key(0.07, SCALE, "temperature of the teacher's softmax after the warm-up"),
+    "dino.teacher_temp_epochs": Key(30.0, Number(0, 1e6), "length of that linear warm-up"),
+    "dino.teacher_momentum": Key(0.996, SHARE, "of the teacher in step 0, by a cosine to 1 at the end"),
+    "dino.center_momentum": Key(0.9, SHARE, "of the moving mean of the teacher's outputs"),
+    "dino.koleo": Key(0.0, RATE, "weight of KoLeo, which spreads the features of a batch; 0: none"),
     "optimizer.name": Key("adamw", Words(OPTIMIZERS), "the others take the keys below where they apply"),
     "optimizer.learning_rate": Key(5e-4, RATE, "peak, for a batch of reference_batch images"),
     "optimizer.reference_batch": Key(512, FROM_0, "the peak is scaled by batch_size over this; 0: not scaled"),
@@ -185,6 +213,7 @@ KEYS: Mapping[str, Key] = {
     "optimizer.decay_rate": Key(None, PART, "of step: factor of a drop; None: 0.1"),
     "optimizer.per_epoch": Key(False, bool, "one rate an epoch, as in DeiT's published code"),
     "optimizer.weight_decay": Key(0.05, RATE, "of kernels only, times the learning rate"),
+    "optimizer.final_weight_decay": Key(None, RATE, "where a cosine of it ends; None: it is constant"),
     "optimizer.b1": Key(0.9, BELOW_1, "decay of the first moment"),
     "optimizer.b2": Key(0.999, BELOW_1, "decay of the second moment; lion wants 0.99"),
     "optimizer.eps": Key(None, Number(0, 1, above=True), "None: 1e-8, for lamb 1e-6"),
@@ -210,7 +239,7 @@ KEYS: Mapping[str, Key] = {
     "eval.every_epochs": Key(1.0, Number(0, 1e9, above=True), "epochs between evaluations; the last step has one"),
     "eval.crop_pct": Key(1.0, PART, "side of the centre crop over the resized short side"),
     "checkpoint.every_steps": Key(1000, COUNT, "steps between checkpoints, beside those of evaluations"),
-    "checkpoint.keep": Key(2, COUNT, "newest checkpoints kept, beside the best by eval/accuracy"),
+    "checkpoint.keep": Key(2, COUNT, "newest checkpoints kept, beside the best by accuracy or k-NN accuracy"),
     "checkpoint.retry_seconds": Key(60.0, Number(0, 1e6), "in which the last save is tried again"),
     "nonfinite.skips": Key(10, FROM_0, "steps in a row that may be skipped, whose loss or gradient is not finite"),
     "nonfinite.rollbacks": Key(3, FROM_0, "rollbacks to a checkpoint, after more of them, before the run stops"),
@@ -248,12 +277,32 @@ CONFLICTS: tuple[tuple[Callable[[Mapping[str, Any]], Any], str], ...] = (
     (lambda of: of["phases.head_epochs"] and of["optimizer.layer_decay"] != 1,
      "--config.optimizer.layer_decay has no effect on phases, whose rates are constant: set it to 1, or "
      "--config.phases.head_epochs=0"),
+    (lambda of: of["phases.head_epochs"] and of["optimizer.final_weight_decay"] is not None,
+     "--config.optimizer.final_weight_decay has no effect on phases, whose weight decay is constant: set it to "
+     "None, or --config.phases.head_epochs=0"),
     (lambda of: of["model.layer_scale_init"] is not None
      and of["model.residual"] not in (None, "layerscale", "scalar"),
      "--config.model.layer_scale_init is for --config.model.residual=layerscale or scalar: leave it out"),
     (lambda of: of["optimizer.nesterov"] and not of["optimizer.momentum"],
      "--config.optimizer.nesterov needs momentum: set --config.optimizer.momentum, such as 0.9, or "
      "--config.optimizer.nesterov=False"),
+    (lambda of: of["objective"] == "mae" and (of["augment.mixup"] or of["augment.cutmix"] or of["augment.reprob"]),
+     "--config.objective=mae neither mixes images nor erases parts of them: set --config.augment.mixup=0, "
+     "--config.augment.cutmix=0 and --config.augment.reprob=0"),
+    (lambda of: of["objective"] == "mae" and of["distill.kind"] != "none",
+     "--config.objective=mae has no teacher: set --config.distill.kind=none"),
+    (lambda of: of["objective"] == "mae" and (of["init.weights"] is not None or of["init.pretrained"]),
+     "--config.objective=mae starts from the seed alone: leave out --config.init.weights and "
+     "--config.init.pretrained"),
+    (lambda of: of["objective"] == "mae"
+     and (of["optimizer.layer_decay"] != 1 or of["optimizer.train"] != "all" or of["phases.head_epochs"]),
+     "--config.objective=mae trains all of its layers alike: set --config.optimizer.layer_decay=1, "
+     "--config.optimizer.train=all and --config.phases.head_epochs=0"),
+    (lambda of: of["objective"] == "mae" and of["report.inspect_every"],
+     "--config.report.inspect_every is for classifiers: set it to 0 with --config.objective=mae"),
+    (lambda of: of["objective"] != "mae"
+     and any(of[name] != key.default for name, key in KEYS.items() if name.startswith("mae.")),
+     "the keys --config.mae.* are for --config.objective=mae: set that, or leave them out"),
 )
 # fmt: on
 

@@ -9,7 +9,13 @@ import optax
 
 
 def lamb(
-    schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Any
+    schedule: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float | optax.Schedule,
+    mask: Any,
 ) -> optax.GradientTransformation:
     """`optax.lamb` with a trust ratio only where weights decay, and one for each slice of stacked blocks.
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ from cait_jax.errors import StorageError
 from cait_jax.files import DirectoryLock, run_folder
 from cait_jax.processes import check_shared, peers
 from cait_jax.sharding import batch_sharding, put_batch
+from cait_jax.train import objectives
 from cait_jax.train.config import as_json
 from cait_jax.train.metric_writer import MetricWriter
 from cait_jax.train.nonfinite import NonFiniteSteps
-from cait_jax.train.objectives import supervised
 from cait_jax.train.resume import check_resumed, rewind
 from cait_jax.train.setup import MakeObjective, Trainer, build
 from cait_jax.train.signals import save_signal, stop_signal
-from cait_jax.train.step import TrainState, all_finite
+from cait_jax.train.step import Record, Recording, TrainState, all_finite
 
 # Steps before an evaluation at which its batches start to load: starting the processes that decode takes seconds.
 _PREFETCH_STEPS = 30
@@ -53,7 +53,7 @@ class Run:
 def train(
     config: ConfigDict,
     workdir: str | Path,
-    make_objective: MakeObjective = supervised.from_config,
+    make_objective: MakeObjective = objectives.from_config,
 ) -> Run:
     """Trains a model, from the start or from the last checkpoint in `workdir`.
 
@@ -63,7 +63,7 @@ def train(
     Args:
       config: see `cait_jax.train.keys`.
       workdir: made if missing; receives `metrics.jsonl` and `checkpoints/`.
-      make_objective: what is learnt; labels by default.
+      make_objective: what is learnt; by default what `config.objective` names.
 
     Raises:
       UserError: for a setting, a data set or a checkpoint that does not fit, before anything is compiled.
@@ -78,7 +78,9 @@ def train(
         _watchdog(config) as enter,
         DirectoryLock(workdir) if primary else contextlib.nullcontext() as lock,
         Checkpoints(
-            workdir / "checkpoints", keep=config.checkpoint.keep, best_metric="eval/accuracy"
+            workdir / "checkpoints",
+            keep=config.checkpoint.keep,
+            best_metric=getattr(trainer.objective, "best_metric", "eval/accuracy"),
         ) as checkpoints,
     ):
         if jax.process_count() > 1:
@@ -126,14 +128,9 @@ def train(
             left_out = (trainer.train_split.left_out, trainer.eval_split.left_out)
             for message in dict.fromkeys(filter(None, left_out)):  # once of a folder for both
                 writer.message(message)
-            record = None
-            if config.report.inspect_every:
-                from cait_jax.train.branch_records import branch_recorder
-
-                record = branch_recorder(trainer, workdir)
             run = _run(
-                trainer, state, start, metrics, data, checkpoints, writer, evaluated, record, non_finite, lock,
-                enter,
+                trainer, state, start, metrics, data, checkpoints, writer, evaluated,
+                _recorders(trainer, workdir), non_finite, lock, enter,
             )  # fmt: skip
         if run.finished:
             non_finite.check_metrics(trainer.total_steps, run.metrics)
@@ -149,7 +146,7 @@ def _run(
     checkpoints: Checkpoints,
     writer: MetricWriter,
     evaluated: bool,
-    record: Callable[[int, Any, Any], None] | None,
+    recorders: Sequence[tuple[int, Record]],
     non_finite: NonFiniteSteps,
     lock: DirectoryLock | None,
     enter: Callable[[str, int], None],
@@ -248,8 +245,9 @@ def _run(
                 pending = (step, step_metrics)
                 if lock is not None:
                     lock.check()
-                if record is not None and step % config.report.inspect_every == 0:
-                    _store(functools.partial(record, step, state.params, batch), writer)
+                for every, record in recorders:
+                    if step % every == 0:
+                        _store(functools.partial(record, step, state.params, batch), writer)
                 remaining = _steps_to_evaluation(trainer, step)
                 if eval_batches is None and remaining <= _PREFETCH_STEPS:
                     eval_batches = trainer.eval_batches()
@@ -282,6 +280,20 @@ def _run(
         if eval_batches is not None:
             eval_batches.close()
     return Run(trainer.model, state, metrics, finished=True)
+
+
+def _recorders(trainer: Trainer, workdir: Path) -> list[tuple[int, Record]]:
+    """What writes records in the course of the run, each with the steps between two of them."""
+    recorders: list[tuple[int, Record]] = []
+    if every := trainer.config.report.inspect_every:
+        from cait_jax.train.branch_records import branch_recorder
+
+        recorders.append((every, branch_recorder(trainer, workdir)))
+    if isinstance(trainer.objective, Recording) and (
+        own := trainer.objective.recorder(trainer, workdir)
+    ):
+        recorders.append(own)
+    return recorders
 
 
 def _store(
@@ -333,8 +345,10 @@ def _steps_to_evaluation(trainer: Trainer, step: int) -> int:
 
 
 def _evaluate(trainer: Trainer, state: TrainState, batches: PrefetchIterator) -> dict[str, float]:
-    """The metrics of parameters and average; of one whose loss is not finite all are NaN."""
+    """The metrics of parameters and average, or what else is evaluated; of one that is not finite all are NaN."""
     params = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
+    if evaluated := getattr(trainer.objective, "evaluated", None):
+        params = evaluated(state.params, state.carried)
     return {
         f"eval/{prefix}{name}": value if all(map(math.isfinite, values.values())) else math.nan
         for prefix, values in trainer.evaluate(params, batches).items()

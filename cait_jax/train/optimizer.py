@@ -41,17 +41,24 @@ def from_config(config: ConfigDict, examples: int) -> Optimizer:
       UserError: for phases or a trained part that make no sense.
     """
     settings = config.optimizer
-    keys = ("name", "b1", "b2", "eps", "momentum", "nesterov", "weight_decay")
+    keys = ("name", "b1", "b2", "eps", "momentum", "nesterov")
     arguments = {key: settings[key] for key in keys}
+    weight_decay: Any = settings.weight_decay
+    if settings.final_weight_decay is not None:
+        weight_decay = weight_decay_schedule(
+            weight_decay, settings.final_weight_decay, steps_of(config, examples)
+        )
 
     def make(schedule: optax.Schedule) -> optax.GradientTransformation:
-        return make_optimizer(schedule, clip_norm=settings.grad_clip_norm, **arguments)
+        return make_optimizer(
+            schedule, clip_norm=settings.grad_clip_norm, weight_decay=weight_decay, **arguments
+        )
 
     if config.phases.head_epochs:
         from cait_jax.train import layer_groups
 
         return Optimizer(*layer_groups.phased_from_config(config, examples, make))
-    total_steps = config.steps or max(1, round(config.epochs * (examples / config.batch_size)))
+    total_steps = steps_of(config, examples)
     schedule = schedule_from_config(config, examples, total_steps)
     if settings.train == "all" and settings.layer_decay == 1.0:
         return Optimizer(make(schedule), schedule, total_steps)
@@ -59,6 +66,24 @@ def from_config(config: ConfigDict, examples: int) -> Optimizer:
 
     transformation, freeze = layer_groups.grouped_from_config(config, make(schedule))
     return Optimizer(transformation, schedule, total_steps, freeze)
+
+
+def steps_of(config: ConfigDict, examples: int) -> int:
+    """Steps of a run without phases, for a training split of so many examples."""
+    steps: int = config.steps or max(1, round(config.epochs * (examples / config.batch_size)))
+    return steps
+
+
+def weight_decay_schedule(start: float, final: float, total_steps: int) -> optax.Schedule:
+    """`final + (start - final) * (1 + cos(pi * step / total_steps)) / 2`, of which step 0 has `start`.
+
+    Self-supervised transformers are trained with one that grows (Caron et al., arXiv 2104.14294, section 4).
+    """
+
+    def schedule(step: Any) -> Any:
+        return final + (start - final) * (1 + jnp.cos(jnp.pi * step / total_steps)) / 2
+
+    return schedule
 
 
 def decay_mask(params: Any) -> Any:
@@ -78,7 +103,7 @@ def make_optimizer(
     eps: float | None = None,
     momentum: float = 0.9,
     nesterov: bool = False,
-    weight_decay: float = 0.05,
+    weight_decay: float | optax.Schedule = 0.05,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
     """An optimiser with `decay_mask` and optional clipping, the same for stacked and single blocks.
@@ -92,8 +117,8 @@ def make_optimizer(
       eps: added to the root of the second moment, of AdamW and LAMB; None: 1e-8, of LAMB 1e-6 (timm's default).
       momentum: of SGD; 0 for none.
       nesterov: of SGD.
-      weight_decay: of kernels. Decoupled and multiplied by the learning rate; of SGD added to the gradient (L2),
-        as in the paper's transfers.
+      weight_decay: of kernels, a number or from step to one. Decoupled and multiplied by the learning rate; of SGD
+        added to the gradient (L2), as in the paper's transfers.
       clip_norm: largest global norm of the gradient; 0: no clipping; None: no clipping, of LAMB 1 (timm's).
 
     Raises:

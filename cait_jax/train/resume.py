@@ -24,6 +24,7 @@ FREE_KEYS = (
     "checkpoint",
     "nonfinite",
     "watchdog",
+    "mae.pictures_every_epochs",
 )
 # The keys of `metrics.jsonl` that may differ between two runs of the same config.
 TIMING_KEYS = ("time", "train/images_per_second")

@@ -30,10 +30,9 @@ from cait_jax.sharding import (
     param_shardings,
     replicated,
 )
-from cait_jax.train import optimizer
+from cait_jax.train import objectives, optimizer
 from cait_jax.train.config import check_values
 from cait_jax.train.keys import INT32
-from cait_jax.train.objectives import supervised
 from cait_jax.train.optimizer import Optimizer
 from cait_jax.train.step import (
     Batch,
@@ -146,14 +145,14 @@ class Trainer:
 def build(
     config: ConfigDict,
     devices: list[jax.Device] | None = None,
-    make_objective: MakeObjective = supervised.from_config,
+    make_objective: MakeObjective = objectives.from_config,
 ) -> Trainer:
     """Builds everything a run needs. Nothing is compiled yet.
 
     Args:
       config: see `cait_jax.train.keys`.
       devices: to train on; None: all.
-      make_objective: what is learnt; labels by default.
+      make_objective: what is learnt; by default what `config.objective` names.
 
     Raises:
       UserError: for a setting, a data set or a size that does not fit.

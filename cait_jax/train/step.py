@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -22,6 +23,8 @@ Tree = TypeVar("Tree")
 GradientOf = Callable[..., tuple[Any, Params]]
 Freeze = Callable[[Params, Array], Params]
 Evaluate = Callable[..., dict[str, dict[str, float]]]
+# Writes something of a step, its parameters and its batch on the mesh.
+Record = Callable[[int, Params, Any], None]
 
 
 @struct.dataclass
@@ -46,6 +49,9 @@ class TrainState:
 @runtime_checkable
 class Objective(Protocol):
     """What is learnt. A pytree: its arrays, such as a teacher's variables, are arguments of the compiled step.
+
+    It may also have `best_metric`, the name of what the best checkpoint is kept by instead of `"eval/accuracy"`,
+    and `evaluated(params, carried)`, the named parameters evaluated instead of `params` and their average.
 
     Attributes:
       rngs: names of the random keys that `prepare` and `loss` need.
@@ -81,6 +87,15 @@ class Objective(Protocol):
 
         It gives metrics by the name of the parameters, each batch being used for all of them.
         """
+        ...
+
+
+@runtime_checkable
+class Recording(Protocol):
+    """An objective that also writes records of its own in the course of a run."""
+
+    def recorder(self, trainer: Any, workdir: Path) -> tuple[int, Record] | None:
+        """Steps between records, and what writes one; None: there are none."""
         ...
 
 
@@ -209,7 +224,7 @@ def uphill(params: Params, gradient: Params, rho: float) -> Params:
     return jax.tree.map(lambda p, g: p + (scale * g).astype(p.dtype), params, gradient)
 
 
-def moving_average(average: Params, params: Params, decay: float) -> Params:
+def moving_average(average: Params, params: Params, decay: float | Array) -> Params:
     """One step of the exponential moving average.
 
     `average + (1 - decay) * (params - average)` keeps the bits of a parameter that never changes;

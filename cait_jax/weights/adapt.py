@@ -43,7 +43,7 @@ def resize_pos_embed(
       UserError: `pos_embed` has another number of positions than `old_grid` and the prefix together.
     """
     positions = np.asarray(pos_embed)
-    count, width = positions.shape[1:]
+    count = positions.shape[1]
     rows, columns = old_grid
     if count != num_prefix_tokens + rows * columns:
         raise UserError(
@@ -53,15 +53,30 @@ def resize_pos_embed(
     if old_grid == new_grid:
         return positions
     prefix, grid = np.split(positions, [num_prefix_tokens], axis=1)
+    resized = interpolate_positions(
+        jnp.asarray(grid, jnp.float32), old_grid, new_grid, antialias=antialias
+    )
+    return np.concatenate([prefix, np.asarray(resized).astype(positions.dtype)], axis=1)
+
+
+def interpolate_positions(
+    pos_embed: Float[Array, "1 old d"],
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    *,
+    antialias: bool = False,
+) -> Float[Array, "1 new d"]:
+    """`resize_pos_embed` as a differentiable function; positions before the last `old_grid` ones are a prefix."""
+    (rows, columns), width = old_grid, pos_embed.shape[-1]
+    prefix, grid = jnp.split(pos_embed, [pos_embed.shape[1] - rows * columns], axis=1)
     resized = jax.image.resize(
-        jnp.asarray(grid.reshape(rows, columns, width), jnp.float32),
+        grid.reshape(rows, columns, width),
         (*new_grid, width),
         "cubic" if antialias else "cubic-pytorch",
         antialias=antialias,
         precision="highest",
     )
-    resized = np.asarray(resized).astype(positions.dtype).reshape(1, -1, width)
-    return np.concatenate([prefix, resized], axis=1)
+    return jnp.concatenate([prefix, resized.reshape(1, -1, width)], axis=1)
 
 
 def resize_patch_embed(

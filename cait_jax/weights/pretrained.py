@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +20,19 @@ from cait_jax.models.variants import VARIANTS
 from cait_jax.weights.adapt import adapt_head, adapt_input
 from cait_jax.weights.hub import RELEASED, download, find_released
 from cait_jax.weights.model_json import replace_attributes
-from cait_jax.weights.runs import is_run, read_run, run_model, run_settings
+from cait_jax.weights.runs import (
+    backbone_of,
+    is_run,
+    read_run,
+    run_model,
+    run_objective,
+    run_settings,
+)
 from cait_jax.weights.saved import is_saved, read_saved, read_saved_weights, save_pretrained
 from cait_jax.weights.state_dicts import SUFFIXES, check_finite, read_weights
 from cait_jax.weights.timm_names import from_timm
+
+_log = logging.getLogger(__name__)
 
 __all__ = [
     "Settings",
@@ -321,8 +331,9 @@ def params_from_config(config: ConfigDict, model: Any) -> Any:
     """The `params` tree that a config's `init` names, on the host; None where it names none.
 
     Args:
-      config: `init.weights` is a file, a saved directory or a workdir; `init.pretrained` stands for the released
-        weights of `model.name`; with `init.reset_head` the head is initialised from the seed.
+      config: `init.weights` is a file, a saved directory or a workdir, of MAE with its encoder alone
+        (`encoder.params_from_encoder`); `init.pretrained` stands for the released weights of `model.name`; with
+        `init.reset_head`, or weights of DINO, the head is initialised from the seed.
       model: the run's; position embedding and patch kernel are resized to it.
 
     Raises:
@@ -342,13 +353,27 @@ def params_from_config(config: ConfigDict, model: Any) -> Any:
             f"{setting('config.init.weights')} and {setting('config.init.pretrained')} both say where to "
             "start: give one"
         )
+    path = None if init.weights is None else Path(init.weights)
+    objective = run_objective(path) if path is not None and is_run(path) else "supervised"
+    if path is not None and objective == "mae":
+        from cait_jax.weights.encoder import params_from_encoder
+
+        return params_from_encoder(path, model, ema=init.ema, seed=config.seed)
+    reset_head = init.reset_head
+    backbone = backbone_of(objective)
+    if backbone is not None and model.num_classes:  # there is no head that could be kept
+        reset_head = True
+        _log.warning(
+            "%s was trained without labels: %s is taken, %s is dropped, and the head starts anew",
+            path, backbone.name, backbone.dropped,
+        )  # fmt: skip
     loaded, variables = load_pretrained(
         config.model.name,
         weights=init.weights,
         image_size=model.image_size,
         num_classes=model.num_classes,
         in_channels=model.in_channels,
-        reset_head=init.reset_head,
+        reset_head=reset_head,
         ema=init.ema,
         seed=config.seed,
         **{key: value for key, value in config.model.items() if key != "name"},

@@ -6,7 +6,7 @@ also while it goes on.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,32 +18,95 @@ from cait_jax.weights.saved import checked_state_dict
 _CHECKPOINTS = "checkpoints"  # of a run
 
 
+class Backbone(NamedTuple):
+    """Where the checkpoints of an objective hold a network without a head.
+
+    Attributes:
+      part: of the saved state.
+      path: keys in that part.
+      name: in words.
+      dropped: what else was trained, in words.
+    """
+
+    part: str
+    path: tuple[str, ...]
+    name: str
+    dropped: str
+
+
+_BACKBONES = {
+    "dino": Backbone(
+        "carried", ("teacher", "backbone"), "its teacher's backbone", "its projection head"
+    ),
+}
+
+
+def backbone_of(objective: str) -> Backbone | None:
+    """The backbone of an objective's checkpoints; None where they have none apart."""
+    return _BACKBONES.get(objective)
+
+
 def is_run(path: Path) -> bool:
     """Whether `path` is the directory of a training run, or of one of its checkpoints."""
     return path.is_dir() and (_is_step(path) or (path / _CHECKPOINTS).is_dir())
 
 
 def read_run(path: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarray]]:
-    """Reads a run's parameters, or their average, without the optimiser's state.
+    """Reads a run's parameters, or their average, without the optimiser's state; of some objectives a `Backbone`.
 
     Returns:
       The model as it was trained, and a state dict of timm's.
 
     Raises:
+      UserError: there is no checkpoint, none that is valid, no average in it, or it is of no classifier.
+    """
+    backbone = backbone_of(run_objective(path))
+    if backbone is not None and ema:
+        raise UserError(
+            f"the run in {path} learnt without labels, and {backbone.name} is taken, which is an average already: "
+            f"leave out {setting('ema')}"
+        )
+    params, meta = _restore(path, backbone.part if backbone else "ema" if ema else "params")
+    for key in backbone.path if backbone else ():
+        params = params[key]
+    _check_classifier(path, meta)
+    model = _model(meta, params)
+    return model, checked_state_dict(model, {"params": params})
+
+
+def run_objective(path: Path) -> str:
+    """What a run learns, its `config.objective`; "supervised" where there is no checkpoint yet."""
+    checkpoints, step = _open(path)
+    if step is None and checkpoints.latest_step() is None:
+        return "supervised"
+    return _objective(checkpoints.meta(step))
+
+
+def read_encoder(
+    path: Path, *, ema: bool = False
+) -> tuple[tuple[int, int], dict[str, Any], tuple[str, ...]]:
+    """Reads the encoder of a run with `objective="mae"`, or its average.
+
+    Returns:
+      The run's (height, width) in pixels, the encoder's parameters, and the names of the run's other parts.
+
+    Raises:
       UserError: there is no checkpoint, none that is valid, or no average in it.
     """
     params, meta = _restore(path, "ema" if ema else "params")
-    model = _model(meta, params)
-    return model, checked_state_dict(model, {"params": params})
+    encoder = params.pop("encoder")
+    return _image_size(current_config(meta["config"])), encoder, tuple(params)
 
 
 def run_model(path: Path) -> Any:
     """The model of a run; of its parameters none are read, but of an old run.
 
     Raises:
-      UserError: there is no checkpoint, or none that is valid.
+      UserError: there is no checkpoint, none that is valid, or it is of no classifier.
     """
-    return _model(*_meta(path))
+    meta, params = _meta(path)
+    _check_classifier(path, meta)
+    return _model(meta, params)
 
 
 def run_settings(path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -102,11 +165,26 @@ def _restore(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return params, meta
 
 
+def _objective(meta: Mapping[str, Any]) -> str:
+    """Older configs have no such key, and their runs learnt from labels."""
+    return str(meta["config"].get("objective", "supervised"))
+
+
+def _check_classifier(path: Path, meta: Mapping[str, Any]) -> None:
+    objective = _objective(meta)
+    if objective != "supervised" and backbone_of(objective) is None:
+        raise UserError(
+            f"the run in {path} learnt without labels ({objective}) and is no classifier: train one from it by "
+            f"train.py with --config.init.weights={path}"
+        )
+
+
 def _model(meta: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
     config = current_config(meta["config"])
+    headless = backbone_of(_objective(meta)) is not None
     return create_model(
         image_size=_image_size(config),
-        num_classes=len(_class_names(meta, params)),
+        num_classes=0 if headless else len(_class_names(meta, params)),
         in_channels=_channels(meta, params),
         **config["model"],
     )

@@ -108,6 +108,33 @@ def test_a_teacher_costs_its_forward_pass():
 
 
 @pytest.mark.slow
+def test_crops_cost_their_passes_and_the_teacher_its_own(devices_of_this_cpu, tmp_path):
+    config = small()
+    config.objective, config.optimizer.ema_decay = "dino", 0.0
+    for key in ("zoom", "shear", "translate", "reprob", "mixup", "cutmix"):
+        config.augment[key] = 0.0
+    config.augment.rand_augment = ""
+    config.dino.local_crops, config.dino.local_size = 3, 4
+    config.dino.head_hidden, config.dino.bottleneck, config.dino.out_dim = 16, 8, 8
+    plan = make_plan(config, parse_topology("v5e:2x4"), folder=tmp_path)
+    sizes = {"depth": 2, "class_depth": 1, "width": 32, "num_heads": 4, "num_classes": 0}
+    seen, local = (
+        macs(
+            create_model(
+                "cait_nano4_patch4_8", image_size=side, patch_size=config.model.patch_size, **sizes
+            )
+        )
+        for side in (8, 4)
+    )
+    assert plan.useful == 3 * 2 * (2 * seen + 3 * local) * 8
+    taught = plan.useful + 2 * 2 * seen * 8
+    assert plan.operations == pytest.approx(taught, rel=0.15)  # the head, and crops cut by products
+    estimate = make_plan(config, parse_topology("h100:8"))
+    assert estimate.useful == plan.useful
+    assert estimate.memory > estimate.state
+
+
+@pytest.mark.slow
 def test_gpus_get_an_estimate_of_counted_work():
     config = cait_xxs24.get_config()
     config.model.remat = "none"
@@ -124,6 +151,38 @@ def test_gpus_get_an_estimate_of_counted_work():
     assert {each.kind for each in divided.exchanged} == {"all-gather", "reduce-scatter"}
     config.model.remat = "block"
     assert make_plan(config, parse_topology("h100:8")).memory < divided.memory / 4
+
+
+def masked():
+    config = small()
+    config.objective = "mae"
+    config.mae.decoder_width, config.mae.decoder_depth, config.mae.decoder_heads = 16, 1, 2
+    return config
+
+
+def test_masked_patches_cost_what_is_computed_of_them():
+    """Of 4 patches 1 or 3 are encoded, and all are decoded."""
+    topology = parse_topology("h100:4")
+    few, many = masked(), masked()
+    many.mae.mask_ratio = 0.25
+    plans = [make_plan(config, topology) for config in (few, many)]
+    linear = (
+        2 * 12 * 32**2 * 16
+    )  # multiply-accumulates of two blocks on 16 images, but for attention
+    assert plans[1].useful - plans[0].useful == pytest.approx(6 * 2 * linear, rel=0.1)
+    assert all(0.7 < plan.operations / plan.useful <= 1.01 for plan in plans)
+    assert plans[0].state == plans[1].state
+    assert plans[0].memory < plans[1].memory
+    many.model.remat = "block"
+    assert make_plan(many, topology).memory < plans[1].memory
+
+
+@pytest.mark.slow
+def test_masked_autoencoding_is_compiled(devices_of_this_cpu, tmp_path):
+    plan = make_plan(masked(), parse_topology("v5e:2x4"), folder=tmp_path)
+    assert plan.compiled
+    assert plan.fits
+    assert 0.7 < plan.operations / plan.useful <= 1.01
 
 
 def run(*arguments):

@@ -4,6 +4,7 @@
 in float64, with a weight decay of 0.05 for kernels and none for the rest.
 """
 
+import math
 from pathlib import Path
 
 import jax
@@ -15,11 +16,8 @@ from marks import slow_unless
 from trees import random_params, stack_blocks, unstack_blocks
 
 from cait_jax import UserError, create_model
-from cait_jax.train.optimizer import (
-    OPTIMIZERS,
-    decay_mask,
-    make_optimizer,
-)
+from cait_jax.train.config import get_config
+from cait_jax.train.optimizer import OPTIMIZERS, decay_mask, from_config, make_optimizer
 
 LAMB = Path(__file__).parents[1] / "fixtures" / "lamb.npz"
 
@@ -101,6 +99,35 @@ def test_stacked_and_single_blocks_take_the_same_steps(params, name):
         for key in path:
             other = other[key.key]
         np.testing.assert_allclose(leaf, other, rtol=0, atol=2e-6, err_msg=str(path))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_follows_a_cosine_over_the_run(name):
+    """Without a gradient decay alone moves a kernel, of LAMB times the kernel's norm over that of its decay."""
+    config = get_config()
+    config.steps, config.optimizer.name, config.optimizer.momentum = 6, name, 0.0
+    config.optimizer.weight_decay, config.optimizer.final_weight_decay = 0.04, 0.4
+    config.optimizer.schedule, config.optimizer.warmup_epochs = "step", 0.0
+    config.optimizer.learning_rate, config.optimizer.reference_batch = 0.5, 0
+    optimizer = from_config(config, 1024)
+    assert optimizer.total_steps == 6
+    params = {"kernel": jnp.full((2, 2), 4.0)}
+    state, expected = optimizer.transformation.init(params), 4.0
+    for step in range(6):
+        decay = 0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * step / 6)) / 2
+        moved = 1.0 / decay if name == "lamb" else 1.0
+        expected *= 1 - 0.5 * decay * moved
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, state = optimizer.transformation.update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params["kernel"], expected, rtol=1e-5)
+
+
+def test_without_a_final_weight_decay_nothing_counts_its_steps():
+    config = get_config()
+    state = from_config(config, 1024).transformation.init({"kernel": jnp.zeros((2, 2))})
+    constant = make_optimizer(lambda _: 0.1).init({"kernel": jnp.zeros((2, 2))})
+    assert jax.tree.structure(state) == jax.tree.structure(constant)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
