@@ -312,9 +312,6 @@ def processes(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
     others = [child for index, child in enumerate(children) if not fault or index != culprit]
     ended = wait(others, 120)
     at = float(happened.read_text()) if happened.exists() else began
-    if kind in DEATHS:  # from the end of the process
-        wait(children, 10)
-        at = max([at, *(child.ended for child in children if child not in others)])
     seconds = max(child.ended for child in others) - at if ended else None
     said = "\n".join(child.said() for child in others)
     status = [child.poll() for child in children]
