@@ -29,6 +29,7 @@ _GO_ON = "the same command goes on from the last checkpoint"
 _INTERVAL_S = 0.5
 _PROCESSES_AN_INTERVAL = 64  # more of them publish less often
 _MEASURED = 100
+_NAMED = 4  # processes in a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +151,9 @@ class Watchdog(AbstractContextManager["Watchdog", None]):
         seen = reports[index][0] if index in reports else now
         if now - seen > 4 * self._interval:
             return self._silent(index, report, now - seen)
-        who = self._peers.name(index)
-        if len(last) > 1:
-            who = f"{len(last)} of {self._count} processes, {who} among them,"
+        who = " and ".join(map(self._peers.name, sorted(last)))
+        if len(last) > _NAMED:
+            who = f"{len(last)} of {self._count} processes, {self._peers.name(index)} among them,"
         return (
             f"{who} spent {report.seconds:.0f} s in {report.place}, where {report.limit:.0f} s are allowed "
             f"(--config.watchdog), and the others wait: see what hangs there; {_GO_ON}"

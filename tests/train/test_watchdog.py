@@ -137,6 +137,20 @@ def test_a_silent_process_0_is_named_though_no_report_comes_any_more():
         assert sentence.startswith("process 0 on there has not answered for ")
 
 
+def test_all_are_named_that_may_hang_in_the_phase_that_the_others_wait_in():
+    board = Board()
+    with (
+        board.watch(0, count=3) as first,
+        board.watch(1, count=3) as second,
+        board.watch(2, count=3) as third,
+    ):
+        take([first, second, third], 3)
+        third.enter("data", 4)
+        ended = board.wait(3)
+    assert len(ended) == 3
+    assert ended[2].startswith("process 0 on there and process 1 on there spent 0 s in step 3, ")
+
+
 def test_who_does_not_come_out_of_its_start_is_named(monkeypatch):
     monkeypatch.setitem(LIMITS, "start_seconds", 0.5)
     board = Board()
