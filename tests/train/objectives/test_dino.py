@@ -399,7 +399,7 @@ def test_a_classifier_starts_from_the_teachers_backbone(finished, tmp_path, capl
         "and the head starts anew" in caplog.text
     )
     config.init.ema = True
-    with pytest.raises(UserError, match="kept no average"):
+    with pytest.raises(UserError, match="which is an average already: leave out"):
         build(config).init_state()
     config.init.ema, config.model.width = False, 32
     with pytest.raises(UserError, match="are not for this model"):
