@@ -273,7 +273,7 @@ CULPRITS = {
     "hung in save": (inside.hang, "save"),
     "never started": (None, ""),
 }
-DEATHS = ("killed in data", "killed in step", "killed in save", "raises", "raises in save", "exits")
+DEATHS = (inside.kill, inside.fail, inside.leave)
 # Of the trial: short, and still longer than what such a run takes for anything on a machine with other work.
 WATCHDOG = {"watchdog__seconds": 20, "watchdog__factor": 3, "watchdog__start_seconds": 60}
 ALLOWED = re.compile(
@@ -318,7 +318,7 @@ def processes(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
     end(children)
     problems = []
     allowed = [int(number) for numbers in ALLOWED.findall(said) for number in numbers if number]
-    limit = 1.0 if kind in DEATHS else min(allowed, default=0) + 2.0
+    limit = 1.0 if fault in DEATHS else min(allowed, default=0) + 2.0
     if fault and not happened.exists():
         problems.append("the run ended before the fault")
     elif seconds is None:

@@ -45,7 +45,7 @@ def from_config(config: ConfigDict, examples: int) -> Optimizer:
     arguments = {key: settings[key] for key in keys}
     weight_decay: Any = settings.weight_decay
     if settings.final_weight_decay is not None:
-        weight_decay = weight_decay_schedule(
+        weight_decay = cosine_schedule(
             weight_decay, settings.final_weight_decay, steps_of(config, examples)
         )
 
@@ -74,10 +74,10 @@ def steps_of(config: ConfigDict, examples: int) -> int:
     return steps
 
 
-def weight_decay_schedule(start: float, final: float, total_steps: int) -> optax.Schedule:
+def cosine_schedule(start: float, final: float, total_steps: int) -> optax.Schedule:
     """`final + (start - final) * (1 + cos(pi * step / total_steps)) / 2`, of which step 0 has `start`.
 
-    Self-supervised transformers are trained with one that grows (Caron et al., arXiv 2104.14294, section 4).
+    So weight decay and the teacher's momentum grow in self-supervised training (Caron et al., arXiv 2104.14294).
     """
 
     def schedule(step: Any) -> Any:

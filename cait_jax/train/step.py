@@ -99,6 +99,12 @@ class Recording(Protocol):
         ...
 
 
+def training_options(keys: Keys, example_ids: Array) -> dict[str, Any]:
+    """What `model.apply` takes beside images where it is trained."""
+    rngs = {"dropout": keys["dropout"], "drop_path": keys["drop_path"]}
+    return {"train": True, "example_ids": example_ids, "rngs": rngs}
+
+
 def create_state(
     params: Params, optimizer: optax.GradientTransformation, *, ema: bool, carried: Any = None
 ) -> TrainState:

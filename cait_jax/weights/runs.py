@@ -60,16 +60,17 @@ def read_run(path: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarra
     Raises:
       UserError: there is no checkpoint, none that is valid, no average in it, or it is of no classifier.
     """
-    backbone = backbone_of(run_objective(path))
+    objective = run_objective(path)
+    _check_classifier(path, objective)
+    backbone = backbone_of(objective)
     if backbone is not None and ema:
         raise UserError(
             f"the run in {path} learnt without labels, and {backbone.name} is taken, which is an average already: "
-            f"leave out {setting('ema')}"
+            f"leave out {setting('ema', True)}"
         )
     params, meta = _restore(path, backbone.part if backbone else "ema" if ema else "params")
     for key in backbone.path if backbone else ():
         params = params[key]
-    _check_classifier(path, meta)
     model = _model(meta, params)
     return model, checked_state_dict(model, {"params": params})
 
@@ -105,7 +106,7 @@ def run_model(path: Path) -> Any:
       UserError: there is no checkpoint, none that is valid, or it is of no classifier.
     """
     meta, params = _meta(path)
-    _check_classifier(path, meta)
+    _check_classifier(path, _objective(meta))
     return _model(meta, params)
 
 
@@ -170,8 +171,7 @@ def _objective(meta: Mapping[str, Any]) -> str:
     return str(meta["config"].get("objective", "supervised"))
 
 
-def _check_classifier(path: Path, meta: Mapping[str, Any]) -> None:
-    objective = _objective(meta)
+def _check_classifier(path: Path, objective: str) -> None:
     if objective != "supervised" and backbone_of(objective) is None:
         raise UserError(
             f"the run in {path} learnt without labels ({objective}) and is no classifier: train one from it by "

@@ -28,8 +28,16 @@ from cait_jax.models.zoo import create_model
 from cait_jax.sharding import positions, reshape
 from cait_jax.train.objectives import knn
 from cait_jax.train.objectives.projection import ProjectionHead, unit
-from cait_jax.train.optimizer import steps_of
-from cait_jax.train.step import Aux, Batch, Evaluate, Keys, Params, moving_average
+from cait_jax.train.optimizer import cosine_schedule, steps_of
+from cait_jax.train.step import (
+    Aux,
+    Batch,
+    Evaluate,
+    Keys,
+    Params,
+    moving_average,
+    training_options,
+)
 from cait_jax.weights.adapt import interpolate_positions
 
 GLOBAL_CROPS = 2
@@ -180,11 +188,7 @@ class Dino:
             first = 0 if name == "global" else GLOBAL_CROPS
             number = first + jnp.arange(count)[None]
             ids = batch["id"][:, None] * (GLOBAL_CROPS + self.local_crops) + number
-            options = {
-                "train": True,
-                "example_ids": reshape(ids, batch_size * count),
-                "rngs": {"dropout": keys["dropout"], "drop_path": keys["drop_path"]},
-            }
+            options = training_options(keys, reshape(ids, batch_size * count))
         model, backbone = self.model, params["backbone"]
         if (size := (shape[0], shape[1])) != model.image_size:
             model, backbone = at_size(model, backbone, size)
@@ -210,8 +214,8 @@ class Dino:
         return start + (end - start) * jnp.minimum(step / self.warmup_steps, 1.0)
 
     def _momentum(self, step: Array) -> Array:
-        left = (1 + jnp.cos(jnp.pi * step / self.total_steps)) / 2
-        return 1 - (1 - self.teacher_momentum) * left
+        momentum: Array = cosine_schedule(self.teacher_momentum, 1.0, self.total_steps)(step)
+        return momentum
 
 
 def at_size(model: Any, params: Params, size: tuple[int, int]) -> tuple[Any, Params]:

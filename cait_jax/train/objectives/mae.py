@@ -38,7 +38,7 @@ from cait_jax.train.objectives.patches import (
     shuffle,
     sin_cos,
 )
-from cait_jax.train.step import Aux, Batch, Evaluate, Keys, Params, Record
+from cait_jax.train.step import Aux, Batch, Evaluate, Keys, Params, Record, training_options
 
 _EVALUATION = 2**32 - 1  # no step has this number
 
@@ -140,11 +140,7 @@ class Mae:
     ) -> tuple[Array, Aux]:
         """The mean squared error of pixels, `masked_mse`, plus `visible_weight` times that of visible patches."""
         del carried, step
-        options: dict[str, Any] = {
-            "train": True,
-            "example_ids": batch["id"],
-            "rngs": {"dropout": keys["dropout"], "drop_path": keys["drop_path"]},
-        }
+        options = training_options(keys, batch["id"])
         predicted = self.predict(params, batch["image"], batch["order"], **options)
         masked, visible = self.errors(predicted, batch["image"], batch["order"])
         loss = (masked + self.visible_weight * visible).mean()

@@ -28,7 +28,7 @@ from cait_jax.evaluation.evaluate import (
 from cait_jax.models.variants import VARIANTS
 from cait_jax.models.zoo import create_model
 from cait_jax.sharding import batch_sharding, positions
-from cait_jax.train.step import Aux, Batch, Evaluate, Keys, Params
+from cait_jax.train.step import Aux, Batch, Evaluate, Keys, Params, training_options
 
 Logits = Float[Array, "batch classes"]
 Targets = Float[Array, "batch classes"]
@@ -92,11 +92,7 @@ class Supervised:
     ) -> tuple[Array, Aux]:
         """The mean loss in nats, and accuracy (0 to 1) against the largest part of a mixed label."""
         del carried, step
-        options: dict[str, Any] = {
-            "train": True,
-            "example_ids": batch["id"],
-            "rngs": {"dropout": keys["dropout"], "drop_path": keys["drop_path"]},
-        }
+        options = training_options(keys, batch["id"])
         if self.teacher_loss is None:
             logits = self.model.apply({"params": params}, batch["image"], **options)
             losses = self.label_loss(logits, batch["target"])
