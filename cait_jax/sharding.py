@@ -214,6 +214,23 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
     }
 
 
+def copy_to_host(tree: Any, buffers: Any = None) -> Any:
+    """NumPy arrays that share no memory with a pytree's jax.Arrays, which may be donated.
+
+    Args:
+      buffers: an earlier result, which is overwritten if it has the same shapes and dtypes. Memory that is new to
+        the process takes as long to map as to fill.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.device_get(tree)
+    host = jax.tree.map(np.asarray, tree)
+    spec = functools.partial(jax.tree.map, lambda array: (array.shape, array.dtype))
+    if spec(buffers) != spec(host):
+        return jax.tree.map(np.array, host)
+    jax.tree.map(np.copyto, buffers, host)
+    return buffers
+
+
 def batch_shards(mesh: Mesh) -> int:
     """The number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

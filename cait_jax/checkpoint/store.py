@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
@@ -33,6 +32,7 @@ from cait_jax import files
 from cait_jax.checkpoint import manifest, reader
 from cait_jax.checkpoint.orbax_logs import quiet_errors
 from cait_jax.errors import StorageError, UserError, one_line
+from cait_jax.sharding import copy_to_host
 
 _log = logging.getLogger(__name__)
 _BROKEN_KEPT = 3
@@ -70,6 +70,7 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
         self._sign = 1.0 if best_mode == "max" else -1.0
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
+        self._host_state: PyTree = None
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, Exception] | None = None
         self._damage: dict[int, str] = {}
@@ -139,11 +140,12 @@ class Checkpoints(AbstractContextManager["Checkpoints", None]):
             self._close_manager()
             raise self._save_failed(step, error) from error
         # Orbax takes longer to begin than to copy, by the number of arrays.
-        copied = _copy_to_host(state) if alone else None
+        if alone:
+            self._host_state = copy_to_host(state, self._host_state)
 
         def finish() -> None:
             if alone:
-                start(manager, copied)
+                start(manager, self._host_state)
             manager.wait_until_finished()
             if jax.process_index() == 0:
                 manifest.commit(
@@ -391,9 +393,3 @@ def _reason(error: Exception) -> str:
     found = re.search(r"os_error_code='(\d+)'", str(error))
     code = int(found[1]) if found else getattr(error, "errno", None)
     return os.strerror(code) if code else one_line(f"{type(error).__name__}: {error}")
-
-
-def _copy_to_host(state: PyTree) -> PyTree:
-    """Arrays of numpy that share no memory with the devices, whose buffers may be donated."""
-    host = jax.device_get(state)
-    return jax.tree.map(np.array, host) if jax.default_backend() == "cpu" else host
