@@ -72,3 +72,42 @@ def test_the_ladder_reports_finished_runs_and_names_the_others(tmp_path, capsys)
     assert "| four_heads | 79,178 |  | 33.9 | 0 |  |" in lines
     assert "missing: one_head, seed 2 (7 of 15 epochs)" in lines
     assert lines[-1].startswith("missing: four_heads, seed 0 (0 of 15 epochs), seed 1")
+
+
+def test_a_study_tabulates_finished_runs_and_names_the_others(tmp_path):
+    study = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "study.py"))
+    results = tmp_path / "heads.jsonl"
+    assert study["finished"](results) == {}
+    line = {
+        "arm": "2 heads",
+        "eval_loss": 1.5,
+        "train_loss": 1.25,
+        "grad_norm": 2.0,
+        "parameters": 1000,
+    }
+    for seed, accuracy in enumerate([0.5, 0.52]):
+        study["append"](results, {**line, "seed": seed, "accuracy": accuracy, "diverged": False})
+    nothing = dict.fromkeys(("accuracy", "eval_loss", "train_loss", "parameters"))
+    study["append"](
+        results, {"arm": "4 heads", "seed": 0, "grad_norm": 9.0, "diverged": True, **nothing}
+    )
+    found = study["finished"](results)
+    assert set(found) == {("2 heads", 0), ("2 heads", 1), ("4 heads", 0)}
+    lines = study["table"](study["STUDIES"]["heads"], found, 2).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:4]]
+    assert cells == [
+        [
+            "2 heads",
+            "1,000",
+            "51.0 ± 1.4",
+            "1.500 ± 0.000",
+            "1.250 ± 0.000",
+            "2.00 ± 0.00",
+            "0",
+            "2",
+        ],
+        ["4 heads", "0", "", "", "", "9.00", "1", "1"],
+    ]
+    assert lines[-1].startswith(
+        "missing: 2 talking heads, seed 0; 2 talking heads, seed 1; 4 heads, seed 1"
+    )

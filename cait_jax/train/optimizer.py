@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, nearest
 
-OPTIMIZERS = ("adamw", "lamb", "lion", "sgd")
+OPTIMIZERS = ("adamw", "lamb", "lion", "muon", "sgd")
 SCHEDULES = ("cosine", "step")
 
 
@@ -111,10 +111,10 @@ def make_optimizer(
     Args:
       schedule: step to learning rate.
       name: `"adamw"` (arXiv 1711.05101), the paper's; `"lamb"` (arXiv 1904.00962) as timm has it; `"lion"` (arXiv
-        2302.06675); `"sgd"`.
+        2302.06675); `"muon"`, see `cait_jax.train.muon`; `"sgd"`.
       b1: decay of the first moment; of Lion the share of the old moment in its step. Not for SGD.
       b2: decay of the second moment; Lion's decay of its only one, usually 0.99. Not for SGD.
-      eps: added to the root of the second moment, of AdamW and LAMB; None: 1e-8, of LAMB 1e-6 (timm's default).
+      eps: added to the root of the second moment, of AdamW, LAMB and Muon; None: 1e-8, of LAMB 1e-6 (timm's).
       momentum: of SGD; 0 for none.
       nesterov: of SGD.
       weight_decay: of kernels, a number or from step to one. Decoupled and multiplied by the learning rate; of SGD
@@ -139,6 +139,10 @@ def make_optimizer(
         from cait_jax.train.lamb import lamb
 
         optimizer = lamb(schedule, b1=b1, b2=b2, eps=eps, **decay)
+    elif name == "muon":
+        from cait_jax.train.muon import muon
+
+        optimizer = muon(schedule, b1=b1, b2=b2, eps=eps, **decay)
     else:
         optimizer = optax.chain(
             optax.add_decayed_weights(**decay),

@@ -28,6 +28,7 @@ from trees import assert_same_bits
 from cait_jax.checkpoint import manifest, reader
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.errors import UserError
+from cait_jax.sharding import copy_to_host
 
 
 @struct.dataclass
@@ -931,3 +932,17 @@ def test_what_is_not_finite_is_null_in_every_json(tmp_path):
 
     for file in (tmp_path / "1" / "meta" / "metadata", tmp_path / "1" / "manifest.json"):
         json.loads(file.read_text(), parse_constant=refuse)
+
+
+def test_a_host_copy_takes_the_buffers_that_fit():
+    state, later = make_state(0), make_state(1)
+    copy = copy_to_host(state)
+    assert_same_bits(copy, state)
+    leaves = jax.tree.leaves(copy)
+    again = copy_to_host(later, copy)
+    assert_same_bits(again, later)
+    assert all(a is b for a, b in zip(jax.tree.leaves(again), leaves, strict=True))
+    for other in ({"a": jnp.zeros(3)}, {"a": jnp.zeros(3, jnp.int32)}, {"a": jnp.zeros((3, 3))}):
+        assert_same_bits(copy_to_host(other, {"a": np.ones(3, np.float32)}), other)
+    first = {"a": jnp.zeros(3)}
+    assert not np.shares_memory(copy_to_host(first)["a"], np.asarray(first["a"]))

@@ -108,6 +108,7 @@ STEPS = {
     "sam": {"optimizer.sam_rho": 0.05},
     "lamb": {"optimizer.name": "lamb"},
     "lion": {"optimizer.name": "lion"},
+    "muon": {"optimizer.name": "muon"},
     "sgd": {"optimizer.name": "sgd"},
     "head": {"optimizer.train": "head"},
     "layer_decay": {"optimizer.layer_decay": 0.7},

@@ -162,7 +162,7 @@ def test_every_argument_of_a_config_has_a_workdir_of_its_own():
         ("optimizer.learning_rate", "nan", "a finite number of at least 0 and at most 1,000"),
         ("model.drop_path_rate", "1.5", "a finite number in [0, 1), or None"),
         ("model.dtype", "float16", "one of bfloat16, float32, float64; nearest: bfloat16"),
-        ("optimizer.name", "adam", "one of adamw, lamb, lion, sgd; nearest: adamw"),
+        ("optimizer.name", "adam", "one of adamw, lamb, lion, muon, sgd; nearest: adamw"),
         ("model.name", "cait_xs", "a known name; nearest: cait_xs36, cait_xs24, cait_xxs36"),
         ("optimizer.train", "-1", "one of all, head, class_attention, or a whole number of 0 or more"),
         ("mesh.data", "0", "a whole number of 1 or more, or -1"),

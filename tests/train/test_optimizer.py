@@ -16,7 +16,9 @@ from marks import slow_unless
 from trees import random_params, stack_blocks, unstack_blocks
 
 from cait_jax import UserError, create_model
+from cait_jax.sharding import leaf_paths
 from cait_jax.train.config import get_config
+from cait_jax.train.muon import labels
 from cait_jax.train.optimizer import OPTIMIZERS, decay_mask, from_config, make_optimizer
 
 LAMB = Path(__file__).parents[1] / "fixtures" / "lamb.npz"
@@ -296,6 +298,56 @@ def test_lion_by_hand():
     # The moment is 0.5: with 0.1 of the new gradient, 0.45 + 0.1 g.
     updates, _ = optimizer.update({"kernel": jnp.array([-4.0, -5.0])}, state, params)
     np.testing.assert_allclose(updates["kernel"], [-0.1 * (1 + 0.2), -0.1 * (-1 - 0.4)], rtol=1e-5)
+
+
+def orthogonalised(matrix):
+    """Five steps of Newton and Schulz's quintic iteration, with the coefficients of Muon's authors."""
+    x = matrix / np.linalg.norm(matrix)
+    if tall := x.shape[0] > x.shape[1]:
+        x = x.T
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x.T if tall else x
+
+
+def test_muon_by_hand():
+    """Two steps of a matrix, of two stacked ones, and of what is not a matrix of a block."""
+    rng = np.random.default_rng(0)
+    names = {"fc1": (6, 4), "proj": (2, 4, 6), "proj_l": (2, 2), "head": (6, 3)}
+    params, first, second = (
+        {name: {"kernel": rng.normal(size=shape)} for name, shape in names.items()}
+        for _ in range(3)
+    )
+    with jax.enable_x64(True):
+        optimizer = make_optimizer(lambda _: 0.1, name="muon", eps=1e-3, weight_decay=0.3)
+        state = optimizer.init(params)
+        _, state = optimizer.update(first, state, params)
+        updates, _ = optimizer.update(second, state, params)
+    for name in names:
+        g1, g2, p = first[name]["kernel"], second[name]["kernel"], params[name]["kernel"]
+        if name in ("fc1", "proj"):
+            momentum = 0.95 * (0.05 * g1) + 0.05 * g2
+            mixed = 0.95 * momentum / (1 - 0.95**3) + 0.05 * g2 / (1 - 0.95**2)
+            matrices = mixed.reshape(-1, *mixed.shape[-2:])
+            step = np.stack([orthogonalised(matrix) for matrix in matrices]).reshape(g1.shape)
+            step *= 0.2 * np.sqrt(6)
+        else:
+            m = (0.1 * 0.9 * g1 + 0.1 * g2) / (1 - 0.9**2)
+            v = (0.001 * 0.999 * g1**2 + 0.001 * g2**2) / (1 - 0.999**2)
+            step = m / (np.sqrt(v) + 1e-3)
+        np.testing.assert_allclose(updates[name]["kernel"], -0.1 * (step + 0.3 * p), rtol=1e-6)
+
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    model = create_model("cait_nano4_patch4_8", num_classes=3)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    taken = {path for path, label in leaf_paths(labels(params))[0] if label == "muon"}
+    kernels = {path for path, _ in leaf_paths(params)[0] if path.endswith("kernel")}
+    left = {"patch_embed/proj/kernel", "head/kernel"}
+    mixing = {path for path in kernels if "/proj_l/" in path or "/proj_w/" in path}
+    assert mixing
+    assert taken == kernels - left - mixing
 
 
 def test_an_unknown_optimizer_is_named_with_those_that_exist():

@@ -365,7 +365,7 @@ def _check(config: ConfigDict) -> None:
     if optimizer.name == "lamb":
         raise UserError(
             f"{setting('config.optimizer.name', 'lamb')} has no trust ratios for the blocks of a backbone beside "
-            "a projection head: choose adamw, lion or sgd"
+            "a projection head: choose adamw, lion, muon or sgd"
         )
     if config.dino.koleo and optimizer.grad_accum > 1:
         raise UserError(

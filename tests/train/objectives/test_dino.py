@@ -449,7 +449,7 @@ def test_nothing_finite_is_said_of_features_that_are_not():
         ({"optimizer__ema_decay": 0.9}, r"optimizer\.ema_decay=0\.9 has no place"),
         ({"optimizer__layer_decay": 0.9}, r"optimizer\.layer_decay=0\.9 has no place"),
         ({"report__inspect_every": 1}, r"report\.inspect_every=1 has no place"),
-        ({"optimizer__name": "lamb"}, "choose adamw, lion or sgd"),
+        ({"optimizer__name": "lamb"}, "choose adamw, lion, muon or sgd"),
         ({"dino__local_size": 6}, "local_size=6 cannot be cut in patches of 4 by 4"),
         ({"dino__koleo": 0.1, "optimizer__grad_accum": 2}, "koleo compares the images of a whole"),
         ({"dino__out_dim": 1}, "out_dim is 1 and must be a whole number of 2 or more"),
