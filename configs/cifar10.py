@@ -1,4 +1,9 @@
-"""CaiT on CIFAR-10 (TFDS `cifar10`), from scratch: XXS24 with patches of 4; `:small` for an hour on two cores."""
+"""CaiT on CIFAR-10 (TFDS `cifar10`), from scratch: XXS24 with patches of 4; `:small` for an hour on two cores.
+
+`:finetune` follows `dino.py:cifar10` or `mae.py:cifar10`, by `--config.init.weights=RUN`, with the network and the
+settings of Gani et al. (arXiv 2210.07240; hananshafi/vits-for-small-scale-datasets, `finetune.py`), but for
+RandAugment in place of AutoAugment's policy; without weights it is theirs from scratch.
+"""
 
 from ml_collections import ConfigDict
 
@@ -7,7 +12,7 @@ from configs import common
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    check_argument("cifar10", argument, ("", "small"))
+    check_argument("cifar10", argument, ("", "finetune", "small"))
     config = from_scratch()
     config.augment.pad_crop = 4
     config.optimizer.grad_clip_norm = 1.0
@@ -21,6 +26,16 @@ def get_config(argument: str = "") -> ConfigDict:
     config.optimizer.warmup_epochs = 10.0
     config.optimizer.ema_decay = 0.9998  # over the last 5,000 of 58,600 steps
     config.eval.every_epochs = 5.0
+    if argument == "finetune":
+        config.model.mlp_ratio = 2.0
+        config.model.drop_path_rate = 0.1
+        config.data.aug_repeats = 3
+        config.augment.mix_rows = 64
+        config.augment.mixup = 1.0
+        config.augment.mixup_prob = 0.5
+        config.epochs = 100.0
+        config.optimizer.grad_clip_norm = 0.0
+        config.optimizer.ema_decay = 0.0
     return config
 
 

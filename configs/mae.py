@@ -4,7 +4,7 @@
     python train.py --config=configs/cifar10.py:small --config.init.weights=runs/mae-small
 
 `:imagenet` is the paper's (its table 8) with CaiT S24, for `cait_s24.py`. `:cifar10` has the CaiT of Gani et al.
-(arXiv 2210.07240), for `cifar10.py` with `--config.model.mlp_ratio=2`. `:small` is for two CPU cores. Rates and
+(arXiv 2210.07240), for `cifar10.py:finetune`. `:small` is for two CPU cores. Rates and
 lengths of these two are ours; nothing was tuned.
 """
 

@@ -1,0 +1,1 @@
+"""The studies of `benchmarks/study.py`: a question a file, each with its arms."""
