@@ -23,7 +23,7 @@ from typing import Any
 from cait_jax import relay
 from cait_jax.rendezvous import Meeting
 
-_GRACE_S = 0.5  # in which a process may end by a sentence or traceback of its own
+_GRACE_S = 0.25  # in which a process may end by a sentence or traceback of its own
 _EXIT_S = 5.0  # to end after an error of its own
 _FLUSH_S = 1.0
 _LONGEST_LINE = 2**24

@@ -7,7 +7,7 @@ another, global crop of that image.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -26,7 +26,7 @@ from cait_jax.models.layers import DtypePolicy
 from cait_jax.models.variants import VARIANTS
 from cait_jax.models.zoo import create_model
 from cait_jax.sharding import positions, reshape
-from cait_jax.train.objectives import knn
+from cait_jax.train.objectives import collapse, knn
 from cait_jax.train.objectives.projection import ProjectionHead, unit
 from cait_jax.train.optimizer import cosine_schedule, steps_of
 from cait_jax.train.step import (
@@ -66,7 +66,7 @@ class Dino:
       teacher_momentum: in step 0.
       center_momentum: of the moving mean.
       koleo: weight of `koleo_loss`.
-      measure: from a mesh to the evaluator of the teacher's features; None: nothing is evaluated.
+      bank: the images whose features are neighbours; None: nothing is evaluated.
     """
 
     model: Any = struct.field(pytree_node=False)
@@ -83,7 +83,7 @@ class Dino:
     teacher_momentum: float = struct.field(pytree_node=False, default=0.996)
     center_momentum: float = struct.field(pytree_node=False, default=0.9)
     koleo: float = struct.field(pytree_node=False, default=0.0)
-    measure: Callable[[Mesh], Evaluate] | None = struct.field(pytree_node=False, default=None)
+    bank: knn.Bank | None = struct.field(pytree_node=False, default=None)
 
     rngs: ClassVar[tuple[str, ...]] = ("augment", "dropout", "drop_path")
     best_metric: ClassVar[str] = "eval/knn_accuracy"
@@ -166,15 +166,29 @@ class Dino:
         return {"teacher": teacher, "center": center}
 
     def evaluated(self, params: Params, carried: Any) -> Mapping[str, Params]:
-        """The named parameters that are evaluated: the teacher's backbone."""
+        """The named parameters that are evaluated: the teacher with its centre."""
         del params
-        return {"": carried["teacher"]["backbone"]}
+        return {"": {**carried["teacher"], "center": carried["center"]}}
 
     def evaluator(self, mesh: Mesh) -> Evaluate:
-        """`knn_accuracy` of the teacher's features where there are labels, and how they are spread."""
-        if self.measure is None:
+        """`knn_accuracy` of the teacher's features where there are labels, their spread, its answers' entropies.
+
+        Of uncropped images, at the temperature after the warm-up. The log says where all get the same answer.
+        """
+        if self.bank is None:
             return lambda params, batches, progress=None: {name: {} for name in params}
-        return self.measure(mesh)
+        answer = functools.partial(_answer, self.head, self.teacher_temps[1])
+
+        def features(params: Params, images: Array) -> Array:
+            found: Any = self.model.apply({"params": params["backbone"]}, images)
+            return jnp.asarray(found)
+
+        def judge(params: Params, features: np.ndarray) -> dict[str, float]:
+            entropies = collapse.answer_entropies(answer, params, features)
+            collapse.warn_of_same_answers(**entropies, outputs=self.head.outputs)
+            return entropies
+
+        return knn.make_evaluator(features, self.bank, mesh, judge)
 
     def _apply(
         self, params: Params, batch: Batch, name: str, keys: Keys | None
@@ -254,6 +268,12 @@ def dino_loss(
     return pairs.mean()
 
 
+def _answer(head: ProjectionHead, temperature: float, params: Params, features: Array) -> Array:
+    """A teacher's probabilities (n, outputs) for features (n, d)."""
+    outputs: Any = head.apply({"params": params["head"]}, features)
+    return teacher_probabilities(outputs[:, None], params["center"], temperature)[:, 0]
+
+
 def koleo_loss(features: Float[Array, "batch d"]) -> Float[Array, ""]:
     """Kozachenko and Leonenko's estimate of the negative entropy of a batch's directions, but for constants.
 
@@ -325,7 +345,7 @@ def from_config(config: ConfigDict, split: Split) -> Dino:
         teacher_momentum=settings.teacher_momentum,
         center_momentum=settings.center_momentum,
         koleo=settings.koleo,
-        measure=knn.from_config(config, split, model),
+        bank=knn.bank_from_config(config, split, model),
     )
 
 

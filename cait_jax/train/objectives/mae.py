@@ -5,6 +5,7 @@ alone; a light decoder gets their tokens and a learned one for each masked patch
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,13 +22,14 @@ from cait_jax.augment import pipeline
 from cait_jax.augment.pipeline import Augmentation
 from cait_jax.data.split import Split
 from cait_jax.errors import UserError, setting
-from cait_jax.evaluation.evaluate import evaluate, jit_eval_step
+from cait_jax.evaluation.features import collect_features, jit_features
 from cait_jax.models.cait import CaiT
 from cait_jax.models.layers import LINEAR_INIT, DtypePolicy, LayerNorm, linear, take_tokens
 from cait_jax.models.residual import residual_scheme
 from cait_jax.models.variants import VARIANTS, VisionTransformer
 from cait_jax.models.zoo import create_model
-from cait_jax.sharding import batch_sharding, positions, tile
+from cait_jax.sharding import batch_sharding, constrain_batch, positions, replicated, tile
+from cait_jax.train.objectives import knn
 from cait_jax.train.objectives.patches import (
     Images,
     Order,
@@ -92,6 +94,7 @@ class Mae:
       visible_weight: of the loss on visible patches; that on masked ones has 1.
       seed: masks of evaluation follow from it.
       pictures_every_epochs: between pictures of reconstructions; 0: none.
+      bank: the images whose features are neighbours; None: k-NN accuracy is not measured.
     """
 
     model: Any = struct.field(pytree_node=False)
@@ -104,6 +107,7 @@ class Mae:
     visible_weight: float = struct.field(pytree_node=False, default=0.0)
     seed: int = struct.field(pytree_node=False, default=0)
     pictures_every_epochs: float = struct.field(pytree_node=False, default=0.0)
+    bank: knn.Bank | None = struct.field(pytree_node=False, default=None)
 
     rngs: ClassVar[tuple[str, ...]] = ("augment", "mask", "dropout", "drop_path")
 
@@ -178,34 +182,65 @@ class Mae:
         key = jax.random.fold_in(jax.random.key(self.seed), _EVALUATION)
         return shuffle(key, first + positions(images), self.patches)
 
+    def features(self, params: Params, images: Images) -> Float[Array, "batch d"]:
+        """The mean token of all patches, normalised as for the decoder."""
+        patches = tile(jnp.arange(self.patches)[None], images)
+        tokens = self.model.apply({"params": params["encoder"]}, images, visible=patches)
+        dtypes = DtypePolicy(self.model.dtype, self.model.param_dtype, self.model.precision)
+        norm: Any = LayerNorm(**dtypes.norm)
+        found: Any = norm.apply({"params": params["decoder"]["encoder_norm"]}, tokens)
+        return jnp.asarray(found.mean(axis=1))
+
     def evaluator(self, mesh: Mesh) -> Evaluate:
-        """`loss` on the evaluation split, with masks that follow from the seed and an example's number in it."""
+        """`loss` on the evaluation split, with masks that follow from the seed and an example's number in it.
 
-        def add(params: Params, batch: Any, sums: Any) -> Any:
+        With a `bank` also the `knn.feature_metrics` of `features`.
+        """
+
+        def measure(variables: tuple[Mapping[str, Params], Array], batch: Batch) -> Any:
+            named, first = variables
             images = pipeline.normalise(batch["image"], self.mean, self.std)
-            order = self.evaluation_order(sums["rows"], images)
-            masked, visible = self.errors(self.predict(params, images, order), images, order)
-            losses = jnp.where(batch["mask"], masked + self.visible_weight * visible, 0)
-            return {
-                "rows": sums["rows"] + len(images),
-                "counted": sums["counted"] + batch["mask"].sum(dtype=jnp.int32),
-                "loss": sums["loss"] + losses.sum(),
-            }
+            order = self.evaluation_order(first, images)
+            found: dict[str, dict[str, Array]] = {}
+            for name, params in named.items():
+                masked, visible = self.errors(self.predict(params, images, order), images, order)
+                found[name] = {"loss": masked + self.visible_weight * visible}
+                if self.bank is not None:
+                    found[name]["features"] = self.features(params, images)
+            return {"features": found, "label": batch["label"], "mask": batch["mask"]}
 
-        step = jit_eval_step(add, mesh)
-        wide = jnp.promote_types(self.model.dtype, jnp.float32)
-        zeros = {"rows": np.int32(0), "counted": np.int32(0), "loss": np.zeros((), wide)}
+        step = jax.jit(
+            constrain_batch(measure, mesh),
+            in_shardings=(None, batch_sharding(mesh)),
+            out_shardings=replicated(mesh),
+        )
 
-        def eval_step(params: Any, batch: Any, sums: Any) -> Any:
-            return {name: step(p, batch, sums[name]) for name, p in params.items()}
+        def features(named: Mapping[str, Params], images: Images) -> dict[str, Array]:
+            return {name: self.features(params, images) for name, params in named.items()}
+
+        of_bank = jit_features(features, self.mean, self.std, mesh)
 
         def run(params: Any, batches: Any, progress: Any = None) -> dict[str, dict[str, float]]:
-            start = dict.fromkeys(params, zeros)
-            sums = evaluate(eval_step, params, batches, batch_sharding(mesh), start, progress)
-            return {
-                name: {"loss": float(sum_["loss"]) / int(sum_["counted"])}
-                for name, sum_ in sums.items()
+            rows = 0
+
+            def numbered(params: Any, batch: Mapping[str, Any]) -> Any:
+                nonlocal rows
+                first, rows = rows, rows + len(batch["image"])
+                return step((params, np.int32(first)), batch)
+
+            found, labels = collect_features(numbered, params, batches, mesh, progress)
+            metrics = {
+                name: {"loss": float(each["loss"].mean(dtype=np.float64))}
+                for name, each in found.items()
             }
+            if self.bank is not None:
+                alive = getattr(batches, "before_each", lambda: None)
+                known, known_labels = self.bank.collect(of_bank, params, mesh, alive)
+                for name, each in found.items():
+                    metrics[name] |= knn.feature_metrics(
+                        each["features"].astype(np.float32), labels, known[name], known_labels
+                    )
+            return metrics
 
         return run
 
@@ -255,6 +290,7 @@ def from_config(config: ConfigDict, split: Split) -> Mae:
         visible_weight=settings.visible_weight,
         seed=config.seed,
         pictures_every_epochs=settings.pictures_every_epochs,
+        bank=knn.bank_from_config(config, split, model),
     )
 
 

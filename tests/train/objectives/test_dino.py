@@ -349,7 +349,13 @@ def test_a_run_stops_and_resumes_to_the_same_bits(finished, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_a_run_is_evaluated_by_the_neighbours_of_its_teachers_features(finished):
     run, _ = finished
-    assert set(run.metrics) == {"eval/knn_accuracy", "eval/feature_rank", "eval/feature_std"}
+    assert set(run.metrics) == {
+        "eval/knn_accuracy",
+        "eval/feature_rank",
+        "eval/feature_std",
+        "eval/teacher_entropy",
+        "eval/mean_entropy",
+    }
     trainer = build(config_of())
     teacher = jax.tree.map(jnp.asarray, jax.device_get(run.state.carried["teacher"]["backbone"]))
 
@@ -434,10 +440,12 @@ def test_the_commands_measure_and_write_the_features_of_a_run(finished, tmp_path
 def test_nothing_finite_is_said_of_features_that_are_not():
     trainer = build(config_of())
     state = trainer.init_state()
-    nan = jax.tree.map(lambda leaf: leaf * jnp.nan, state.carried["teacher"]["backbone"])
+    evaluated = trainer.objective.evaluated(state.params, state.carried)[""]
+    nan = jax.tree.map(lambda leaf: leaf * jnp.nan, evaluated)
     with trainer.eval_batches() as batches:
         found = trainer.evaluate({"": nan}, batches)[""]
-    assert set(found) == {"knn_accuracy", "feature_rank", "feature_std"}
+    entropies = {"teacher_entropy", "mean_entropy"}
+    assert set(found) == {"knn_accuracy", "feature_rank", "feature_std"} | entropies
     assert all(map(math.isnan, found.values()))
 
 

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from marks import slow
 from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
 from trees import assert_same_bits, random_params
 
 from cait_jax import UserError, create_model, load_pretrained
@@ -352,7 +353,8 @@ def evaluated(objective, params, devices, size, count=11):
         rows = images[start : start + size]
         padding = size - len(rows)
         rows = np.concatenate([rows, np.zeros((padding, 8, 8, 3), np.uint8)])
-        batches.append({"image": rows, "mask": np.arange(size) < size - padding})
+        mask = np.arange(size) < size - padding
+        batches.append({"image": rows, "mask": mask, "label": np.zeros(size, np.int32)})
     return objective.evaluator(make_mesh(jax.devices()[:devices]))({"": params}, batches)[""]
 
 
@@ -377,6 +379,33 @@ def test_evaluation_counts_every_image_once_with_its_own_mask():
 # Runs
 
 
+@pytest.mark.slow
+def test_a_run_is_evaluated_by_the_neighbours_of_its_mean_tokens(pretrained):
+    _, run = pretrained
+    trainer = build(small_config())
+    params = jax.tree.map(jnp.asarray, jax.device_get(run.state.params))
+    model = trainer.model
+
+    def features(split):
+        mean, std = np.float32(trainer.config.data.mean), np.float32(trainer.config.data.std)
+        images = jnp.asarray((np.float32(split.images) / 255 - mean) / std)
+        order = jnp.tile(jnp.arange(16), (len(images), 1))
+        tokens = model.apply({"params": params["encoder"]}, images, visible=order)
+        x = np.float64(tokens)
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        norm = params["decoder"]["encoder_norm"]
+        return (x * np.float64(norm["scale"]) + np.float64(norm["bias"])).mean(1)
+
+    def weights(far):
+        return np.exp((far.min(1, keepdims=True) - far) / 0.07)
+
+    neighbours = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=weights)
+    neighbours.fit(features(trainer.train_split), trainer.train_split.labels)
+    expected = neighbours.score(features(trainer.eval_split), trainer.eval_split.labels)
+    assert run.metrics["eval/knn_accuracy"] == pytest.approx(expected, abs=2 / 360)
+    assert expected > 0.2  # after 24 steps
+
+
 def small_config():
     config = digits.get_config()
     config.objective = "mae"
@@ -399,7 +428,8 @@ def pretrained(tmp_path_factory):
 
 def test_a_run_learns_and_resumes_to_the_same_bits(pretrained, tmp_path, monkeypatch):
     workdir, whole = pretrained
-    assert set(whole.metrics) == {"eval/loss", "eval/ema_loss"}
+    names = ("loss", "knn_accuracy", "feature_rank", "feature_std")
+    assert set(whole.metrics) == {f"eval/{ema}{name}" for ema in ("", "ema_") for name in names}
     assert whole.metrics["eval/loss"] < 0.98 * evaluations(workdir)[0]
     stop = contextlib.nullcontext(lambda step: step == 13)
     monkeypatch.setattr(loop, "stop_signal", lambda: stop)
