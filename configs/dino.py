@@ -60,12 +60,15 @@ def _small(config: ConfigDict) -> ConfigDict:
     config.model.dtype = "float32"
     config.batch_size = 128
     config.epochs = 20.0
-    config.optimizer.learning_rate = 5e-4
+    config.augment.color_jitter = 0.2
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_epochs = 2.0
     config.dino.local_crops = 4
     config.dino.head_hidden = 512
     config.dino.bottleneck = 128
-    config.dino.teacher_temp_epochs = 5.0
+    config.dino.out_dim = 256
+    config.dino.teacher_temp = config.dino.teacher_temp_start
+    config.dino.teacher_momentum = 0.98  # in few steps a slower teacher stays what it was drawn as
     config.eval.every_epochs = 4.0
     return config
 
