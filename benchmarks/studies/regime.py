@@ -4,6 +4,7 @@ The network of `pretraining` from scratch and after MAE on all 50,000 images wit
 and a CNN of nine layers with batch norm. All see the same augmentation for the same steps.
 """
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ class SupervisedCNN(Supervised):
 
 def make_cnn(config: Any, split: Split) -> SupervisedCNN:
     objective = from_config(config, split)
-    fields = {name: getattr(objective, name) for name in objective.__dataclass_fields__}
+    fields = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
     return SupervisedCNN(**{**fields, "model": ResidualCNN(split.num_classes)})
 
 
