@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cait_jax.train.resume import read_metrics
+from cait_jax.train.metrics import read_metrics
 
 _WINDOW = 20  # logged steps that a point of the smooth line averages
 

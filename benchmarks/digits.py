@@ -20,7 +20,7 @@ from cait_jax.augment.pipeline import normalise
 from cait_jax.data import load_split
 from cait_jax.models.inspect import forward_intermediates
 from cait_jax.train import Run, train
-from cait_jax.train.resume import read_metrics
+from cait_jax.train.metrics import read_metrics
 from configs import digits
 
 

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train import loop, train
-from cait_jax.train.metric_writer import MetricWriter
+from cait_jax.train.metrics import MetricWriter
 from cait_jax.train.setup import Trainer, build
 from configs import digits
 

@@ -33,7 +33,7 @@ import jax
 from tabulate import tabulate
 
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.train.resume import read_metrics
+from cait_jax.train.metrics import read_metrics
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 LIMIT = 900  # seconds that a start may take

@@ -29,7 +29,7 @@ from cait_jax.data import load_split
 from cait_jax.data.split import InMemory
 from cait_jax.train import Run, train
 from cait_jax.train.finetune import folder_config, look_through
-from cait_jax.train.resume import read_metrics
+from cait_jax.train.metrics import read_metrics
 from configs import cifar10
 
 WAYS = ("from scratch", "head", "two-phase", "all")

@@ -21,7 +21,7 @@ from trees import assert_same_bits
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.processes import explain, join_processes
 from cait_jax.rendezvous import Meeting
-from cait_jax.train.resume import read_metrics
+from cait_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS = 8

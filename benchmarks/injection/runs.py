@@ -11,7 +11,7 @@ from typing import Any
 
 from cait_jax.checkpoint import manifest
 from cait_jax.errors import UserError, one_line
-from cait_jax.train.resume import TIMING_KEYS, read_metrics
+from cait_jax.train.metrics import TIMING_KEYS, read_metrics
 from injection.inside import Marks, digests
 from injection.launch import ROOT, Child, Launcher, wait
 

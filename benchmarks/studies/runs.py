@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from cait_jax.train import NonFiniteError, train
-from cait_jax.train.resume import read_metrics
+from cait_jax.train.metrics import read_metrics
 from configs import cifar10
 
 STEPS = 1170  # 3 passes over the 50,000 images

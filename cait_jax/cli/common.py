@@ -206,8 +206,8 @@ def load_model(
     Those of `weights` count where it is a directory.
     """
     from cait_jax.evaluation.labels import imagenet_classes
-    from cait_jax.models.inspect import check_attention_memory
     from cait_jax.models.variants import VARIANTS
+    from cait_jax.models.zoo import check_attention_memory
     from cait_jax.weights import pretrained
     from cait_jax.weights.model_json import replace_attributes
     from cait_jax.weights.pretrained import load_pretrained, load_settings, preprocessing

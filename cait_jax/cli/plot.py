@@ -116,7 +116,7 @@ def _watch(drawings: Sequence[Callable[[], Any]], output: Path, title: str, ever
 
 def _curves(runs: Sequence[Path]) -> Any:
     from cait_jax.explain.curves import training_curves
-    from cait_jax.train.resume import read_metrics
+    from cait_jax.train.metrics import read_metrics
 
     rows = {}
     for run in runs:

@@ -9,12 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cait_jax.errors import UserError, Way, advise
-from cait_jax.kernels import DEFAULT_ATTENTION
 from cait_jax.models.cait import CaiT
 from cait_jax.models.layers import Images
 from cait_jax.models.zoo import Network
-from cait_jax.sharding import device_memory
 
 
 def forward_intermediates(
@@ -112,34 +109,6 @@ def residual_bytes(model: Network, batch_size: int) -> int:
 
     kept = jax.tree.leaves(jax.eval_shape(backward, params, images))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
-
-
-def check_attention_memory(model: Network) -> None:
-    """Refuses a network if the attention maps of one block and one image do not fit in a device's memory.
-
-    Kernels that keep maps in tiles are not refused, nor devices whose memory is not known.
-
-    Raises:
-      UserError: with the numbers.
-    """
-    if not isinstance(model, CaiT):
-        return
-    chosen = model.attention or DEFAULT_ATTENTION.get(jax.default_backend(), "xla")
-    patches = math.prod(side // model.patch_size for side in model.image_size)
-    needed = model.num_heads * patches**2 * jnp.dtype(model.dtype).itemsize
-    available = device_memory(jax.local_devices())
-    if not chosen.startswith("xla") or available is None or needed <= available:
-        return
-    height, width = model.image_size
-    raise UserError(
-        f"attention between the {patches:,} patches of an image of {height} by {width} pixels takes "
-        f"{needed / 1e9:,.1f} GB, and a device has {available / 1e9:,.1f} GB: "
-        + advise(
-            Way("lower {}", "image_size"),
-            Way("raise {}", "patch_size"),
-            otherwise="choose smaller images",
-        )
-    )
 
 
 def _one_image(model: Network) -> jax.ShapeDtypeStruct:

@@ -1,15 +1,19 @@
 """Models by name."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cait_jax.errors import UserError, can_set, nearest, setting
+from cait_jax.errors import UserError, Way, advise, can_set, nearest, setting
+from cait_jax.kernels import DEFAULT_ATTENTION
 from cait_jax.models.cait import CaiT
 from cait_jax.models.variants import VARIANTS, VisionTransformer
 from cait_jax.renamed import KEY_OF
+from cait_jax.sharding import device_memory
 
 if TYPE_CHECKING:
     from cait_jax.models.regnet import RegNetY
@@ -68,3 +72,31 @@ def float_dtype(argument: str, dtype: Any) -> Any:
     if name not in known:
         raise UserError(f"there is no {argument} {name!r}; {nearest(name, known)}")
     return known[name]
+
+
+def check_attention_memory(model: Network) -> None:
+    """Refuses a network if the attention maps of one block and one image do not fit in a device's memory.
+
+    Kernels that keep maps in tiles are not refused, nor devices whose memory is not known.
+
+    Raises:
+      UserError: with the numbers.
+    """
+    if not isinstance(model, CaiT):
+        return
+    chosen = model.attention or DEFAULT_ATTENTION.get(jax.default_backend(), "xla")
+    patches = math.prod(side // model.patch_size for side in model.image_size)
+    needed = model.num_heads * patches**2 * jnp.dtype(model.dtype).itemsize
+    available = device_memory(jax.local_devices())
+    if not chosen.startswith("xla") or available is None or needed <= available:
+        return
+    height, width = model.image_size
+    raise UserError(
+        f"attention between the {patches:,} patches of an image of {height} by {width} pixels takes "
+        f"{needed / 1e9:,.1f} GB, and a device has {available / 1e9:,.1f} GB: "
+        + advise(
+            Way("lower {}", "image_size"),
+            Way("raise {}", "patch_size"),
+            otherwise="choose smaller images",
+        )
+    )

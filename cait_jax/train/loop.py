@@ -22,9 +22,9 @@ from cait_jax.processes import check_shared, peers
 from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train import objectives
 from cait_jax.train.config import as_json
-from cait_jax.train.metric_writer import MetricWriter
+from cait_jax.train.metrics import MetricWriter, rewind
 from cait_jax.train.nonfinite import NonFiniteSteps
-from cait_jax.train.resume import check_resumed, rewind
+from cait_jax.train.resume import check_resumed
 from cait_jax.train.setup import MakeObjective, Trainer, build
 from cait_jax.train.signals import save_signal, stop_signal
 from cait_jax.train.step import Record, Recording, TrainState, all_finite
@@ -324,8 +324,8 @@ def _store(
 @contextlib.contextmanager
 def _watchdog(config: ConfigDict) -> Iterator[Callable[[str, int], None]]:
     """Yields what is to be told of each phase and its step."""
-    others = peers()
-    if others is None or jax.process_count() == 1:
+    others = peers() if jax.process_count() > 1 else None
+    if others is None:
         yield lambda phase, step: None
         return
     from cait_jax.train.watchdog import Watchdog

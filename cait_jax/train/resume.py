@@ -1,17 +1,11 @@
-"""What a run left behind: its metrics, cut to its checkpoint, whose settings and data a resumed run must have."""
+"""The settings and data of a checkpoint, which a resumed run must have."""
 
-import contextlib
-import hashlib
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from cait_jax.errors import UserError, can_set, setting
-from cait_jax.files import atomic_replace, to_json
-from cait_jax.reading import check_regular, parse_json
 from cait_jax.renamed import current_config
 from cait_jax.train.config import as_json, flatten, with_missing
 
@@ -26,10 +20,6 @@ FREE_KEYS = (
     "watchdog",
     "mae.pictures_every_epochs",
 )
-# The keys of `metrics.jsonl` that may differ between two runs of the same config.
-TIMING_KEYS = ("time", "train/images_per_second")
-MAX_LINE = 2**20
-"""Bytes of a line of `metrics.jsonl`."""
 _OF_SPLITS = ("name", "train_split", "eval_split")
 
 
@@ -126,80 +116,3 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if before.get("files_sha256") not in (None, now.get("files_sha256")):
         return "its files have other names or are in other classes now"
     return ""
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl` in their order, without a torn last one; `[]` for no file."""
-    file = Path(path)
-    return [row for _, row in metric_lines(file)] if file.exists() else []
-
-
-def metric_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each whole line and its row, whose `step` is an int. A power cut can leave lines that are not whole.
-
-    Lines of more than `MAX_LINE` bytes are none. Raises `OSError` for what is no regular file.
-    """
-    check_regular(file)
-    with file.open("rb") as stream:
-        while line := stream.readline(MAX_LINE):
-            if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                while (rest := stream.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                    pass
-                continue
-            line = line.removesuffix(b"\n")
-            with contextlib.suppress(ValueError):
-                row = parse_json(line.decode())
-                if isinstance(row, dict) and type(row.get("step")) is int:
-                    yield line, row
-
-
-def rewind(
-    path: Path, step: int, *, evaluated: bool = True, expected: Mapping[str, Any] | None = None
-) -> str:
-    """Cuts every line after `step` from a `metrics.jsonl`, and lines that are not whole.
-
-    Args:
-      evaluated: whether the evaluation of `step` itself stays.
-      expected: `MetricWriter.written` when `step` was saved.
-
-    Returns:
-      A sentence if lines of before the save are lost or changed, else an empty string.
-    """
-
-    def stays(row: dict[str, Any]) -> bool:
-        if row["step"] == step and not evaluated:
-            return not any(key.startswith("eval/") for key in row)
-        return bool(row["step"] <= step)
-
-    digest, size = LinesDigest(), 0
-    for line, row in metric_lines(path) if path.exists() else ():
-        if stays(row):
-            size += len(line) + 1
-            if expected and digest.lines < expected["lines"]:
-                digest.add(row)
-    if path.exists() and size != path.stat().st_size:
-        with atomic_replace(path) as temporary, temporary.open("wb") as stream:
-            stream.writelines(line + b"\n" for line, row in metric_lines(path) if stays(row))
-    if not expected or digest.value() == expected:
-        return ""
-    return (
-        f"{path} has lost lines or they were changed since step {step} was saved, when it had "
-        f"{expected['lines']}; there are {digest.lines}, and training goes on after them"
-    )
-
-
-class LinesDigest:
-    """SHA-256 of the rows of a `metrics.jsonl` without their times: the same however often a run was resumed."""
-
-    def __init__(self) -> None:
-        self.lines, self._sha256 = 0, hashlib.sha256()
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Takes the next row."""
-        timeless = {key: value for key, value in row.items() if key not in TIMING_KEYS}
-        self._sha256.update(to_json(timeless).encode() + b"\n")
-        self.lines += 1
-
-    def value(self) -> dict[str, Any]:
-        """Number of rows and their digest, as JSON."""
-        return {"lines": self.lines, "sha256": self._sha256.hexdigest()}

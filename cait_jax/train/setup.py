@@ -18,7 +18,7 @@ from cait_jax.data.sampler import warn_of_shared_draws
 from cait_jax.data.sources import load_split
 from cait_jax.data.split import Split
 from cait_jax.errors import UserError, setting
-from cait_jax.models.inspect import check_attention_memory
+from cait_jax.models.zoo import check_attention_memory
 from cait_jax.sharding import (
     batch_sharding,
     batch_shards,

@@ -26,8 +26,7 @@ from cait_jax.data.split import BrokenImage
 from cait_jax.errors import StorageError
 from cait_jax.files import DirectoryLock
 from cait_jax.train import NonFiniteError, loop, train
-from cait_jax.train.metric_writer import MetricWriter
-from cait_jax.train.resume import read_metrics
+from cait_jax.train.metrics import MetricWriter, read_metrics
 from cait_jax.train.setup import Trainer
 from configs import cait_xs24, cifar10
 

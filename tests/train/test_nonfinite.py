@@ -14,8 +14,8 @@ from trees import assert_same_bits
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train import NonFiniteError, loop, setup, train
+from cait_jax.train.metrics import read_metrics
 from cait_jax.train.nonfinite import NonFiniteSteps
-from cait_jax.train.resume import read_metrics
 
 
 @pytest.fixture

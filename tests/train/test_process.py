@@ -17,7 +17,7 @@ from marks import slow
 from run_files import WRITES_NO_CACHE, untimed
 
 from cait_jax.checkpoint.store import Checkpoints
-from cait_jax.train.resume import read_metrics
+from cait_jax.train.metrics import read_metrics
 from cait_jax.train.setup import build
 from configs import digits
 

@@ -1,8 +1,6 @@
 """What a checkpoint records of its data, and what a resumed run refuses."""
 
-import errno
 import json
-import os
 
 import numpy as np
 import pytest
@@ -12,16 +10,7 @@ from cait_jax import UserError
 from cait_jax.data.folder import load_folder
 from cait_jax.data.split import InMemory, identity
 from cait_jax.train.config import as_json, get_config
-from cait_jax.train.metric_writer import MetricWriter
-from cait_jax.train.resume import (
-    MAX_LINE,
-    check_resumable,
-    check_resumed,
-    check_same_data,
-    metric_lines,
-    read_metrics,
-    rewind,
-)
+from cait_jax.train.resume import check_resumable, check_resumed, check_same_data
 from configs import common
 
 
@@ -128,52 +117,3 @@ def test_a_folder_may_move_with_its_files_alone(root):
     add_an_image(moved)
     with pytest.raises(UserError, match=r"data\.name was '.*' and is now '.*moved'"):
         check_resumed(meta, config_of(moved), described(moved), "runs/a")
-
-
-@pytest.mark.parametrize("tail", [b"", b'{"step": 4, "ti', b'{"step"', b"\0\0\0", b'{"step": 9}'])
-def test_rewind_cuts_what_is_later_or_torn(tmp_path, tail):
-    path = tmp_path / "metrics.jsonl"
-    lines = [b'{"step": %d, "train/loss": 0.1}\n' % step for step in (1, 2, 3, 4)]
-    path.write_bytes(b"".join(lines) + tail)
-    rewind(path, 3)
-    assert path.read_bytes() == b"".join(lines[:3])
-    with MetricWriter(tmp_path, total_steps=9, start_step=3, images_per_step=1) as report:
-        report.write(4, {"eval/loss": 1.0})
-    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_rewind_keeps_a_last_line_that_lacks_its_end_only(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}')
-    rewind(path, 2)
-    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
-
-
-def test_a_rewind_that_is_stopped_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}\n')
-
-    def stop(descriptor):
-        raise OSError(errno.EIO, "stopped")
-
-    monkeypatch.setattr(os, "fsync", stop)
-    with pytest.raises(OSError, match="stopped"):
-        rewind(path, 1)
-    assert len(read_metrics(path)) == 2
-
-
-def test_lines_of_any_length_are_passed_over_one_at_a_time(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    row = json.dumps({"step": 1, "train/loss": 0.5}).encode()
-    long = json.dumps({"step": 2, "text": "x" * (2 * MAX_LINE)}).encode()
-    file.write_bytes(row + b"\n" + long + b"\n" + b"\0" * MAX_LINE + b"\n" + row)
-    assert [line for line, _ in metric_lines(file)] == [row, row]
-    assert rewind(file, 1) == ""
-    assert file.read_bytes() == row + b"\n" + row + b"\n"
-
-
-def test_metrics_are_read_from_a_regular_file_alone(tmp_path):
-    os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(OSError, match="named pipe"):
-        read_metrics(tmp_path / "metrics.jsonl")

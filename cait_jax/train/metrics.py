@@ -1,6 +1,7 @@
-"""Metrics of a run: `metrics.jsonl`, a bar on a terminal or lines in a log, TensorBoard."""
+"""Metrics of a run: `metrics.jsonl`, written, read and cut to a checkpoint; a bar or log lines; TensorBoard."""
 
 import contextlib
+import hashlib
 import math
 import os
 import sys
@@ -13,9 +14,13 @@ from typing import Any, SupportsFloat, TextIO
 from tqdm import tqdm
 
 from cait_jax.errors import StorageError, UserError, printable
-from cait_jax.files import to_json
-from cait_jax.train.resume import TIMING_KEYS, LinesDigest, read_metrics
+from cait_jax.files import atomic_replace, to_json
+from cait_jax.reading import check_regular, parse_json
 
+# The keys of `metrics.jsonl` that may differ between two runs of the same config.
+TIMING_KEYS = ("time", "train/images_per_second")
+MAX_LINE = 2**20
+"""Bytes of a line of `metrics.jsonl`."""
 _SHORT_NAMES = {"learning_rate": "lr"}
 _FORMATS = {"loss": ".4f", "accuracy": ".3f", "lr": ".1e", "grad_norm": ".2f"}
 _TRAIN = "train/"
@@ -114,7 +119,7 @@ class MetricWriter:
             self._board.flush()
 
     def written(self) -> dict[str, Any]:
-        """Number and SHA-256 of the lines of `metrics.jsonl`, for `resume.rewind`."""
+        """Number and SHA-256 of the lines of `metrics.jsonl`, for `rewind`."""
         return self._written.value() if self._primary else {}
 
     def progress(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
@@ -257,3 +262,80 @@ def _summary_writer(workdir: Path, start_step: int) -> Any:
         ) from error
     # Hides what a killed run wrote after its last checkpoint.
     return SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl` in their order, without a torn last one; `[]` for no file."""
+    file = Path(path)
+    return [row for _, row in metric_lines(file)] if file.exists() else []
+
+
+def metric_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each whole line and its row, whose `step` is an int. A power cut can leave lines that are not whole.
+
+    Lines of more than `MAX_LINE` bytes are none. Raises `OSError` for what is no regular file.
+    """
+    check_regular(file)
+    with file.open("rb") as stream:
+        while line := stream.readline(MAX_LINE):
+            if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                while (rest := stream.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                    pass
+                continue
+            line = line.removesuffix(b"\n")
+            with contextlib.suppress(ValueError):
+                row = parse_json(line.decode())
+                if isinstance(row, dict) and type(row.get("step")) is int:
+                    yield line, row
+
+
+def rewind(
+    path: Path, step: int, *, evaluated: bool = True, expected: Mapping[str, Any] | None = None
+) -> str:
+    """Cuts every line after `step` from a `metrics.jsonl`, and lines that are not whole.
+
+    Args:
+      evaluated: whether the evaluation of `step` itself stays.
+      expected: `MetricWriter.written` when `step` was saved.
+
+    Returns:
+      A sentence if lines of before the save are lost or changed, else an empty string.
+    """
+
+    def stays(row: dict[str, Any]) -> bool:
+        if row["step"] == step and not evaluated:
+            return not any(key.startswith("eval/") for key in row)
+        return bool(row["step"] <= step)
+
+    digest, size = LinesDigest(), 0
+    for line, row in metric_lines(path) if path.exists() else ():
+        if stays(row):
+            size += len(line) + 1
+            if expected and digest.lines < expected["lines"]:
+                digest.add(row)
+    if path.exists() and size != path.stat().st_size:
+        with atomic_replace(path) as temporary, temporary.open("wb") as stream:
+            stream.writelines(line + b"\n" for line, row in metric_lines(path) if stays(row))
+    if not expected or digest.value() == expected:
+        return ""
+    return (
+        f"{path} has lost lines or they were changed since step {step} was saved, when it had "
+        f"{expected['lines']}; there are {digest.lines}, and training goes on after them"
+    )
+
+
+class LinesDigest:
+    """SHA-256 of the rows of a `metrics.jsonl` without their times: the same however often a run was resumed."""
+
+    def __init__(self) -> None:
+        self.lines, self._sha256 = 0, hashlib.sha256()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Takes the next row."""
+        timeless = {key: value for key, value in row.items() if key not in TIMING_KEYS}
+        self._sha256.update(to_json(timeless).encode() + b"\n")
+        self.lines += 1
+
+    def value(self) -> dict[str, Any]:
+        """Number of rows and their digest, as JSON."""
+        return {"lines": self.lines, "sha256": self._sha256.hexdigest()}

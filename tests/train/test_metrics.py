@@ -1,5 +1,6 @@
 """What a run tells is whole, exact, and fits the place where it is read."""
 
+import errno
 import fcntl
 import io
 import json
@@ -16,9 +17,15 @@ import numpy as np
 import pytest
 
 from cait_jax.errors import StorageError, UserError
-from cait_jax.train import metric_writer
-from cait_jax.train.metric_writer import MetricWriter
-from cait_jax.train.resume import TIMING_KEYS, read_metrics
+from cait_jax.train import metrics
+from cait_jax.train.metrics import (
+    MAX_LINE,
+    TIMING_KEYS,
+    MetricWriter,
+    metric_lines,
+    read_metrics,
+    rewind,
+)
 
 TRAIN = {
     "train/loss": 0.43123,
@@ -44,7 +51,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     fake = Clock()
-    monkeypatch.setattr(metric_writer, "time", fake)
+    monkeypatch.setattr(metrics, "time", fake)
     return fake
 
 
@@ -185,7 +192,7 @@ def test_a_resumed_run_does_not_count_its_first_step_either(tmp_path, clock, mak
     [(0.4, "0:00:00"), (41.0, "0:00:41"), (3599.6, "1:00:00"), (9e4, "25:00:00")],
 )
 def test_durations(seconds, text):
-    assert metric_writer._duration(seconds) == text
+    assert metrics._duration(seconds) == text
 
 
 def test_a_value_that_is_not_finite_is_shown_as_such(tmp_path, make_report):
@@ -333,3 +340,52 @@ def test_tensorboard_without_its_extra_is_said(tmp_path, monkeypatch, make_repor
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UserError, match=r'pip install "cait-jax\[tensorboard\]"'):
         make_report(tmp_path, tensorboard=True)
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"step": 4, "ti', b'{"step"', b"\0\0\0", b'{"step": 9}'])
+def test_rewind_cuts_what_is_later_or_torn(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": %d, "train/loss": 0.1}\n' % step for step in (1, 2, 3, 4)]
+    path.write_bytes(b"".join(lines) + tail)
+    rewind(path, 3)
+    assert path.read_bytes() == b"".join(lines[:3])
+    with MetricWriter(tmp_path, total_steps=9, start_step=3, images_per_step=1) as report:
+        report.write(4, {"eval/loss": 1.0})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_rewind_keeps_a_last_line_that_lacks_its_end_only(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}')
+    rewind(path, 2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_rewind_that_is_stopped_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n')
+
+    def stop(descriptor):
+        raise OSError(errno.EIO, "stopped")
+
+    monkeypatch.setattr(os, "fsync", stop)
+    with pytest.raises(OSError, match="stopped"):
+        rewind(path, 1)
+    assert len(read_metrics(path)) == 2
+
+
+def test_lines_of_any_length_are_passed_over_one_at_a_time(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    row = json.dumps({"step": 1, "train/loss": 0.5}).encode()
+    long = json.dumps({"step": 2, "text": "x" * (2 * MAX_LINE)}).encode()
+    file.write_bytes(row + b"\n" + long + b"\n" + b"\0" * MAX_LINE + b"\n" + row)
+    assert [line for line, _ in metric_lines(file)] == [row, row]
+    assert rewind(file, 1) == ""
+    assert file.read_bytes() == row + b"\n" + row + b"\n"
+
+
+def test_metrics_are_read_from_a_regular_file_alone(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="named pipe"):
+        read_metrics(tmp_path / "metrics.jsonl")
