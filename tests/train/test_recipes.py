@@ -102,6 +102,8 @@ PARAMETERS = {
     "transfer.py:inaturalist": 46_916_200 + 7142 * 385,
     "cifar10.py": 11_601_610,
     "cifar10.py:finetune": 7_755_840 + 10 * 193,
+    "cifar10.py:hour": 684_346,
+    "cifar10.py:hour,patch8": 693_562,
     "cifar10.py:small": 684_346,
     "vit_cifar10.py": 4_771_082,
     "mae.py:cifar10": 7_160_448 + 1_826_736,  # encoder and decoder
