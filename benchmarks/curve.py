@@ -3,7 +3,7 @@
 Command: python benchmarks/curve.py RUN [RUN ...] --figure=docs/cifar10_hour.png
 
 RUN is the workdir of a run of `train.py`; several are parts of one training, each started from the one before.
-Prints a line for each evaluation. Minutes are those between logged lines, without those in which a run was stopped.
+Prints a line for each evaluation. Minutes are those between logged lines, less those in which a run was stopped.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 also while it goes on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,21 +22,30 @@ class Backbone(NamedTuple):
     """Where the checkpoints of an objective hold a network without a head.
 
     Attributes:
-      part: of the saved state.
-      path: keys in that part.
+      part: of the saved state; None: the parameters, or their average.
+      params: from that part to the network's parameters.
       name: in words.
       dropped: what else was trained, in words.
     """
 
-    part: str
-    path: tuple[str, ...]
+    part: str | None
+    params: Callable[[Any], dict[str, Any]]
     name: str
     dropped: str
 
 
 _BACKBONES = {
     "dino": Backbone(
-        "carried", ("teacher", "backbone"), "its teacher's backbone", "its projection head"
+        "carried",
+        lambda carried: dict(carried["teacher"]["backbone"]),
+        "its teacher's backbone",
+        "its projection head",
+    ),
+    "mae": Backbone(
+        None,
+        lambda params: {**params["encoder"], "norm": params["decoder"]["encoder_norm"]},
+        "its encoder",
+        "its decoder",
     ),
 }
 
@@ -60,18 +69,17 @@ def read_run(path: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarra
     Raises:
       UserError: there is no checkpoint, none that is valid, no average in it, or it is of no classifier.
     """
-    objective = run_objective(path)
-    _check_classifier(path, objective)
-    backbone = backbone_of(objective)
-    if backbone is not None and ema:
+    backbone = backbone_of(_known_objective(path, run_objective(path)))
+    part = backbone.part if backbone is not None else None
+    if backbone is not None and part is not None and ema:
         raise UserError(
             f"the run in {path} learnt without labels, and {backbone.name} is taken, which is an average already: "
             f"leave out {setting('ema', True)}"
         )
-    params, meta = _restore(path, backbone.part if backbone else "ema" if ema else "params")
-    for key in backbone.path if backbone else ():
-        params = params[key]
-    model = _model(meta, params)
+    params, meta = _restore(path, part or ("ema" if ema else "params"))
+    if backbone is not None:
+        params = backbone.params(params)
+    model = _model(path, meta, params)
     return model, checked_state_dict(model, {"params": params})
 
 
@@ -106,8 +114,7 @@ def run_model(path: Path) -> Any:
       UserError: there is no checkpoint, none that is valid, or it is of no classifier.
     """
     meta, params = _meta(path)
-    _check_classifier(path, _objective(meta))
-    return _model(meta, params)
+    return _model(path, meta, params)
 
 
 def run_settings(path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -171,23 +178,38 @@ def _objective(meta: Mapping[str, Any]) -> str:
     return str(meta["config"].get("objective", "supervised"))
 
 
-def _check_classifier(path: Path, objective: str) -> None:
+def _known_objective(path: Path, objective: str) -> str:
     if objective != "supervised" and backbone_of(objective) is None:
-        raise UserError(
-            f"the run in {path} learnt without labels ({objective}) and is no classifier: train one from it by "
-            f"train.py with --config.init.weights={path}"
-        )
+        raise UserError(f"the run in {path} {_no_classifier(path, objective)}")
+    return objective
 
 
-def _model(meta: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
+def _no_classifier(path: Path, objective: str) -> str:
+    return (
+        f"learnt without labels ({objective}) and is no classifier: train one from it by train.py with "
+        f"--config.init.weights={path}"
+    )
+
+
+def _model(path: Path, meta: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
+    """The network as it was trained; of MAE the one whose features are the mean token of all patches."""
     config = current_config(meta["config"])
-    headless = backbone_of(_objective(meta)) is not None
-    return create_model(
+    objective = _known_objective(path, _objective(meta))
+    headless = backbone_of(objective) is not None
+    model = create_model(
         image_size=_image_size(config),
         num_classes=0 if headless else len(_class_names(meta, params)),
         in_channels=_channels(meta, params),
         **config["model"],
     )
+    if objective != "mae" or model.class_token == "mean":
+        return model
+    if model.class_token != "class_attention":
+        raise UserError(
+            f"the run in {path} has a class token, which masked autoencoding does not train; it "
+            f"{_no_classifier(path, objective)}"
+        )
+    return model.clone(class_token="mean", class_depth=0, class_mlp_ratio=None)
 
 
 def _image_size(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Whether self-distillation has collapsed: all images have the same features, or get the same answer."""
+"""Collapse of self-distillation: features or teacher outputs that do not depend on the image."""
 
 import functools
 import logging
@@ -15,33 +15,35 @@ from scipy.special import entr
 from cait_jax.errors import Way, advise
 
 SAME_FEATURES = 0.01  # `feature_std`
-SAME_ANSWERS = 0.01  # what an answer tells of the image, over the logarithm of the outputs
-_ONE = 0.05  # entropy over that logarithm, where one output is the answer
-_ALL = 0.95  # where every output is
+LEAST_INFORMATION = (
+    0.01  # of the output about the image, over the logarithm of the number of outputs
+)
+_PEAKED = 0.05  # entropy over that logarithm of a distribution on one output
+_UNIFORM = 0.95  # of one that is uniform
 _CHUNK = 1024
 
 _log = logging.getLogger(__name__)
 
 # From a teacher's parameters and features (n, d) to probabilities (n, outputs).
-Answer = Callable[[Any, Any], Float[Array, "n outputs"]]
+Distribution = Callable[[Any, Any], Float[Array, "n outputs"]]
 
 
-def answer_entropies(
-    answer: Answer, params: Any, features: Float[np.ndarray, "n d"]
+def output_entropies(
+    distribution: Distribution, params: Any, features: Float[np.ndarray, "n d"]
 ) -> dict[str, float]:
-    """`teacher_entropy`, the mean entropy of an image's answer, and `mean_entropy`, of the mean answer; in nats.
+    """`teacher_entropy`, the mean entropy of an image's output, and `mean_entropy`, of the mean output; in nats.
 
-    Their difference is what an answer tells of the image. Each process computes all of it.
+    Their difference is the mutual information of image and output. Each process computes all of it.
 
     Args:
-      answer: a hashable function; it is compiled once.
+      distribution: a hashable function; it is compiled once.
     """
     count = len(features)
     padding = [(0, -count % _CHUNK), (0, 0)]
     chunks = np.pad(features, padding).reshape(-1, _CHUNK, features.shape[1])
     masks = (np.arange(chunks.shape[0] * _CHUNK) < count).reshape(-1, _CHUNK)
     sums = [
-        jax.device_get(_sums(answer, params, rows, mask))
+        jax.device_get(_sums(distribution, params, rows, mask))
         for rows, mask in zip(chunks, masks, strict=True)
     ]
     probabilities, entropies = (
@@ -54,30 +56,30 @@ def answer_entropies(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(answer: Answer, params: Any, features: Any, mask: Any) -> tuple[Array, Array]:
-    probabilities = jnp.where(mask[:, None], answer(params, features), 0.0)
+def _sums(distribution: Distribution, params: Any, features: Any, mask: Any) -> tuple[Array, Array]:
+    probabilities = jnp.where(mask[:, None], distribution(params, features), 0.0)
     return probabilities.sum(0), jax.scipy.special.entr(probabilities).sum()
 
 
-def warn_of_same_answers(teacher_entropy: float, mean_entropy: float, outputs: int) -> None:
-    """A sentence in the log where an answer tells nothing of the image, with what holds off that collapse."""
+def warn_of_same_outputs(teacher_entropy: float, mean_entropy: float, outputs: int) -> None:
+    """Warns where the output has no information about the image, with what prevents that kind of collapse."""
     largest = math.log(outputs)
-    if not mean_entropy - teacher_entropy < SAME_ANSWERS * largest:
+    if not mean_entropy - teacher_entropy < LEAST_INFORMATION * largest:
         return
-    if mean_entropy < _ONE * largest:
-        what = "one output, the same for every image"
+    if mean_entropy < _PEAKED * largest:
+        what = "peaked at one dimension, the same for every image"
         ways = [Way("lower {}, so that the centre follows", "config.dino.center_momentum")]
-    elif teacher_entropy > _ALL * largest:
-        what = "nearly all outputs, for every image"
+    elif teacher_entropy > _UNIFORM * largest:
+        what = "nearly uniform for every image"
         ways = [Way("lower {}", "config.dino.teacher_temp")]
     else:
-        what = "the same distribution for every image"
+        what = "the same for every image"
         ways = [
-            Way("let crops share more, by a larger {}", "config.dino.global_scale"),
+            Way("let crops overlap more, by a larger {}", "config.dino.global_scale"),
             Way("change them less, by a lower {}", "config.augment.color_jitter"),
         ]
     _log.warning(
-        "the teacher answers with %s (teacher_entropy %.3f, mean_entropy %.3f, largest %.3f): training has hardly "
+        "the teacher's output is %s (teacher_entropy %.3f, mean_entropy %.3f, largest %.3f): training has hardly "
         "begun, or has collapsed; in the second case %s",
         what, teacher_entropy, mean_entropy, largest, advise(*ways),
     )  # fmt: skip

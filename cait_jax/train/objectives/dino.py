@@ -1,7 +1,7 @@
 """DINO, self-distillation without labels: Caron et al., "Emerging Properties in Self-Supervised Vision
 Transformers", arXiv 2104.14294.
 
-A student sees all crops of an image and learns to say of each what its teacher, a moving average of it, says of
+From every crop of an image a student predicts the output of its teacher, a moving average of the student, for
 another, global crop of that image.
 """
 
@@ -130,9 +130,9 @@ class Dino:
     ) -> tuple[Array, Aux]:
         """Cross-entropy in nats, and what `update` needs of the teacher's outputs.
 
-        Metrics, of a micro batch: `teacher_entropy`, the mean entropy of what the teacher says of a crop, and
-        `mean_entropy`, that of the mean of it: both are near 0 where all says the same output, near log(outputs)
-        where nothing is said, and nearly equal in either collapse. `feature_std`: see `knn.feature_std`.
+        Metrics, of a micro batch: `teacher_entropy`, the mean entropy of the teacher's output for a crop, and
+        `mean_entropy`, that of the mean output: both are near 0 where one dimension dominates, near log(outputs)
+        where the output is uniform, and nearly equal in either collapse. `feature_std`: see `knn.feature_std`.
         """
         teacher = self._apply(carried["teacher"], batch, "global", None)[1]
         teacher = jax.lax.stop_gradient(teacher)
@@ -171,21 +171,21 @@ class Dino:
         return {"": {**carried["teacher"], "center": carried["center"]}}
 
     def evaluator(self, mesh: Mesh) -> Evaluate:
-        """`knn_accuracy` of the teacher's features where there are labels, their spread, its answers' entropies.
+        """`knn_accuracy` of the teacher's features where there are labels, their spread, its output's entropies.
 
-        Of uncropped images, at the temperature after the warm-up. The log says where all get the same answer.
+        Of uncropped images, at the temperature after the warm-up. A collapse is logged.
         """
         if self.bank is None:
             return lambda params, batches, progress=None: {name: {} for name in params}
-        answer = functools.partial(_answer, self.head, self.teacher_temps[1])
+        distribution = functools.partial(_distribution, self.head, self.teacher_temps[1])
 
         def features(params: Params, images: Array) -> Array:
             found: Any = self.model.apply({"params": params["backbone"]}, images)
             return jnp.asarray(found)
 
         def judge(params: Params, features: np.ndarray) -> dict[str, float]:
-            entropies = collapse.answer_entropies(answer, params, features)
-            collapse.warn_of_same_answers(**entropies, outputs=self.head.outputs)
+            entropies = collapse.output_entropies(distribution, params, features)
+            collapse.warn_of_same_outputs(**entropies, outputs=self.head.outputs)
             return entropies
 
         return knn.make_evaluator(features, self.bank, mesh, judge)
@@ -268,7 +268,9 @@ def dino_loss(
     return pairs.mean()
 
 
-def _answer(head: ProjectionHead, temperature: float, params: Params, features: Array) -> Array:
+def _distribution(
+    head: ProjectionHead, temperature: float, params: Params, features: Array
+) -> Array:
     """A teacher's probabilities (n, outputs) for features (n, d)."""
     outputs: Any = head.apply({"params": params["head"]}, features)
     return teacher_probabilities(outputs[:, None], params["center"], temperature)[:, 0]

@@ -1,4 +1,4 @@
-"""Entropies of a teacher's answers, and the sentence that names a collapse."""
+"""Entropies of a teacher's outputs, and the warning of a collapse."""
 
 import re
 
@@ -10,7 +10,7 @@ import pytest
 from cait_jax.train.objectives import collapse
 
 
-def answer(params, features):
+def distribution(params, features):
     return jax.nn.softmax(features @ params)
 
 
@@ -19,7 +19,7 @@ def test_entropies_are_of_all_images(count):
     rng = np.random.default_rng(0)
     params = rng.normal(size=(5, 7)).astype(np.float32)
     features = rng.normal(size=(count, 5)).astype(np.float32)
-    found = collapse.answer_entropies(answer, params, features)
+    found = collapse.output_entropies(distribution, params, features)
     logits = np.float64(features) @ np.float64(params)
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
@@ -36,27 +36,27 @@ SAME = np.array([0.5, 0.2, 0.1, 0.1, 0.05, 0.03, 0.01, 0.01])
 
 
 @pytest.mark.parametrize(
-    ("answers", "sentence"),
+    ("outputs", "sentence"),
     [
         (
             np.tile(np.eye(OUTPUTS)[3], (16, 1)),
-            "one output, the same for every image .* lower --config.dino.center_m",
+            "peaked at one dimension, the same for every image .* lower --config.dino.center_m",
         ),
         (
             np.full((16, OUTPUTS), 1 / OUTPUTS),
-            "nearly all outputs, for every image .* lower --config.dino.teacher_temp",
+            "nearly uniform for every image .* lower --config.dino.teacher_temp",
         ),
         (
             np.tile(SAME, (16, 1)),
-            "the same distribution for every image .* larger --config.dino.global_scale, or",
+            "is the same for every image .* larger --config.dino.global_scale, or",
         ),
         (np.eye(OUTPUTS)[np.arange(16) % OUTPUTS], None),
     ],
 )
-def test_a_collapse_is_named(answers, sentence, caplog):
-    logits = np.log(np.maximum(answers, 1e-9)).astype(np.float32)
-    found = collapse.answer_entropies(answer, jnp.eye(OUTPUTS), logits)
-    collapse.warn_of_same_answers(**found, outputs=OUTPUTS)
+def test_a_collapse_is_named(outputs, sentence, caplog):
+    logits = np.log(np.maximum(outputs, 1e-9)).astype(np.float32)
+    found = collapse.output_entropies(distribution, jnp.eye(OUTPUTS), logits)
+    collapse.warn_of_same_outputs(**found, outputs=OUTPUTS)
     if sentence is None:
         assert not caplog.text
     else:
@@ -65,7 +65,7 @@ def test_a_collapse_is_named(answers, sentence, caplog):
 
 
 def test_entropies_that_are_not_finite_are_no_collapse(caplog):
-    collapse.warn_of_same_answers(float("nan"), float("nan"), OUTPUTS)
+    collapse.warn_of_same_outputs(float("nan"), float("nan"), OUTPUTS)
     assert not caplog.text
 
 

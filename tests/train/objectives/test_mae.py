@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from click.testing import CliRunner
 from jax.sharding import NamedSharding, PartitionSpec
 from marks import slow
 from PIL import Image
@@ -18,6 +20,8 @@ from trees import assert_same_bits, random_params
 
 from cait_jax import UserError, create_model, load_pretrained
 from cait_jax.augment.pipeline import Augmentation
+from cait_jax.cli.evaluate import command as evaluate_command
+from cait_jax.cli.features import command as features_command
 from cait_jax.data.in_memory import load_digits
 from cait_jax.models.inspect import forward_intermediates
 from cait_jax.sharding import (
@@ -530,13 +534,47 @@ def test_an_encoder_that_does_not_fit_is_refused(pretrained, key, value, message
     assert str(pretrained[0]) in str(caught.value)
 
 
-def test_a_run_without_labels_is_no_classifier(pretrained):
-    workdir = pretrained[0]
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_run_is_read_as_the_network_of_its_features(pretrained, ema):
+    workdir, run = pretrained
+    model, variables = load_pretrained(workdir, ema=ema)
+    assert model == load_model(workdir)
+    assert (model.class_token, model.num_classes) == ("mean", 0)
+    images = jnp.linspace(-1, 1, 2 * 64).reshape(2, 8, 8, 1)
+    objective = build(small_config()).objective
+    expected = objective.features(run.state.ema if ema else run.state.params, images)
+    np.testing.assert_allclose(model.apply(variables, images), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_commands_measure_and_write_the_features_of_a_run(pretrained, tmp_path):
+    workdir, run = pretrained
+    invoke = functools.partial(CliRunner().invoke, catch_exceptions=False)
+    of_digits = ["--data", "digits", "--model", str(workdir)]
+    result = invoke(evaluate_command, [*of_digits, "--knn", "--probe", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["knn"] == pytest.approx(run.metrics["eval/knn_accuracy"], abs=2 / 360)
+    assert found["probe"] > 0.3
+    with pytest.raises(UserError, match="has no head, so it knows no classes"):
+        invoke(evaluate_command, of_digits)
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "one.png")
+    output = tmp_path / "f.npz"
+    arguments = [str(tmp_path / "one.png"), "--model", str(workdir), "-o", str(output)]
+    assert invoke(features_command, arguments).exit_code == 0
+    assert np.load(output)["features"].shape == (1, 16)
+
+
+def test_a_run_whose_network_has_a_class_token_is_no_classifier(tmp_path):
+    config = small_config()
+    config.model.class_token, config.model.class_depth = "input", None
+    config.steps, config.eval.every_epochs = 2, 1e9
+    train(config, tmp_path)
     for load in (load_pretrained, load_model):
         with pytest.raises(
-            UserError, match=r"learnt without labels \(mae\).*init\.weights="
+            UserError, match=r"class token, which .* learnt without labels \(mae\).*init\.weights="
         ) as caught:
-            load(workdir)
+            load(tmp_path)
         assert "\n" not in str(caught.value)
 
 
