@@ -34,34 +34,23 @@ def get_config(argument: str = "") -> ConfigDict:
     config.optimizer.ema_decay = 0.9998  # over the last 5,000 of 58,600 steps
     config.eval.every_epochs = 5.0
     if argument == "finetune":
-        config.model.mlp_ratio = 2.0
-        config.model.drop_path_rate = 0.1
-        config.data.aug_repeats = 3
-        config.augment.mix_rows = 64
-        config.augment.mixup = 1.0
-        config.augment.mixup_prob = 0.5
         config.epochs = 100.0
-        config.optimizer.grad_clip_norm = 0.0
-        config.optimizer.ema_decay = 0.0
+        config.model.update(mlp_ratio=2.0, drop_path_rate=0.1)
+        config.data.aug_repeats = 3
+        config.augment.update(mix_rows=64, mixup=1.0, mixup_prob=0.5)
+        config.optimizer.update(grad_clip_norm=0.0, ema_decay=0.0)
     return config
 
 
 def _small(config: ConfigDict) -> ConfigDict:
     config.model.name = "cait_xxs12_patch4_32"
-    config.model.depth = 4
-    config.model.width = 96
-    config.model.num_heads = 2
-    config.model.drop_path_rate = 0.0
+    config.model.update(depth=4, width=96, num_heads=2, drop_path_rate=0.0)
     config.model.stacked = False  # a scan is the slower of the two on CPUs
     config.batch_size = 64
     config.epochs = 18.0
     # Twenty passes are too few to learn from images as changed as the default's.
-    config.augment.rand_augment = ""
-    config.augment.reprob = 0.0
-    config.augment.mixup = 0.0
-    config.augment.cutmix = 0.0
-    config.optimizer.warmup_epochs = 1.0
-    config.optimizer.ema_decay = 0.0
+    config.augment.update(rand_augment="", reprob=0.0, mixup=0.0, cutmix=0.0)
+    config.optimizer.update(warmup_epochs=1.0, ema_decay=0.0)
     config.eval.every_epochs = 2.0
     return config
 
@@ -69,16 +58,11 @@ def _small(config: ConfigDict) -> ConfigDict:
 def _hour(config: ConfigDict, first: bool) -> ConfigDict:
     config = _small(config)
     config.batch_size = 128
-    config.optimizer.name = "muon"
+    config.epochs, config.eval.every_epochs = (24.0, 8.0) if first else (16.0, 4.0)
+    config.optimizer.update(name="muon", learning_rate=6e-3 if first else 3e-3)
     if first:
         config.model.patch_size = 8
-        config.epochs = 24.0
-        config.eval.every_epochs = 8.0
-        config.optimizer.learning_rate = 6e-3
     else:
-        config.epochs = 16.0
-        config.eval.every_epochs = 4.0
-        config.optimizer.learning_rate = 3e-3
         config.augment.reprob = 0.25
     return config
 
@@ -87,11 +71,9 @@ def from_scratch() -> ConfigDict:
     """What recipes for CIFAR-10 at its own 32 pixels share: splits, colours, a rate for the batch as it is."""
     config = common.get_config()
     config.image_size = 32
-    config.data.name = "cifar10"
-    config.data.eval_split = "test"
+    config.data.update(name="cifar10", eval_split="test", aug_repeats=1)
     config.data.mean = (0.4914, 0.4822, 0.4465)
     config.data.std = (0.2470, 0.2435, 0.2616)
-    config.data.aug_repeats = 1
     config.optimizer.learning_rate = 1e-3
     config.optimizer.reference_batch = 0
     return config

@@ -63,10 +63,7 @@ def _small(config: ConfigDict) -> ConfigDict:
     config.augment.color_jitter = 0.2
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_epochs = 2.0
-    config.dino.local_crops = 4
-    config.dino.head_hidden = 512
-    config.dino.bottleneck = 128
-    config.dino.out_dim = 256
+    config.dino.update(local_crops=4, head_hidden=512, bottleneck=128, out_dim=256)
     config.dino.teacher_temp = config.dino.teacher_temp_start
     config.dino.teacher_momentum = 0.98  # in few steps a slower teacher stays what it was drawn as
     config.eval.every_epochs = 4.0

@@ -44,18 +44,14 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model.mlp_ratio = 2.0
     config.augment.pad_crop = 4
     config.batch_size = 512
-    config.mae.decoder_depth = 4
-    config.mae.decoder_width = 192
-    config.mae.decoder_heads = 4
+    config.mae.update(decoder_depth=4, decoder_width=192, decoder_heads=4)
     return config
 
 
 def _small(config: ConfigDict) -> ConfigDict:
     config.model = cifar10.get_config("small").model
     config.augment.pad_crop = 4
-    config.mae.decoder_depth = 1
-    config.mae.decoder_width = 96
-    config.mae.decoder_heads = 2
+    config.mae.update(decoder_depth=1, decoder_width=96, decoder_heads=2)
     config.batch_size = 64
     config.epochs = 20.0
     config.optimizer.warmup_epochs = 1.0
