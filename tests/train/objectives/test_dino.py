@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
-import json
 import math
 
 import jax
@@ -11,16 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from click.testing import CliRunner
+from feature_commands import check_feature_commands
 from marks import slow
-from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from trees import assert_same_bits
 
 from cait_jax import UserError, create_model
 from cait_jax.augment.crops import View
-from cait_jax.cli.evaluate import command as evaluate_command
-from cait_jax.cli.features import command as features_command
 from cait_jax.models.layers import DtypePolicy
 from cait_jax.sharding import batch_sharding, constrain_batch, make_mesh, put_batch, replicated
 from cait_jax.train import train
@@ -421,20 +416,7 @@ def test_a_classifier_starts_from_the_teachers_backbone(finished, tmp_path, capl
 @pytest.mark.slow
 def test_the_commands_measure_and_write_the_features_of_a_run(finished, tmp_path):
     run, workdir = finished
-    invoke = functools.partial(CliRunner().invoke, catch_exceptions=False)
-    digits_test = ["--data", "digits", "--model", str(workdir)]
-    result = invoke(evaluate_command, [*digits_test, "--knn", "--probe", "--json"])
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["knn"] == pytest.approx(run.metrics["eval/knn_accuracy"], abs=2 / 360)
-    assert found["probe"] > 0.3
-    with pytest.raises(UserError, match="has no head, so it knows no classes"):
-        invoke(evaluate_command, digits_test)
-    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "one.png")
-    output = tmp_path / "f.npz"
-    arguments = [str(tmp_path / "one.png"), "--model", str(workdir), "-o", str(output)]
-    assert invoke(features_command, arguments).exit_code == 0
-    assert np.load(output)["features"].shape == (1, 16)
+    check_feature_commands(run, workdir, tmp_path)
 
 
 def test_nothing_finite_is_said_of_features_that_are_not():

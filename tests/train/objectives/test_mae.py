@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from click.testing import CliRunner
+from feature_commands import check_feature_commands
 from jax.sharding import NamedSharding, PartitionSpec
 from marks import slow
 from PIL import Image
@@ -20,8 +19,6 @@ from trees import assert_same_bits, random_params
 
 from cait_jax import UserError, create_model, load_pretrained
 from cait_jax.augment.pipeline import Augmentation
-from cait_jax.cli.evaluate import command as evaluate_command
-from cait_jax.cli.features import command as features_command
 from cait_jax.data.in_memory import load_digits
 from cait_jax.models.inspect import forward_intermediates
 from cait_jax.sharding import (
@@ -549,20 +546,7 @@ def test_a_run_is_read_as_the_network_of_its_features(pretrained, ema):
 @pytest.mark.slow
 def test_the_commands_measure_and_write_the_features_of_a_run(pretrained, tmp_path):
     workdir, run = pretrained
-    invoke = functools.partial(CliRunner().invoke, catch_exceptions=False)
-    of_digits = ["--data", "digits", "--model", str(workdir)]
-    result = invoke(evaluate_command, [*of_digits, "--knn", "--probe", "--json"])
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["knn"] == pytest.approx(run.metrics["eval/knn_accuracy"], abs=2 / 360)
-    assert found["probe"] > 0.3
-    with pytest.raises(UserError, match="has no head, so it knows no classes"):
-        invoke(evaluate_command, of_digits)
-    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "one.png")
-    output = tmp_path / "f.npz"
-    arguments = [str(tmp_path / "one.png"), "--model", str(workdir), "-o", str(output)]
-    assert invoke(features_command, arguments).exit_code == 0
-    assert np.load(output)["features"].shape == (1, 16)
+    check_feature_commands(run, workdir, tmp_path)
 
 
 def test_a_run_whose_network_has_a_class_token_is_no_classifier(tmp_path):
