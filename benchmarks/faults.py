@@ -1,6 +1,6 @@
 """Faults, injected into real training runs at random moments, and what holds after each.
 
-Command: python benchmarks/faults.py --fault=NAME --trials=N [--out=runs/faults] [--seed=0] [--report]
+Command: python benchmarks/faults.py --fault=NAME --trials=N [--kind=KIND] [--out=OUT] [--seed=0] [--report]
 
 A trial disturbs a small training on the digits (16 steps, a checkpoint every third, an evaluation every fifth),
 and compares what is left with a run of the same config that nothing disturbed. `--fault=` is one of these:
@@ -16,13 +16,15 @@ and compares what is left with a run of the same config that nothing disturbed. 
     resume      the run goes on with another mesh, number of processes or of workers
     two_starts  two runs are given one workdir
 
-Each trial is a line of OUT/NAME.jsonl: what was injected, what was observed, the problems, and `held`, which is
-true if there are none and no process, temporary file or shared memory was left behind. The same command goes on
-with the trials that have none. What a trial that did not hold has left stays in OUT/NAME/TRIAL. `--report` gives
+Each trial is a line of OUT/NAME.jsonl (OUT: runs/faults): what was injected, what was observed, the problems, and
+`held`, which is true if there are none and no process, temporary file or shared memory was left behind. The same
+command goes on with the trials that have none. `--kind` takes one kind of what happens to `processes`, which is
+drawn otherwise ("hung in save"). What a trial that did not hold has left stays in OUT/NAME/TRIAL. `--report` gives
 a table. power_cut, unsynced and disk mount file systems, which needs root; disk compiles a C library. Linux only.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -64,17 +66,20 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1, help="in all, those of before included")
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", help="of processes, instead of one drawn for each trial")
     parser.add_argument("--report", action="store_true", help="print the table of what was run")
     args = parser.parse_args()
     if not args.report and args.fault is None:
         parser.error("give --fault or --report")
+    if args.kind is not None and args.fault != "processes":
+        parser.error("--kind is of --fault=processes alone")
     if args.fault is not None:
-        run(args.fault, args.trials, args.out.absolute(), args.seed)
+        run(args.fault, args.trials, args.out.absolute(), args.seed, args.kind)
     if args.report:
         print(report(args.out))
 
 
-def run(fault: str, trials: int, out: Path, seed: int) -> None:
+def run(fault: str, trials: int, out: Path, seed: int, kind: str | None = None) -> None:
     """Runs the trials of a fault that are missing in OUT/FAULT.jsonl."""
     log = out / f"{fault}.jsonl"
     missing = sorted(set(range(trials)) - {line["trial"] for line in read(log)})
@@ -82,6 +87,8 @@ def run(fault: str, trials: int, out: Path, seed: int) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     trial, bench = prepare(fault, out)
+    if kind is not None:
+        trial = functools.partial(trial, kind=kind)
     for number in missing:
         line = attempt(fault, trial, bench, number, seed)
         with log.open("a") as stream:

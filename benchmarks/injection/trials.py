@@ -281,10 +281,15 @@ ALLOWED = re.compile(
 )
 
 
-def processes(bench: Bench, draw: random.Random, folder: Path) -> Outcome:
-    """One of two processes dies, hangs, or never starts."""
+def processes(
+    bench: Bench, draw: random.Random, folder: Path, *, kind: str | None = None
+) -> Outcome:
+    """One of two processes dies, hangs, or never starts; `kind` is one of `CULPRITS`, drawn if None."""
+    if kind is None:
+        kind = draw.choice(list(CULPRITS))
+    if kind not in CULPRITS:
+        raise SystemExit(f"--kind is one of: {', '.join(CULPRITS)}")
     reference = bench.reference(processes=2)
-    kind = draw.choice(list(CULPRITS))
     fault, place = CULPRITS[kind]
     culprit = draw.randrange(2)
     step = draw.randrange(7, STEPS)  # the first of each phase may last `start_seconds`
