@@ -19,7 +19,6 @@ step over the second half of the run. Rounds alternate.
 
 import argparse
 import itertools
-import json
 import os
 import platform
 import re
@@ -27,10 +26,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import jax
+from reports import write_report
 from tabulate import tabulate
 
 from cait_jax.train.metrics import read_metrics
@@ -117,23 +115,13 @@ def main() -> None:
     ]  # fmt: skip
     titles = ["", "step ms", "ratio", "page faults (1,000)", "peak MB", "all ms"]
     print(tabulate(table, titles, floatfmt=("", ".0f", ".2f", ".0f", ".0f")))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "allocator.json").write_text(
-        json.dumps(
-            {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-                "cores": os.cpu_count(),
-                "libc": " ".join(platform.libc_ver()),
-                "jax": jax.__version__,
-                "config": args.config,
-                "options": args.options,
-                "runs": found,
-                "ratios": ratios,
-            },
-            indent=1,
-        )
-        + "\n"
+    write_report(
+        args.out / "allocator.json",
+        libc=" ".join(platform.libc_ver()),
+        config=args.config,
+        options=args.options,
+        runs=found,
+        ratios=ratios,
     )
 
 

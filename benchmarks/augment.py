@@ -14,9 +14,7 @@ import argparse
 import functools
 import io
 import itertools
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from reports import write_report
 
 from cait_jax.augment.mixup import Mixup, mix
 from cait_jax.augment.pipeline import Augmentation, augment, normalise, random_erase
@@ -230,20 +229,11 @@ def main() -> None:
     for size, result in results.items():
         rates = "".join(f" {rate:9.1f}" for rate in result["images_per_second"].values())
         print(f"{size:>6}{rates} {'':10} {result['device_over_host']:14.3f}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "augment.json").write_text(
-        json.dumps(
-            {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-                "cores": os.cpu_count(),
-                "jax": jax.__version__,
-                "pillow": PIL.__version__,
-                "data": "TFDS" if args.data_dir else "scikit-learn's sample images",
-                "results": results,
-            },
-            indent=2,
-        )
+    write_report(
+        args.out / "augment.json",
+        pillow=PIL.__version__,
+        data="TFDS" if args.data_dir else "scikit-learn's sample images",
+        results=results,
     )
 
 

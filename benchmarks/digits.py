@@ -7,13 +7,12 @@ The figure also shows class attention of a longer run with patches of 2x2 pixels
 """
 
 import argparse
-import json
-import platform
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+from reports import write_report
 from sklearn.svm import SVC
 
 from cait_jax.augment.pipeline import normalise
@@ -56,18 +55,11 @@ def main() -> None:
         name = f"CaiT seed {row['seed']}"
         print(f"{name:12} {row['accuracy']:9.4f} {row['loss']:8.4f} {row['seconds']:8.1f}")
     print(f"{'CaiT mean':12} {mean:9.4f}\n{'SVC':12} {svc_accuracy:9.4f}")
-    (out / "digits.json").write_text(
-        json.dumps(
-            {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-                "jax": jax.__version__,
-                "cait": rows,
-                "cait_mean_accuracy": mean,
-                "svc_accuracy": svc_accuracy,
-            },
-            indent=2,
-        )
+    write_report(
+        out / "digits.json",
+        cait=rows,
+        cait_mean_accuracy=mean,
+        svc_accuracy=svc_accuracy,
     )
     if args.figure:
         config = digits.get_config()

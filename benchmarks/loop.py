@@ -9,8 +9,6 @@ with `report.inspect_every`. Rounds alternate; ratios are those of medians.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Mapping
@@ -20,6 +18,7 @@ from unittest import mock
 
 import jax
 from ml_collections import ConfigDict
+from reports import write_report
 
 from cait_jax.sharding import batch_sharding, put_batch
 from cait_jax.train import loop, train
@@ -86,18 +85,11 @@ def main() -> None:
         print(f"{name:10} {medians[name]:9.3f}  {' '.join(f'{t:.3f}' for t in times)}")
     print(f"ratio      {ratio:9.4f}  of {args.steps} steps of {config.batch_size} images")
     print(f"records    {recorded:9.4f}  of the loop, one every {args.inspect_every} steps")
-    (out / "loop.json").write_text(
-        json.dumps(
-            {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-                "jax": jax.__version__,
-                "seconds": sides,
-                "ratio": ratio,
-                "records_ratio": recorded,
-            },
-            indent=2,
-        )
+    write_report(
+        out / "loop.json",
+        seconds=sides,
+        ratio=ratio,
+        records_ratio=recorded,
     )
 
 

@@ -9,8 +9,6 @@ alternate; the ratio is that of medians.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import jax
 from flax import struct
 from ml_collections import ConfigDict
+from reports import write_report
 
 from cait_jax.models.inspect import macs_of
 from cait_jax.plan.compile import trace
@@ -82,17 +81,13 @@ def main() -> None:
     for name, side in sides.items():
         print(f"{name:8} {medians[name]:9.4f}  {' '.join(f'{t:.4f}' for t in side.times)}")
     print(f"ratio    {ratio:9.3f}  in time; {operations:.3f} in operations")
-    args.out.mkdir(parents=True, exist_ok=True)
-    report = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "config": args.config,
-        "seconds": {name: side.times for name, side in sides.items()},
-        "ratio": ratio,
-        "operations_ratio": operations,
-    }
-    (args.out / "mae.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_report(
+        args.out / "mae.json",
+        config=args.config,
+        seconds={name: side.times for name, side in sides.items()},
+        ratio=ratio,
+        operations_ratio=operations,
+    )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ time in which the device had nothing to do. Traces of other devices have not bee
 
 import argparse
 import itertools
-import json
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
+from reports import write_report
 
 from cait_jax.data import in_memory
 from cait_jax.train import train
@@ -145,20 +144,13 @@ def main() -> None:
         for row in (name, *parts):
             ms = idle[row]
             print(f"{row:38} {len(ms):5} {statistics.median(ms):8.2f} {max(ms):8.2f}")
-    (out / "overlap.json").write_text(
-        json.dumps(
-            {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-                "jax": jax.__version__,
-                "data": args.data,
-                "workers": args.workers,
-                "steps": args.steps,
-                "step_ms": usual,
-                "idle_ms": idle,
-            },
-            indent=2,
-        )
+    write_report(
+        out / "overlap.json",
+        data=args.data,
+        workers=args.workers,
+        steps=args.steps,
+        step_ms=usual,
+        idle_ms=idle,
     )
 
 

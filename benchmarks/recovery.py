@@ -9,9 +9,6 @@ timed alone, and given as a share of the step.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+from reports import write_report
 
 from cait_jax.files import DirectoryLock
 from cait_jax.sharding import batch_sharding, put_batch
@@ -87,21 +85,11 @@ def main() -> None:
         f"ratio          {statistics.median(ratios):8.4f}  (quartiles {quartiles[0]:.4f} to {quartiles[2]:.4f})"
     )
     print(f"host           {1e6 * host:8.2f} us a step, {host / step:.4%}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "recovery.json").write_text(
-        json.dumps(
-            {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-                "cores": os.cpu_count(),
-                "jax": jax.__version__,
-                "seconds": seconds,
-                "host_seconds": host,
-                "ratios": ratios,
-            },
-            indent=1,
-        )
-        + "\n"
+    write_report(
+        args.out / "recovery.json",
+        seconds=seconds,
+        host_seconds=host,
+        ratios=ratios,
     )
 
 

@@ -10,12 +10,10 @@ Prints a table and writes OUT/resolution.json. A fine-tuning that is finished un
 """
 
 import argparse
-import json
-import platform
 import time
 from pathlib import Path
 
-import jax
+from reports import write_report
 
 from cait_jax import load_pretrained, preprocessing
 from cait_jax.data import load_split
@@ -74,20 +72,13 @@ def main() -> None:
     print("|---" * (len(args.sides) + 1) + "|")
     for name, found in (("as trained", before), (f"fine-tuned at {args.sides[-1]} px", after)):
         print(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in found) + " |")
-    (args.out / "resolution.json").write_text(
-        json.dumps(
-            {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-                "jax": jax.__version__,
-                "sides": args.sides,
-                "before": before,
-                "after": after,
-                "epochs": args.epochs,
-                "seconds": seconds,
-            },
-            indent=2,
-        )
+    write_report(
+        args.out / "resolution.json",
+        sides=args.sides,
+        before=before,
+        after=after,
+        epochs=args.epochs,
+        seconds=seconds,
     )
 
 

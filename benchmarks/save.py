@@ -9,9 +9,7 @@ disk can do. The save before is committed when the next begins, as between check
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from reports import write_report
 from tabulate import tabulate
 
 from cait_jax.checkpoint.store import Checkpoints
@@ -85,21 +84,12 @@ def main() -> None:
     print(tabulate(table, ["", "median ms", "least", "most"], floatfmt=".1f"))
     ratio = statistics.median(seconds["committed"]) / statistics.median(seconds["file"])
     print(f"\nratio {ratio:.2f} (committed over file)")
-    (args.out / "save.json").write_text(
-        json.dumps(
-            {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-                "cores": os.cpu_count(),
-                "jax": jax.__version__,
-                "bytes": size,
-                "arrays": len(state),
-                "seconds": seconds,
-                "ratio": ratio,
-            },
-            indent=1,
-        )
-        + "\n"
+    write_report(
+        args.out / "save.json",
+        bytes=size,
+        arrays=len(state),
+        seconds=seconds,
+        ratio=ratio,
     )
 
 

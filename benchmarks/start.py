@@ -16,9 +16,7 @@ and verifies it, and ends with the first step after it.
 """
 
 import argparse
-import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -29,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
+from reports import write_report
 from tabulate import tabulate
 
 from cait_jax.checkpoint.store import Checkpoints
@@ -141,26 +139,16 @@ def main() -> None:
     print(tabulate(table, ["", "set up s", "first step s", "all"], floatfmt=".2f"))
     ratio = medians["cache"]["step"] / medians["no cache"]["step"]
     print(f"\nratio {ratio:.3f}; the cache has {len(entries)} files, {sum(entries) / 1e6:.1f} MB")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "start.json").write_text(
-        json.dumps(
-            {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-                "cores": os.cpu_count(),
-                "jax": jax.__version__,
-                "config": args.config,
-                "options": args.options,
-                "resume": args.resume,
-                "seconds": sides,
-                "filling": filling,
-                "medians": medians,
-                "ratio": ratio,
-                "cache_bytes": sum(entries),
-            },
-            indent=1,
-        )
-        + "\n"
+    write_report(
+        args.out / "start.json",
+        config=args.config,
+        options=args.options,
+        resume=args.resume,
+        seconds=sides,
+        filling=filling,
+        medians=medians,
+        ratio=ratio,
+        cache_bytes=sum(entries),
     )
 
 

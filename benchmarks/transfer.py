@@ -15,8 +15,6 @@ Prints a table and writes OUT/transfer.json. What is finished under OUT is read,
 
 import argparse
 import collections
-import json
-import platform
 import time
 from pathlib import Path
 
@@ -24,6 +22,7 @@ import cv2
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from reports import write_report
 
 from cait_jax.data import load_split
 from cait_jax.data.split import InMemory
@@ -90,19 +89,12 @@ def main() -> None:
                 print(f"{size:5} a class, seed {seed}, {way:13} {accuracy:.4f}", flush=True)
 
     print("\n" + table(rows))
-    (out / "transfer.json").write_text(
-        json.dumps(
-            {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-                "jax": jax.__version__,
-                "held_out": args.held_out,
-                "pretraining_steps": run.state.step.item(),
-                "pretraining_accuracy": run.metrics["eval/accuracy"],
-                "rows": rows,
-            },
-            indent=2,
-        )
+    write_report(
+        out / "transfer.json",
+        held_out=args.held_out,
+        pretraining_steps=run.state.step.item(),
+        pretraining_accuracy=run.metrics["eval/accuracy"],
+        rows=rows,
     )
     if args.figure:
         draw(rows, args.held_out).savefig(args.figure, dpi=120)

@@ -26,12 +26,23 @@ class Backbone(NamedTuple):
       params: from that part to the network's parameters.
       name: in words.
       dropped: what else was trained, in words.
+      network: from the model that was trained to the one whose features are learnt; None if there is none.
     """
 
     part: str | None
     params: Callable[[Any], dict[str, Any]]
     name: str
     dropped: str
+    network: Callable[[Any], Any | None] = lambda model: model
+
+
+def _mean_pooled(model: Any) -> Any | None:
+    """Masked autoencoding trains the tokens of patches: their mean is the feature, and no class token is."""
+    if model.class_token == "mean":
+        return model
+    if model.class_token != "class_attention":
+        return None
+    return model.clone(class_token="mean", class_depth=0, class_mlp_ratio=None)
 
 
 _BACKBONES = {
@@ -46,6 +57,7 @@ _BACKBONES = {
         lambda params: {**params["encoder"], "norm": params["decoder"]["encoder_norm"]},
         "its encoder",
         "its decoder",
+        _mean_pooled,
     ),
 }
 
@@ -192,24 +204,22 @@ def _no_classifier(path: Path, objective: str) -> str:
 
 
 def _model(path: Path, meta: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
-    """The network as it was trained; of MAE the one whose features are the mean token of all patches."""
+    """The network as it was trained, or the one that an objective without labels trains the features of."""
     config = current_config(meta["config"])
     objective = _known_objective(path, _objective(meta))
-    headless = backbone_of(objective) is not None
-    model = create_model(
+    backbone = backbone_of(objective)
+    model: Any = create_model(
         image_size=_image_size(config),
-        num_classes=0 if headless else len(_class_names(meta, params)),
+        num_classes=len(_class_names(meta, params)) if backbone is None else 0,
         in_channels=_channels(meta, params),
         **config["model"],
     )
-    if objective != "mae" or model.class_token == "mean":
-        return model
-    if model.class_token != "class_attention":
+    if backbone is not None and (model := backbone.network(model)) is None:
         raise UserError(
-            f"the run in {path} has a class token, which masked autoencoding does not train; it "
+            f"the run in {path} has a class token, which this objective does not train; it "
             f"{_no_classifier(path, objective)}"
         )
-    return model.clone(class_token="mean", class_depth=0, class_mlp_ratio=None)
+    return model
 
 
 def _image_size(config: Mapping[str, Any]) -> tuple[int, int]:
