@@ -5,9 +5,10 @@ Command: python benchmarks/ladder.py [--data_dir=DIR] [--seeds=3] [--rungs=one_h
 
 5,000 training and 1,000 test images of CIFAR-10 at 224 pixels, patches of 16, width 64, one block, batch 32, 15
 epochs, Adam at 1e-3, no augmentation: the setting of a published tutorial. Prints a table of the test accuracy
-after the last epoch, mean and standard deviation over seeds, and writes the accuracies to OUT/ladder.json. A run
-is saved after each epoch; the same command continues it. OUT/RUNG_seedN.msgpack keeps its parameters. With
---report it trains nothing: it prints the table of the runs under OUT, and which are missing.
+after the last epoch, mean and standard deviation over seeds. A run is saved after each epoch in
+OUT/RUNG_seedN.msgpack, and the same command continues it. Of a finished run the history is a line of
+benchmarks/studies/results/ladder.jsonl, and it is not trained again; of seed 0 it is, where OUT has no parameters.
+With --report it trains nothing: it prints the table, and which runs are missing.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import serialization
+from reports import RESULTS, append_line, read_lines
 
 from cait_jax.data import InMemory, load_split
 from cait_jax.files import atomic_replace
@@ -282,14 +284,27 @@ def parameters(rung: str) -> int:
     )
 
 
+def recorded(results: Path | None) -> dict[tuple[str, int], list[dict[str, float]]]:
+    """The histories in a file of results, by rung and seed."""
+    lines = read_lines(results) if results else []
+    return {(line["rung"], line["seed"]): line["history"] for line in lines}
+
+
 def finished(
-    out: Path, rungs: Iterable[str], seeds: int, epochs: int = EPOCHS
+    out: Path, rungs: Iterable[str], seeds: int, epochs: int = EPOCHS, results: Path | None = None
 ) -> tuple[dict[str, dict[int, list[dict[str, float]]]], list[str]]:
-    """The histories of finished runs by rung and seed, and a line for each rung about those that are missing."""
+    """The histories of finished runs by rung and seed, and a line for each rung about those that are missing.
+
+    They are those of `results`, and of runs under `out`.
+    """
+    known = recorded(results)
     found: dict[str, dict[int, list[dict[str, float]]]] = {}
     missing = []
     for rung in rungs:
-        histories = {s: saved[1] if (saved := read(out, rung, s)) else [] for s in range(seeds)}
+        histories = {}
+        for seed in range(seeds):
+            saved = read(out, rung, seed)
+            histories[seed] = known.get((rung, seed)) or (saved[1] if saved else [])
         found[rung] = {seed: h for seed, h in histories.items() if len(h) >= epochs}
         lacking = [
             f"seed {seed} ({len(history)} of {epochs} epochs)"
@@ -301,9 +316,9 @@ def finished(
     return found, missing
 
 
-def report(out: Path, rungs: Iterable[str], seeds: int) -> None:
+def report(out: Path, rungs: Iterable[str], seeds: int, results: Path | None = None) -> None:
     """Prints the finished runs as a table in Markdown, and which are missing."""
-    found, missing = finished(out, rungs, seeds)
+    found, missing = finished(out, rungs, seeds, results=results)
     print(
         "| rung | parameters | test accuracy (%) | published | seeds | seconds of the fastest epoch |"
     )
@@ -328,15 +343,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/ladder"))
     parser.add_argument("--report", action="store_true", help="print the table, train nothing")
     args = parser.parse_args()
-    accuracies: dict[str, list[float]] = {rung: [] for rung in args.rungs.split(",")}
+    rungs, results = args.rungs.split(","), RESULTS / "ladder.jsonl"
     if not args.report:
         args.out.mkdir(parents=True, exist_ok=True)
         data = load(args.data_dir)
         for seed in range(args.seeds):
-            for rung, found in accuracies.items():
-                found.append(train(rung, seed, data, args.out)[1][-1]["accuracy"])
-        (args.out / "ladder.json").write_text(json.dumps(accuracies, indent=2))
-    report(args.out, accuracies, args.seeds)
+            for rung in rungs:
+                known = (rung, seed) in recorded(results)
+                if known and seed:
+                    continue
+                _, history = train(rung, seed, data, args.out)
+                if not known:
+                    line = {"rung": rung, "seed": seed, "history": history, "jax": jax.__version__}
+                    append_line(results, line)
+    report(args.out, rungs, args.seeds, results)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ nothing and prints the table: mean and standard deviation over seeds.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reports import RESULTS, append_line, read_lines
 from studies.architecture import CLASS_TOKEN, HEADS, RESIDUAL
 from studies.optimizers import OPTIMIZERS
 from studies.pretraining import PRETRAINING
@@ -36,7 +36,6 @@ from studies.regime import REGIME
 from studies.runs import Job, Study
 from tabulate import tabulate
 
-RESULTS = Path(__file__).parent / "studies" / "results"
 STUDIES = {
     "residual": RESIDUAL,
     "class_token": CLASS_TOKEN,
@@ -75,24 +74,16 @@ def main() -> None:
                 found = arm.run(Job(args.data_dir, args.out.absolute() / args.study, name, seed))
                 if found is None:  # stopped by a signal
                     return
-                append(results, {"arm": name, "seed": seed, **found})
+                append_line(results, {"arm": name, "seed": seed, **found})
     lines = finished(results)
     print(table(study, lines, args.seeds))
     if args.figure:
         draw(study, lines).savefig(args.figure, dpi=120)
 
 
-def append(results: Path, line: Mapping[str, Any]) -> None:
-    """One write, so that commands at a time do not mix their lines."""
-    with results.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
 def finished(results: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The lines of a study by arm and seed."""
-    lines = results.read_text().splitlines() if results.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return {(row["arm"], row["seed"]): row for row in rows}
+    return {(row["arm"], row["seed"]): row for row in read_lines(results)}
 
 
 def table(study: Study, found: Mapping[tuple[str, int], Mapping[str, Any]], seeds: int) -> str:

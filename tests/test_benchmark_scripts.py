@@ -62,8 +62,15 @@ def test_the_code_base_in_figures(tmp_path):
     }
 
 
-def test_the_ladder_reports_finished_runs_and_names_the_others(tmp_path, capsys):
-    ladder = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "ladder.py"))
+def _run(name, monkeypatch):
+    """The names of a script."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    return runpy.run_path(str(folder / name))
+
+
+def test_the_ladder_reports_finished_runs_and_names_the_others(tmp_path, monkeypatch, capsys):
+    ladder = _run("ladder.py", monkeypatch)
     epoch = {"loss": 2.0, "accuracy": 0.0, "seconds": 8.0}
     for seed, accuracies in enumerate([[20.0] * 14 + [30.0], [20.0] * 14 + [32.0], [20.0] * 7]):
         history = [{**epoch, "accuracy": accuracy} for accuracy in accuracies]
@@ -77,9 +84,15 @@ def test_the_ladder_reports_finished_runs_and_names_the_others(tmp_path, capsys)
     assert "missing: one_head, seed 2 (7 of 15 epochs)" in lines
     assert lines[-1].startswith("missing: four_heads, seed 0 (0 of 15 epochs), seed 1")
 
+    results = tmp_path / "ladder.jsonl"
+    history = [{**epoch, "accuracy": 34.0}] * 15
+    ladder["append_line"](results, {"rung": "one_head", "seed": 2, "history": history})
+    ladder["report"](tmp_path, ["one_head"], seeds=3, results=results)
+    assert "| one_head | 79,178 | 32.0 ± 2.0 | 26.5 | 3 | 8.0 |" in capsys.readouterr().out
 
-def test_a_study_tabulates_finished_runs_and_names_the_others(tmp_path):
-    study = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "study.py"))
+
+def test_a_study_tabulates_finished_runs_and_names_the_others(tmp_path, monkeypatch):
+    study = _run("study.py", monkeypatch)
     results = tmp_path / "heads.jsonl"
     assert study["finished"](results) == {}
     line = {
@@ -90,9 +103,11 @@ def test_a_study_tabulates_finished_runs_and_names_the_others(tmp_path):
         "parameters": 1000,
     }
     for seed, accuracy in enumerate([0.5, 0.52]):
-        study["append"](results, {**line, "seed": seed, "accuracy": accuracy, "diverged": False})
+        study["append_line"](
+            results, {**line, "seed": seed, "accuracy": accuracy, "diverged": False}
+        )
     nothing = dict.fromkeys(("accuracy", "eval_loss", "train_loss", "parameters"))
-    study["append"](
+    study["append_line"](
         results, {"arm": "4 heads", "seed": 0, "grad_norm": 9.0, "diverged": True, **nothing}
     )
     found = study["finished"](results)
