@@ -7,9 +7,9 @@ from typing import Any
 
 _OF_MODEL = (
     "width", "depth", "num_heads", "patch_size", "mlp_ratio", "residual", "block_norm", "layer_scale_init",
-    "talking_heads", "class_token", "class_depth", "class_mlp_ratio", "distilled", "drop_path_rate",
-    "drop_path_growth", "embedding_dropout", "attention_dropout", "projection_dropout", "dropout", "dtype",
-    "param_dtype", "precision", "remat", "attention", "stacked",
+    "talking_heads", "class_token", "class_depth", "class_mlp_ratio", "distilled", "class_position", "registers",
+    "mean_pool", "swiglu", "drop_path_rate", "drop_path_growth", "embedding_dropout", "attention_dropout",
+    "projection_dropout", "dropout", "dtype", "param_dtype", "precision", "remat", "attention", "stacked",
 )  # fmt: skip
 # Arguments of the Python API that a config has as well, and the key there.
 KEY_OF: Mapping[str, str] = {

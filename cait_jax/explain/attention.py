@@ -64,12 +64,18 @@ def patch_grid(model: CaiT) -> tuple[int, int]:
 
 
 def special_tokens(model: CaiT) -> tuple[int, ...]:
-    """For each self-attention block the number of tokens (class, distillation) in front of the patches."""
+    """For each self-attention block the number of tokens (class, distillation, registers) before the patches."""
     if model.class_token == "input":
-        return (1 + model.distilled,) * model.depth
+        return (sum(model.prefix.values()),) * model.depth
     if isinstance(model.class_token, int):
         return tuple(int(block >= model.class_token) for block in range(model.depth))
     return (0,) * model.depth
+
+
+def special_names(model: CaiT) -> list[str]:
+    """What these tokens are: "class", "distillation", "register 0", ..."""
+    registers = [f"register {i}" for i in range(model.prefix.get("reg_token", 0))]
+    return [*["class", "distillation"][: 1 + model.distilled], *registers]
 
 
 def self_attention(
@@ -103,7 +109,7 @@ def token_names(model: CaiT, layer: int) -> list[str]:
     rows, columns = patch_grid(model)
     special = special_tokens(model)[layer] if layer < model.depth else 1
     patches = [f"{row},{column}" for row in range(rows) for column in range(columns)]
-    return ["class", "distillation"][:special] + patches
+    return special_names(model)[:special] + patches
 
 
 def class_token_maps(

@@ -193,7 +193,7 @@ def _read_back(
     """What the output holds of each patch, if a block maps the tokens' shares R to `residual * R + A @ R`.
 
     The product over blocks is applied to the row of the token that the head reads, from the last block to the
-    first; of two tokens (distilled) and of the mean of all patches, to the mean of their rows.
+    first; where it reads the mean of several tokens, to the mean of their rows.
     """
     specials, (_, batch, tokens, _) = special_tokens(model), blocks[-1].shape
     if class_blocks:
@@ -202,8 +202,8 @@ def _read_back(
             row = row + cls[:, None] * A[:, 0, 1:]
             cls = (residual + A[:, 0, 0]) * cls
     else:
-        read = specials[-1] or tokens
-        row = jnp.where(jnp.arange(tokens) < read, 1.0 / read, 0.0)[None, :].repeat(batch, axis=0)
+        _, read = model.read(jnp.eye(tokens)[None])
+        row = read.mean(axis=1).repeat(batch, axis=0)
 
     def through(row: Array, A: Array) -> tuple[Array, None]:
         return residual * row + jnp.einsum("bq,bqk->bk", row, A), None

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from cait_jax.explain.attention import check_transformer, patch_grid, special_tokens
+from cait_jax.explain.attention import check_transformer, patch_grid
 from cait_jax.models.cait import CaiT
 
 
@@ -46,8 +46,7 @@ def position_similarity(
 ) -> Float[Array, "rows columns rows columns"]:
     """Cosine similarity of the position embedding of each patch with that of each other."""
     rows, columns = patch_grid(check_transformer(model))
-    special = special_tokens(model)[0] if model.class_token == "input" else 0
-    embedding = variables["params"]["pos_embed"][0, special:]
+    embedding = variables["params"]["pos_embed"][0, -rows * columns :]
     unit = embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
     similarity: Array = unit @ unit.T
     return similarity.reshape(rows, columns, rows, columns)

@@ -6,9 +6,9 @@ is what lets the network be this deep. The paper's other residual schemes are in
 computes the attention below in fewer passes over memory.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from cait_jax import kernels
 from cait_jax.models.layers import (
     LINEAR_INIT,
     SAVE_MATMULS,
+    Activation,
     Dropout,
     DropPathScale,
     DtypePolicy,
@@ -32,6 +33,7 @@ from cait_jax.models.layers import (
     StochasticDepth,
     Tokens,
     check_images,
+    gelu,
     linear,
     mix_heads,
     record,
@@ -44,9 +46,7 @@ from cait_jax.sharding import positions, reshape, tile
 ClassToken = Float[Array, "batch 1 d"]
 
 OPTIONS = ("residual", "block_norm", "class_token", "distilled", "drop_path_growth")
-RATES = (
-    "drop_path_rate", "embedding_dropout", "attention_dropout", "projection_dropout", "dropout",
-)  # fmt: skip
+RATES = ("drop_path_rate", "embedding_dropout", "attention_dropout", "projection_dropout", "dropout")  # fmt: skip
 REMATS = ("none", "elementwise", "attention", "block")
 
 
@@ -128,7 +128,7 @@ class ClassAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact (erf) GELU between them.
+    """Two linear layers with an exact GELU, or another `activation`, between them.
 
     GELU is rematerialised in the backward pass: JAX's derivative of it keeps four arrays of the hidden width.
     """
@@ -136,12 +136,13 @@ class Mlp(nn.Module):
     hidden: int
     dropout: float = 0.0
     dtypes: DtypePolicy = DtypePolicy()
+    activation: Activation = gelu
 
     @functools.partial(nn.remat, policy=SAVE_MATMULS)
     @nn.compact
     def __call__(self, x: Tokens, example_ids: ExampleIds = None) -> Tokens:
         width = x.shape[-1]
-        x = nn.gelu(linear(x, self.hidden, "fc1", self.dtypes), approximate=False)
+        x = self.activation(linear(x, self.hidden, "fc1", self.dtypes))
         x = Dropout(self.dropout, name="drop1")(x, example_ids)
         x = linear(x, width, "fc2", self.dtypes)
         return Dropout(self.dropout, name="drop2")(x, example_ids)
@@ -156,6 +157,7 @@ class SelfAttentionBlock(nn.Module):
     dropout: float = 0.0
     layer_scale_init: float = 1e-5
     dtypes: DtypePolicy = DtypePolicy()
+    activation: Activation = gelu  # of the MLP
 
     @nn.compact
     def __call__(
@@ -170,7 +172,7 @@ class SelfAttentionBlock(nn.Module):
         x = x + drop_path(name="drop_path_1")(y, example_ids, drop_path_scale)
 
         y = LayerNorm(name="norm2", **dtypes.norm)(x)
-        y = Mlp(hidden, self.dropout, dtypes, name="mlp")(y, example_ids)
+        y = Mlp(hidden, self.dropout, dtypes, self.activation, name="mlp")(y, example_ids)
         y = LayerScale(self.layer_scale_init, dtypes, name="layer_scale_2")(y)
         x = x + drop_path(name="drop_path_2")(y, example_ids, drop_path_scale)
 
@@ -275,26 +277,22 @@ class CaiT(nn.Module):
 
         x = jnp.asarray(images, self.dtype)
         x = PatchEmbed(self.width, self.patch_size, dtypes, name="patch_embed")(x)
-        if self.class_token == "input":
-            names = ("cls_token", "dist_token") if self.distilled else ("cls_token",)
-            x = jnp.concatenate([*(self._token(name, x) for name in names), x], axis=1)
-        pos_embed = self.param("pos_embed", LINEAR_INIT, (1, *x.shape[1:]), self.param_dtype)
-        x = x + pos_embed.astype(self.dtype)
+        tokens = [self._token(name, x, count) for name, count in self.prefix.items()]
+        x = jnp.concatenate([*tokens, x], axis=1) if tokens else x
+        x = x + self.position_embedding(x.shape[1]).astype(self.dtype)
         x = Dropout(self.embedding_dropout, name="pos_drop")(x, example_ids)
         if visible is not None:
-            prefix = 1 + self.distilled if self.class_token == "input" else 0
+            prefix = sum(self.prefix.values())
             x = jnp.concatenate([x[:, :prefix], take_tokens(x[:, prefix:], visible)], axis=1)
 
-        layerscale = contextlib.nullcontext()
-        with layerscale if self.residual == "layerscale" else residual_scheme(self):
+        with nullcontext() if self.residual == "layerscale" else residual_scheme(self):
             x = self._self_attention_stage(x, example_ids, dtypes)
             if visible is not None:
                 return x[:, -visible.shape[1] :]
             if self.class_token == "class_attention":
                 x = self._class_attention_stage(x, dtypes)
-            elif self.class_token != "mean":
-                x = x[:, : 1 + self.distilled]
-            x = LayerNorm(name="norm", **dtypes.norm)(x)
+            norm, x = self.read(x)
+            x = LayerNorm(name=norm, **dtypes.norm)(x)
             features: Array = x.mean(axis=1)
             record(self, "features", features)
             if self.num_classes == 0:
@@ -307,6 +305,26 @@ class CaiT(nn.Module):
         record(self, "logits_class", logits)
         record(self, "logits_distillation", logits_dist)
         return (logits + logits_dist) / 2
+
+    @property
+    def prefix(self) -> dict[str, int]:
+        """Names and numbers of the tokens in front of the patches from the first block on."""
+        names = ("cls_token", "dist_token")[: 1 + self.distilled]
+        return dict.fromkeys(names, 1) if self.class_token == "input" else {}
+
+    @property
+    def activation(self) -> Activation:
+        """Of the MLPs in self-attention blocks."""
+        return gelu
+
+    def position_embedding(self, tokens: int) -> Float[Array, "1 tokens d"]:
+        """Of the tokens before the first block."""
+        return self.param("pos_embed", LINEAR_INIT, (1, tokens, self.width), self.param_dtype)
+
+    def read(self, x: Tokens) -> tuple[str, Float[Array, "batch read d"]]:
+        """The name of the last norm, and the tokens that it takes; their mean are the features."""
+        every = self.class_token in ("class_attention", "mean")
+        return "norm", x if every else x[:, : 1 + self.distilled]
 
     def _self_attention_stage(
         self, x: Tokens, example_ids: ExampleIds, dtypes: DtypePolicy
@@ -323,10 +341,8 @@ class CaiT(nn.Module):
         rates = self.attention_dropout, projection
         options = self.num_heads, self.talking_heads, *rates, self.attention, dtypes
         attention = functools.partial(attention, *options)
-        rates = self.drop_path_rate, self.dropout
-        block = functools.partial(
-            block, attention, self.mlp_ratio, *rates, self.layer_scale_init, dtypes
-        )
+        branch = self.drop_path_rate, self.dropout, self.layer_scale_init, dtypes, self.activation
+        block = functools.partial(block, attention, self.mlp_ratio, *branch)
         scales = jnp.linspace(0.0, 1.0, self.depth) if self.drop_path_growth == "linear" else None
 
         if self.stacked:
@@ -355,8 +371,8 @@ class CaiT(nn.Module):
             cls = ClassAttentionBlock(*given, name=f"blocks_token_only_{i}")(cls, patches)
         return cls
 
-    def _token(self, name: str, x: Tokens) -> ClassToken:
-        token = self.param(name, LINEAR_INIT, (1, 1, self.width), self.param_dtype)
+    def _token(self, name: str, x: Tokens, count: int = 1) -> Float[Array, "batch count d"]:
+        token = self.param(name, LINEAR_INIT, (1, count, self.width), self.param_dtype)
         return tile(token.astype(self.dtype), x)
 
 

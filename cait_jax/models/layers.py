@@ -24,6 +24,8 @@ DropPathScale = float | Float[Array, ""]
 # For the remat policy that saves the outputs, so named, of matmuls and of attention as a whole.
 saveable: Callable[[Array], Array] = functools.partial(checkpoint_name, name="product")
 SAVE_MATMULS = jax.checkpoint_policies.save_only_these_names("product")
+Activation = Callable[[Array], Array]
+gelu: Activation = functools.partial(nn.gelu, approximate=False)  # by erf
 LINEAR_INIT = nn.initializers.normal(stddev=0.02)
 # Rematerialised in the backward pass from its input: JAX's derivative of a norm keeps two more float32 arrays of
 # that size. CSE stays prevented, or TPU's compiler reads the input once for every use.

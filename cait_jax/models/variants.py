@@ -1,22 +1,8 @@
-"""The table of named models: for each name a network and its attributes; ViT as a CaiT of other attributes."""
+"""The table of named models: for each name a network and its attributes."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
-
-from cait_jax.models.cait import CaiT
-
-
-class VisionTransformer(CaiT):
-    """`CaiT` with the choices of ViT (Dosovitskiy et al., arXiv 2010.11929) as defaults.
-
-    With `distilled=True` it is the distilled network of DeiT (Touvron et al., arXiv 2012.12877).
-    """
-
-    residual: str = "plain"
-    talking_heads: bool = False
-    class_token: str | int = "input"
-    drop_path_growth: str = "linear"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +55,20 @@ _VIT = {
     "vit_6x256": (256, 6, 4),
     "vit_8x384": (384, 8, 6),
 }
+# DeiT III (arXiv 2204.07118), table 2.
+_DEIT3 = {
+    "deit3_small": (384, 12, 6),
+    "deit3_medium": (512, 12, 8),
+    "deit3_base": (768, 12, 12),
+    "deit3_large": (1024, 24, 16),
+}
+# DINOv2 (arXiv 2304.07193), table 17; the largest has gated MLPs.
+_DINOV2 = {
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+    "vit_giant": (1536, 40, 24),
+}
 # DeiT's paper, table 1; stochastic depth as in its recipe, table 9.
 _DEIT = {"deit_tiny": (192, 12, 3), "deit_small": (384, 12, 6), "deit_base": (768, 12, 12)}
 # RegNetY-16GF, the teacher of DeiT and CaiT.
@@ -94,10 +94,54 @@ _attributes |= {
 for _name in _DEIT:
     _attributes[_name]["drop_path_rate"] = 0.1
     _attributes[f"{_name}_distilled"] = {**_attributes[_name], "distilled": True}
-# The names that weights are published under say patch size and resolution.
 _attributes |= {
-    f"{name}_patch16_224": _attributes[name]
-    for name in ("vit_base", "vit_large", *_DEIT, *(f"{name}_distilled" for name in _DEIT))
+    name: {
+        "image_size": 224,
+        **dict(zip(_SIZES, values, strict=True)),
+        "residual": "layerscale",
+        "layer_scale_init": 1e-6,
+        "class_position": False,
+    }
+    for name, values in _DEIT3.items()
+}
+# The names that weights are published under say patch size and resolution, and after a point what taught them. A
+# name without that is of the classifier that timm gives for it; the others here are released without a head.
+_attributes |= {
+    f"{name}_patch16_{size}": {**_attributes[name], "image_size": size}
+    for size, names in (
+        (224, ("vit_tiny", "vit_small", "vit_base", "vit_large", *_DEIT, *_DEIT3)),
+        (224, (f"{name}_distilled" for name in _DEIT)),
+        (384, ("vit_base", "deit3_small", "deit3_base", "deit3_large")),
+    )
+    for name in names
+}
+_attributes |= {
+    f"{name}.fb_in22k_ft_in1k": attributes
+    for name, attributes in _attributes.items()
+    if name.startswith("deit3") and "_patch16_" in name
+}
+_attributes |= {
+    f"{name}_patch{patch}_224.{tag}": {**_attributes[name], "patch_size": patch, "num_classes": 0}
+    for name, patch, tag in (
+        *((name, patch, "dino") for name in ("vit_small", "vit_base") for patch in (16, 8)),
+        *((name, 16, "mae") for name in ("vit_base", "vit_large")),
+    )
+}
+_REGISTERS = {"registers": 4, "class_position": False}
+_SWIGLU = {"swiglu": True, "mlp_ratio": 2.66667 * 2}  # 4,096 channels after the gate
+_attributes |= {
+    f"{name}_patch14{with_registers}_dinov2.lvd142m": {
+        "image_size": 518,
+        **dict(zip(_SIZES, values, strict=True)),
+        "patch_size": 14,
+        "num_classes": 0,
+        "residual": "layerscale",
+        "layer_scale_init": 1e-5,
+        **(_REGISTERS if with_registers else {}),
+        **(_SWIGLU if name == "vit_giant" else {}),
+    }
+    for name, values in _DINOV2.items()
+    for with_registers in ("", "_reg4")
 }
 
 VARIANTS: Mapping[str, Variant] = {

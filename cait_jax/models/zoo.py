@@ -11,7 +11,8 @@ from flax import linen as nn
 from cait_jax.errors import UserError, Way, advise, can_set, nearest, setting
 from cait_jax.kernels import DEFAULT_ATTENTION
 from cait_jax.models.cait import CaiT
-from cait_jax.models.variants import VARIANTS, VisionTransformer
+from cait_jax.models.variants import VARIANTS
+from cait_jax.models.vit import VisionTransformer
 from cait_jax.renamed import KEY_OF
 from cait_jax.sharding import device_memory
 
@@ -42,10 +43,10 @@ def create_model(name: str, **attributes: Any) -> Network:
     variant = VARIANTS[name]
     network = network_class(variant.family)
     known = {field.name for field in dataclasses.fields(network)} - {"parent", "name"}
-    for key in attributes:
+    given = {key: value for key, value in attributes.items() if value is not None}
+    for key in given:
         if key not in known:
             raise UserError(f"{name} has no attribute {key!r}; {nearest(key, known)}")
-    given = {key: value for key, value in attributes.items() if value is not None}
     values = {"dtype": "float32", "param_dtype": "float32", **variant.attributes, **given}
     size = values["image_size"]
     try:

@@ -22,9 +22,10 @@ from cait_jax.errors import UserError, can_set, setting
 
 _SELF_ATTENTION = re.compile(r"blocks_(\d+)")
 _CLASS_ATTENTION = re.compile(r"blocks_token_only_(\d+)")
-_EMBEDDINGS = ("patch_embed", "pos_embed", "cls_token", "dist_token")
+_EMBEDDINGS = ("patch_embed", "pos_embed", "cls_token", "dist_token", "reg_token")
 _HEADS = ("head", "head_dist")
-_CLASS_STAGE = ("cls_token", "norm", *_HEADS)
+_NORMS = ("norm", "fc_norm")  # after all blocks
+_CLASS_STAGE = ("cls_token", *_NORMS, *_HEADS)
 
 # From parameters to factors or masks that broadcast against them.
 OfParams = Callable[[Any], Any]
@@ -120,7 +121,7 @@ def _numbered(params: Any, *, class_attention: int, last: int) -> Any:
             return np.asarray(0)
         if name in _HEADS:
             return np.asarray(last + 1)
-        if name == "norm":
+        if name in _NORMS:
             return np.asarray(last)
         if found := _SELF_ATTENTION.fullmatch(name):
             return np.asarray(1 + int(found[1]))

@@ -20,7 +20,7 @@ class Released:
     """One set of released weights.
 
     Attributes:
-      name: of the model.
+      name: of the model, as timm has it: with the tag of the weights, if they are not its default.
       hub_id: repository on the Hugging Face hub, which holds `model.safetensors`.
       image_size: side in pixels of the images it was evaluated on.
       crop_pct: side of the centre crop over the short side of the resized image.
@@ -67,6 +67,7 @@ _TIMM_MEASURED = "timm's measurement"
 _DEIT_PAPER = "DeiT paper, arXiv 2012.12877"
 _HALF = (0.5, 0.5, 0.5)
 _DISTILLED, _IN1K, _AUGREG = "fb_dist_in1k", "fb_in1k", "augreg_in21k_ft_in1k"
+_IN22K = "fb_in22k_ft_in1k"
 
 # Name, tag of the hub's repository, image size, crop ratio, top-1.
 _MEASURED_BY_TIMM = (
@@ -88,11 +89,42 @@ _MEASURED_BY_TIMM = (
     ("deit_base_distilled_patch16_224", _IN1K, 224, 0.9, 83.386),
     ("vit_base_patch16_224", _AUGREG, 224, 0.9, 84.532),
     ("vit_large_patch16_224", _AUGREG, 224, 0.9, 85.834),
+    ("vit_tiny_patch16_224", _AUGREG, 224, 0.9, 75.452),
+    ("vit_small_patch16_224", _AUGREG, 224, 0.9, 81.402),
+    ("vit_base_patch16_384", _AUGREG, 384, 1.0, 86.010),
+    ("deit3_small_patch16_224", _IN1K, 224, 0.9, 81.382),
+    ("deit3_small_patch16_384", _IN1K, 384, 1.0, 83.432),
+    ("deit3_medium_patch16_224", _IN1K, 224, 0.9, 83.090),
+    ("deit3_base_patch16_224", _IN1K, 224, 0.9, 83.800),
+    ("deit3_base_patch16_384", _IN1K, 384, 1.0, 85.088),
+    ("deit3_large_patch16_224", _IN1K, 224, 0.9, 84.772),
+    ("deit3_large_patch16_384", _IN1K, 384, 1.0, 85.820),
+    (f"deit3_small_patch16_224.{_IN22K}", "", 224, 1.0, 83.082),
+    (f"deit3_small_patch16_384.{_IN22K}", "", 384, 1.0, 84.846),
+    (f"deit3_medium_patch16_224.{_IN22K}", "", 224, 1.0, 84.550),
+    (f"deit3_base_patch16_224.{_IN22K}", "", 224, 1.0, 85.728),
+    (f"deit3_base_patch16_384.{_IN22K}", "", 384, 1.0, 86.742),
+    (f"deit3_large_patch16_224.{_IN22K}", "", 224, 1.0, 86.990),
+    (f"deit3_large_patch16_384.{_IN22K}", "", 384, 1.0, 87.736),
+)
+# Networks without a head: name with the tag of the hub's repository, image size, crop ratio.
+_WITHOUT_HEAD = (
+    ("vit_small_patch16_224.dino", 224, 0.9),
+    ("vit_small_patch8_224.dino", 224, 0.9),
+    ("vit_base_patch16_224.dino", 224, 0.9),
+    ("vit_base_patch8_224.dino", 224, 0.9),
+    ("vit_base_patch16_224.mae", 224, 0.9),
+    ("vit_large_patch16_224.mae", 224, 0.9),
+    *(
+        (f"vit_{size}_patch14{registers}_dinov2.lvd142m", 518, 1.0)
+        for registers in ("", "_reg4")
+        for size in ("small", "base", "large", "giant")
+    ),
 )
 
 RELEASED: Mapping[str, Released] = {
     name: Released(
-        name, f"timm/{name}.{tag}", size, crop, top1, _TIMM_MEASURED,
+        name, f"timm/{name}.{tag}".rstrip("."), size, crop, top1, _TIMM_MEASURED,
         mean=_HALF if tag == _AUGREG else IMAGENET_MEAN,
         std=_HALF if tag == _AUGREG else IMAGENET_STD,
     )
@@ -103,6 +135,9 @@ RELEASED: Mapping[str, Released] = {
     "regnety_160": Released(
         "regnety_160", "timm/regnety_160.deit_in1k", 224, 0.875, 82.9, _DEIT_PAPER
     )
+} | {
+    name: Released(name, f"timm/{name}", size, crop, None, "")
+    for name, size, crop in _WITHOUT_HEAD
 }  # fmt: skip
 
 # Trained at 224 pixels without distillation.

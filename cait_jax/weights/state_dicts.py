@@ -39,7 +39,8 @@ _PREFIXES = (
 _AVERAGED_PREFIXES = ("ema.", "ema_model.", "model_ema.", "state_dict_ema.", "teacher.")
 # Top-level modules of our networks: a state dict of one of them alone has it before every name.
 _TOP_LEVEL = (
-    "blocks", "blocks_token_only", "patch_embed", "norm", "head", "head_dist", "stem", "s1", "s2", "s3", "s4",
+    "blocks", "blocks_token_only", "patch_embed", "norm", "fc_norm", "head", "head_dist", "stem", "s1", "s2", "s3",
+    "s4",
 )  # fmt: skip
 # What averages count beside the weights.
 _COUNTERS = ("n_averaged", "num_updates", "decay", "initted", "step")

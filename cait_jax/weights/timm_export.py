@@ -136,14 +136,25 @@ def _cait(model: Any) -> TimmModel:
 
 def _vit(model: Any) -> TimmModel:
     _refuse_options("VisionTransformer", model, _VIT_OPTIONS)
-    usual = (model.mlp_ratio, model.residual, model.class_token) == (4, "plain", "input")
     otherwise = f"deit_tiny{'_distilled' * model.distilled}_patch16_224"
+    usual = model.class_token == "input" and not model.mean_pool
     entry_point, named = _entry_point(model, usual=usual, otherwise=otherwise)
+    if model.swiglu and named is None:
+        raise UserError(
+            "timm has gated MLPs (swiglu) in its vit_giant_patch14_dinov2 alone: export a model without, or "
+            f"{_as_ours()}"
+        )
     arguments = {**_sizes(model), "mlp_ratio": model.mlp_ratio}
     if model.residual == "layerscale":
         arguments["init_values"] = model.layer_scale_init
     if model.class_token == "mean":
         arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    if model.mean_pool:
+        arguments |= {"global_pool": "avg", "fc_norm": True}
+    if not model.class_position:
+        arguments["no_embed_class"] = True
+    if model.registers:
+        arguments["reg_tokens"] = model.registers
     if not model.distilled:
         constructor = "timm.models.vision_transformer.VisionTransformer"
         return TimmModel(constructor, arguments, entry_point, named)
@@ -219,17 +230,20 @@ def _entry_point(model: Any, *, usual: bool, otherwise: str) -> tuple[str, dict[
     if not same:
         return otherwise, None
     usually = {"img_size": RELEASED[same[0]].image_size, "in_chans": 3, "num_classes": 1000}
-    return same[0], {k: v for k, v in _input_and_head(model).items() if v != usually[k]}
+    differing = {k: v for k, v in _input_and_head(model).items() if v != usually[k]}
+    return same[0].partition(".")[0], differing  # without the tag, which is of weights
 
 
 def _has_shape_of(name: str, model: Any) -> bool:
     """Whether a transformer is of the same kind and size as the released `name`."""
     released = create_model(name)
     attributes = (
-        "width", "depth", "num_heads", "patch_size", "class_token", "distilled"
+        "width", "depth", "num_heads", "patch_size", "mlp_ratio", "residual", "class_token", "distilled",
+        "class_position", "registers", "swiglu",
     )  # fmt: skip
-    return isinstance(released, CaiT) and all(
-        getattr(released, attribute) == getattr(model, attribute) for attribute in attributes
+    return type(released) is type(model) and all(
+        getattr(released, attribute, None) == getattr(model, attribute, None)
+        for attribute in attributes
     )
 
 

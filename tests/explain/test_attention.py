@@ -106,6 +106,8 @@ def test_token_names_count_special_tokens():
     assert attention.token_names(model, 0) == [
         "class", "distillation", "0,0", "0,1", "1,0", "1,1",
     ]  # fmt: skip
+    model = cait_jax.create_model("vit_tiny", image_size=(16, 32), registers=2)
+    assert attention.token_names(model, 0) == ["class", "register 0", "register 1", "0,0", "0,1"]
     model = cait_jax.create_model("cait_xxs24", image_size=32, depth=2)
     assert attention.token_names(model, 1) == ["0,0", "0,1", "1,0", "1,1"]
     assert attention.token_names(model, 2)[0] == "class"

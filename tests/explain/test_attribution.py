@@ -11,6 +11,7 @@ import cait_jax
 from cait_jax import UserError
 from cait_jax.explain import attention, attribution
 from cait_jax.models.cait import CaiT
+from cait_jax.models.vit import VisionTransformer
 
 SIZES = {"image_size": (32, 48), "width": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 NETWORKS = [
@@ -20,12 +21,15 @@ NETWORKS = [
     {"class_token": "input", "distilled": True, "talking_heads": False, "residual": "plain"},
     {"class_token": 1},
     {"class_token": "mean"},
+    {"registers": 2, "class_position": False},
+    {"mean_pool": True, "registers": 1},
 ]
 CLASSES = jnp.array([3, 0])
 
 
 def network(**attributes):
-    model = CaiT(**SIZES, layer_scale_init=1.0, **attributes)
+    family = VisionTransformer if "registers" in attributes else CaiT
+    model = family(**SIZES, layer_scale_init=1.0, **attributes)
     images = jax.random.normal(jax.random.key(1), (2, 32, 48, 3))
     variables = model.init(jax.random.key(0), images)
     variables = jax.tree.map(
@@ -60,6 +64,8 @@ def read_out(model, products, of_class):
         read = (total[0] + total[1]) / 2
     elif model.class_token == "mean":
         read = total.mean(axis=0)
+    elif getattr(model, "mean_pool", False):
+        read = total[-patches:].mean(axis=0)
     else:
         read = total[0]
     return read[-patches:].reshape(2, 3)

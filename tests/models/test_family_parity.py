@@ -8,7 +8,7 @@ import pytest
 
 from cait_jax import forward_intermediates
 from cait_jax.models.regnet import RegNetY
-from cait_jax.models.variants import VisionTransformer
+from cait_jax.models.vit import VisionTransformer
 from cait_jax.weights.timm_names import from_timm, to_timm
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

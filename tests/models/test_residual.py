@@ -9,7 +9,7 @@ from trees import random_params
 
 from cait_jax import UserError, create_model, forward_intermediates
 from cait_jax.models.cait import CaiT
-from cait_jax.models.variants import VisionTransformer
+from cait_jax.models.vit import VisionTransformer
 
 SIZE = {"image_size": 8, "patch_size": 2, "width": 32, "num_heads": 2, "depth": 2}
 NO_SCALE = {"plain", "t_fixup"}

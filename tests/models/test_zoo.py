@@ -9,7 +9,7 @@ from trees import random_params
 
 from cait_jax import create_model, list_models
 from cait_jax.models.regnet import stage_sizes
-from cait_jax.models.variants import VisionTransformer
+from cait_jax.models.vit import VisionTransformer
 
 # The released models' and the paper's counts, as published (1000 classes).
 PUBLISHED = {
@@ -34,7 +34,7 @@ PUBLISHED = {
     "cait_m48": 356_008_936,
     "cait_m48_448": 356_460_520,
 }
-# Ours, by hand: see count_by_hand.
+# Ours, by hand: see count_by_hand. Of the tables below, what timm 1.0.31 counts.
 SMALL = {"cait_xxs12_patch4_32": 6_449_224, "cait_nano4_patch4_8": 367_368}
 VIT = {
     "vit_6x256": 5_243_624,
@@ -46,7 +46,36 @@ VIT = {
     "vit_large": 304_326_632,
     "vit_large_patch16_224": 304_326_632,
     "vit_huge": 632_199_400,
+    "vit_tiny_patch16_224": 5_717_416,
+    "vit_small_patch16_224": 22_050_664,
+    "vit_base_patch16_384": 86_859_496,
+    "vit_small_patch16_224.dino": 21_665_664,
+    "vit_small_patch8_224.dino": 21_670_272,
+    "vit_base_patch16_224.dino": 85_798_656,
+    "vit_base_patch8_224.dino": 85_807_872,
+    "vit_base_patch16_224.mae": 85_798_656,
+    "vit_large_patch16_224.mae": 303_301_632,
+    "vit_small_patch14_dinov2.lvd142m": 22_056_192,
+    "vit_small_patch14_reg4_dinov2.lvd142m": 22_057_344,
+    "vit_base_patch14_dinov2.lvd142m": 86_579_712,
+    "vit_base_patch14_reg4_dinov2.lvd142m": 86_582_016,
+    "vit_large_patch14_dinov2.lvd142m": 304_367_616,
+    "vit_large_patch14_reg4_dinov2.lvd142m": 304_370_688,
+    "vit_giant_patch14_dinov2.lvd142m": 1_136_479_232,
+    "vit_giant_patch14_reg4_dinov2.lvd142m": 1_136_483_840,
 }
+DEIT3 = {
+    "deit3_small": 22_059_496,
+    "deit3_medium": 38_849_512,
+    "deit3_base": 86_585_320,
+    "deit3_large": 304_374_760,
+}
+DEIT3 |= {f"{name}_patch16_224": parameters for name, parameters in DEIT3.items()} | {
+    "deit3_small_patch16_384": 22_205_416,
+    "deit3_base_patch16_384": 86_877_160,
+    "deit3_large_patch16_384": 304_763_880,
+}
+DEIT3 |= {f"{n}.fb_in22k_ft_in1k": count for n, count in DEIT3.items() if "patch16" in n}
 DEIT = {
     "deit_tiny": 5_717_416,
     "deit_small": 22_050_664,
@@ -57,7 +86,7 @@ DEIT = {
 }
 DEIT |= {f"{name}_patch16_224": parameters for name, parameters in DEIT.items()}
 REGNET = {"regnety_160": 83_590_140}
-GOLDEN = PUBLISHED | SMALL | VIT | DEIT | REGNET
+GOLDEN = PUBLISHED | SMALL | VIT | DEIT | DEIT3 | REGNET
 
 # name: drop path, LayerScale start value (released code).
 RECIPE = {

@@ -15,17 +15,22 @@ from cait_jax.weights.state_dicts import read_weights, write_safetensors
 
 
 def test_every_row_is_a_model_at_its_own_resolution():
-    assert len(RELEASED) == 19
+    assert len(RELEASED) == 50
     for name, row in RELEASED.items():
         assert (row.name, create_model(name).image_size) == (name, (row.image_size,) * 2)
-        assert row.hub_id.startswith(f"timm/{name}.")
+        tagged = "." in name
+        assert row.hub_id == f"timm/{name}" if tagged else row.hub_id.startswith(f"timm/{name}.")
         assert bool(row.source) == (row.top1 is not None)
         assert row.preprocessing()["image_size"] == [row.image_size] * 2
 
 
 def test_evaluation_settings_by_family():
     assert {row.crop_pct for name, row in RELEASED.items() if name.startswith("cait")} == {1.0}
-    assert {row.crop_pct for name, row in RELEASED.items() if name.startswith("deit")} == {0.9}
+    assert {row.crop_pct for name, row in RELEASED.items() if name.startswith("deit_")} == {0.9}
+    assert find_released("deit3_base_patch16_224").crop_pct == 0.9
+    assert find_released("deit3_base_patch16_224.fb_in22k_ft_in1k").crop_pct == 1.0
+    assert find_released("vit_small_patch14_reg4_dinov2.lvd142m").image_size == 518
+    assert find_released("vit_small_patch16_224.dino").mean == (0.485, 0.456, 0.406)
     assert find_released("regnety_160").crop_pct == 0.875
     assert find_released("vit_base_patch16_224").mean == (0.5, 0.5, 0.5)
     assert find_released("cait_m48_448").std == (0.229, 0.224, 0.225)
@@ -41,6 +46,26 @@ CSV = {
     "deit_base_distilled_patch16_224": (83.386, 224, 0.9),
     "vit_base_patch16_224": (84.532, 224, 0.9),
     "vit_large_patch16_224": (85.834, 224, 0.9),
+}
+# The same at commit aa4b5850.
+CSV |= {
+    "vit_tiny_patch16_224": (75.452, 224, 0.9),
+    "vit_small_patch16_224": (81.402, 224, 0.9),
+    "vit_base_patch16_384": (86.010, 384, 1.0),
+    "deit3_small_patch16_224": (81.382, 224, 0.9),
+    "deit3_small_patch16_384": (83.432, 384, 1.0),
+    "deit3_medium_patch16_224": (83.090, 224, 0.9),
+    "deit3_base_patch16_224": (83.800, 224, 0.9),
+    "deit3_base_patch16_384": (85.088, 384, 1.0),
+    "deit3_large_patch16_224": (84.772, 224, 0.9),
+    "deit3_large_patch16_384": (85.820, 384, 1.0),
+    "deit3_small_patch16_224.fb_in22k_ft_in1k": (83.082, 224, 1.0),
+    "deit3_small_patch16_384.fb_in22k_ft_in1k": (84.846, 384, 1.0),
+    "deit3_medium_patch16_224.fb_in22k_ft_in1k": (84.550, 224, 1.0),
+    "deit3_base_patch16_224.fb_in22k_ft_in1k": (85.728, 224, 1.0),
+    "deit3_base_patch16_384.fb_in22k_ft_in1k": (86.742, 384, 1.0),
+    "deit3_large_patch16_224.fb_in22k_ft_in1k": (86.990, 224, 1.0),
+    "deit3_large_patch16_384.fb_in22k_ft_in1k": (87.736, 384, 1.0),
 }
 
 
@@ -70,7 +95,8 @@ def test_an_architecture_has_its_papers_figure_and_no_released_one():
         ("cait_xs24", r"no weights were released as cait_xs24; .* was as cait_xs24_384, which can"),
         ("cait_s24", r"as cait_s24_224 and cait_s24_384"),
         ("cait_s48", r"no weights were released for cait_s48: give weights=PATH, or choose"),
-        ("vit_tiny", r"no weights were released for vit_tiny"),
+        ("vit_huge", r"no weights were released for vit_huge"),
+        ("vit_tiny", r"was as vit_tiny_patch16_224, "),
         ("deit_tiny", r"was as deit_tiny_patch16_224, "),
         ("cait_xxs24_225", r"no model 'cait_xxs24_225'; nearest: cait_xxs24_224"),
     ],

@@ -24,9 +24,15 @@ PREPROCESSING = {
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models_are_timms_entry_points(name):
-    call = timm_constructor(create_model(name))
-    same = {"vit_base_patch16_224": "deit_base_patch16_224"}  # of one shape
-    assert (call.entry_point, call.named) == (same.get(name, name), {})
+    model = create_model(name)
+    call = timm_constructor(model)
+    untagged = name.partition(".")[0]
+    # Of one shape; the first in the table is named.
+    same = {
+        f"vit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")
+    }
+    differing = {} if model.num_classes else {"num_classes": 0}
+    assert (call.entry_point, call.named) == (same.get(untagged, untagged), differing)
 
 
 def test_vit_shapes_without_a_name_are_the_constructors_call():
@@ -39,6 +45,16 @@ def test_vit_shapes_without_a_name_are_the_constructors_call():
     assert call.constructor == "timm.models.deit.VisionTransformerDistilled"
     assert call.classifier == ["head", "head_dist"]
     assert call.entry_point == "deit_tiny_distilled_patch16_224"
+
+
+def test_options_of_vits_relatives_are_arguments_of_timms():
+    model = create_model("vit_tiny", registers=2, class_position=False, mean_pool=True)
+    call = timm_constructor(model)
+    expected = {"reg_tokens": 2, "no_embed_class": True, "global_pool": "avg", "fc_norm": True}
+    assert call.named is None
+    assert expected.items() <= call.arguments.items()
+    with pytest.raises(UserError, match="gated MLPs"):
+        timm_constructor(create_model("vit_tiny", swiglu=True))
 
 
 def test_a_regnety_of_another_size_is_a_config_overlaid(tmp_path):

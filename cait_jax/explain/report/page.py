@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from cait_jax.explain.attention import patch_grid, special_tokens
+from cait_jax.explain.attention import patch_grid, special_names, special_tokens
 from cait_jax.explain.report.look import CLASS_FREE, class_specials, map_kinds
 from cait_jax.explain.report.quantise import LEVELS, Quantised, encode, quantise
 from cait_jax.files import to_json
@@ -102,6 +102,7 @@ def _network(seer: Seer, head_means: bool) -> dict[str, Any]:
         "allHeads": model.num_heads,
         "kinds": list(map_kinds(model)),
         "specials": list(special_tokens(model)),
+        "specialNames": [name if " " in name else f"{name} token" for name in special_names(model)],
         "classSpecials": class_specials(model),
         "classAttention": bool(model.class_depth),
         "imageSize": list(model.image_size),

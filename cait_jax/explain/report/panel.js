@@ -3,7 +3,6 @@
 const METHOD_NAMES = {
   class_attention: "Class attention", rollout: "Rollout", relevance: "Relevance", random: "Random order", centre: "Centre first",
 };
-const SPECIAL_NAMES = ["class token", "distillation token"];
 
 function patchName(patch, columns) {
   return `patch ${patch} (row ${Math.floor(patch / columns)}, column ${patch % columns})`;
@@ -143,7 +142,7 @@ class Panel {
   fillSpecials() {
     const count = Math.max(...this.network.specials);
     this.part.specials.hidden = !count;
-    this.specials = SPECIAL_NAMES.slice(0, count).map((name, special) => {
+    this.specials = this.network.specialNames.slice(0, count).map((name, special) => {
       const value = make("output");
       const button = make("button", { type: "button" }, name, value);
       button.addEventListener("click", () => {
@@ -230,7 +229,7 @@ class Panel {
     part.map.setAttribute("aria-label", `Self-attention over ${this.view.imageName}. ${part.caption.textContent}`);
     if (!map) {
       drawOverlay(part.map, null);
-      part.reading.textContent = `The ${SPECIAL_NAMES[token.special]} is not in this layer.`;
+      part.reading.textContent = `The ${this.network.specialNames[token.special]} is not in this layer.`;
       part.low.textContent = part.high.textContent = part.step.textContent = "";
       return;
     }
@@ -251,7 +250,7 @@ class Panel {
   // What the pointer, or the probe, is on.
   reading(map) {
     const { columns, rows } = this.network, { state, token } = this;
-    const self = token.special === undefined ? patchName(token.patch, columns) : `the ${SPECIAL_NAMES[token.special]}`;
+    const self = token.special === undefined ? patchName(token.patch, columns) : `the ${this.network.specialNames[token.special]}`;
     const verb = state.direction === "reads" ? "reads" : "is read by";
     const { where } = extent(map.values, rows * columns);
     const target = state.probe ? this.cell(state.probe) : where;

@@ -249,10 +249,10 @@ function chosenNumbers() {
   if (!map) return { about: panel.part.reading.textContent, heads: [], lines: [], text: String };
   const half = Math.max(...map.halfSteps), special = map.values.length - rows * columns;
   const sum = map.values.reduce((total, value) => total + value, 0);
-  const self = panel.token.special === undefined ? patchName(panel.token.patch, columns) : `the ${SPECIAL_NAMES[panel.token.special]}`;
+  const self = panel.token.special === undefined ? patchName(panel.token.patch, columns) : `the ${panel.network.specialNames[panel.token.special]}`;
   const what = name === "main"
     ? `${panel.part.caption.textContent}: what ${self} ${state.direction === "reads" ? "reads" : "is read by"}. ` : "";
-  const extra = Array.from({ length: special }, (_, i) => [SPECIAL_NAMES[i], map.values[i]]);
+  const extra = Array.from({ length: special }, (_, i) => [panel.network.specialNames[i], map.values[i]]);
   const grid = Array.from({ length: rows }, (_, row) =>
     [`row ${row}`, ...map.values.slice(special + row * columns, special + (row + 1) * columns)]);
   return {

@@ -26,7 +26,8 @@ from cait_jax.evaluation.features import collect_features, jit_features
 from cait_jax.models.cait import CaiT
 from cait_jax.models.layers import LINEAR_INIT, DtypePolicy, LayerNorm, linear, take_tokens
 from cait_jax.models.residual import residual_scheme
-from cait_jax.models.variants import VARIANTS, VisionTransformer
+from cait_jax.models.variants import VARIANTS
+from cait_jax.models.vit import VisionTransformer
 from cait_jax.models.zoo import create_model
 from cait_jax.sharding import batch_sharding, constrain_batch, positions, replicated, tile
 from cait_jax.train.objectives import knn
