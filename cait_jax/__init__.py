@@ -8,6 +8,7 @@ logits = model.apply(variables, images)
 from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import UserError
 from cait_jax.models.inspect import forward_intermediates
+from cait_jax.models.nnx_bridge import to_nnx
 from cait_jax.weights.pretrained import (
     create_model,
     list_models,
@@ -30,4 +31,5 @@ __all__ = [
     "load_settings",
     "preprocessing",
     "save_pretrained",
+    "to_nnx",
 ]
