@@ -17,24 +17,14 @@ def get_config(argument: str = "") -> ConfigDict:
     if argument == "imagenet":
         return _imagenet()
     config = without_labels(cifar10.from_scratch())
-    config.model.name = "cait_xxs24"
-    config.model.patch_size = 4
-    config.model.mlp_ratio = 2.0
+    config.model.update(name="cait_xxs24", patch_size=4, mlp_ratio=2.0, dtype="bfloat16")
     config.model.drop_path_rate = 0.1
-    config.model.dtype = "bfloat16"
-    config.batch_size = 512
-    config.epochs = 200.0
-    config.optimizer.learning_rate = 1e-4
-    config.optimizer.warmup_epochs = 30.0
-    config.dino.global_scale = (0.7, 1.0)
-    config.dino.second_scale = (0.5, 1.0)
-    config.dino.local_scale = (0.2, 0.5)
-    config.dino.local_size = 16
-    config.dino.out_dim = 1024
-    config.dino.teacher_temp_epochs = 10.0
-    config.dino.blur = (
-        False  # of 32 pixels it leaves little (SimCLR, arXiv 2002.05709, appendix B.9)
-    )
+    config.update(batch_size=512, epochs=200.0)
+    config.optimizer.update(learning_rate=1e-4, warmup_epochs=30.0)
+    config.dino.update(global_scale=(0.7, 1.0), second_scale=(0.5, 1.0), local_scale=(0.2, 0.5))
+    config.dino.update(local_size=16, out_dim=1024, teacher_temp_epochs=10.0)
+    # Of 32 pixels it leaves little (SimCLR, arXiv 2002.05709, appendix B.9).
+    config.dino.blur = False
     config.eval.every_epochs = 10.0
     return _small(config) if argument == "small" else config
 
@@ -58,11 +48,9 @@ def _small(config: ConfigDict) -> ConfigDict:
     for key in ("name", "depth", "width", "num_heads", "drop_path_rate", "stacked"):
         config.model[key] = small[key]
     config.model.dtype = "float32"
-    config.batch_size = 128
-    config.epochs = 20.0
+    config.update(batch_size=128, epochs=20.0)
     config.augment.color_jitter = 0.2
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_epochs = 2.0
+    config.optimizer.update(learning_rate=1e-3, warmup_epochs=2.0)
     config.dino.update(local_crops=4, head_hidden=512, bottleneck=128, out_dim=256)
     config.dino.teacher_temp = config.dino.teacher_temp_start
     config.dino.teacher_momentum = 0.98  # in few steps a slower teacher stays what it was drawn as
@@ -74,13 +62,9 @@ def _imagenet() -> ConfigDict:
     config = without_labels(imagenet.recipe("cait_s24"))
     config.data.aug_repeats = 1
     config.augment.scale = (1.0, 1.0)  # the host gives whole images, the device cuts the crops
-    config.batch_size = 1024
-    config.epochs = 300.0
-    config.optimizer.per_epoch = False
-    config.optimizer.learning_rate = 5e-4
-    config.optimizer.reference_batch = 256
-    config.optimizer.warmup_epochs = 10.0
-    config.optimizer.warmup_learning_rate = 0.0
+    config.update(batch_size=1024, epochs=300.0)
+    config.optimizer.update(per_epoch=False, learning_rate=5e-4, reference_batch=256)
+    config.optimizer.update(warmup_epochs=10.0, warmup_learning_rate=0.0)
     config.dino.local_scale = (0.05, 0.4)
     config.eval.every_epochs = 20.0
     return config

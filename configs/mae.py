@@ -25,23 +25,17 @@ def get_config(argument: str = "") -> ConfigDict:
     config.optimizer.ema_decay = 0.0
     if argument == "small":
         return _small(config)
-    config.model.dtype = "bfloat16"
-    config.model.drop_path_rate = 0.0
+    config.model.update(dtype="bfloat16", drop_path_rate=0.0)
     config.epochs = 800.0
-    config.optimizer.warmup_epochs = 40.0
-    config.optimizer.learning_rate = 1.5e-4
-    config.optimizer.reference_batch = 256
+    config.optimizer.update(warmup_epochs=40.0, learning_rate=1.5e-4, reference_batch=256)
     config.eval.every_epochs = 20.0
     if argument == "imagenet":
-        config.model.name = "cait_s24"
-        config.model.remat = "elementwise"
+        config.model.update(name="cait_s24", remat="elementwise")
         config.data.aug_repeats = 1
         config.augment.scale = (0.2, 1.0)
         config.batch_size = 4096
         return config
-    config.model.name = "cait_xxs24"
-    config.model.patch_size = 4
-    config.model.mlp_ratio = 2.0
+    config.model.update(name="cait_xxs24", patch_size=4, mlp_ratio=2.0)
     config.augment.pad_crop = 4
     config.batch_size = 512
     config.mae.update(decoder_depth=4, decoder_width=192, decoder_heads=4)

@@ -7,6 +7,18 @@ from typing import Any
 import click
 
 _LARGER = "CaiT paper, of the larger cait_m36, distilled"
+_REVENGE = "facebookresearch/deit, README_revenge.md"
+# DeiT III; None: of the part of the training at 192 pixels alone.
+_DEIT3 = {
+    "small": 81.4,
+    "base": None,
+    "large": None,
+    "base,224": 83.8,
+    "large,224": 84.9,
+    "small,384": 83.4,
+    "base,384": 85.0,
+    "large,384": 85.8,
+}
 # Fine-tuned at 384 pixels, without distillation (CaiT paper, arXiv 2103.17239).
 _CAIT_AT_384 = {
     "cait_xxs24": 80.4,
@@ -52,6 +64,10 @@ def recipes() -> list[Recipe]:
         *cait,
         *deit,
         Recipe("deit.py:base,384", "imagenet2012", 82.9, "facebookresearch/deit, README_deit.md"),
+        *(
+            Recipe(f"deit3.py:{argument}", "imagenet2012", top1, _REVENGE if top1 else None)
+            for argument, top1 in _DEIT3.items()
+        ),
         Recipe("transfer.py:cars", "cars196", 94.2, _LARGER),
         Recipe("transfer.py:cifar10", "cifar10", 99.4, _LARGER),
         Recipe("transfer.py:cifar100", "cifar100", 93.1, _LARGER),

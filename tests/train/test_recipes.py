@@ -95,6 +95,14 @@ PARAMETERS = {
     "deit.py:tiny,distilled": 5_910_800,
     "deit.py:small,distilled": 22_436_432,
     "deit.py:base,distilled": 87_338_192,
+    "deit3.py:small": 22_059_496,
+    "deit3.py:base": 86_585_320 - (14**2 - 12**2) * 768,
+    "deit3.py:large": 304_374_760 - (14**2 - 12**2) * 1024,
+    "deit3.py:base,224": 86_585_320,
+    "deit3.py:large,224": 304_374_760,
+    "deit3.py:small,384": 22_205_416,
+    "deit3.py:base,384": 86_877_160,
+    "deit3.py:large,384": 304_763_880,
     "transfer.py:cifar10": 46_916_200 - 990 * 385,
     "transfer.py:cifar100": 46_916_200 - 900 * 385,
     "transfer.py:flowers": 46_916_200 - 898 * 385,
@@ -282,6 +290,8 @@ def test_fine_tuning_starts_from_the_default_workdir_of_its_recipe(name):
 
 def start_of(name):
     """The recipe that a fine-tuning at a higher resolution follows."""
+    if name.startswith(("deit3.py:base", "deit3.py:large")):
+        return name.removesuffix(",224").replace(",384", ",224")
     return re.sub(r"(:?)\b(384|448),?", r"\1", name).rstrip(",:")
 
 
@@ -297,7 +307,45 @@ def test_data_model_and_schedule_fit(name, without_data):
     peak = optimizer.learning_rate * share
     assert optimizer.warmup_learning_rate < peak
     assert optimizer.final_learning_rate <= peak
-    assert optimizer.warmup_epochs < config.epochs / 5
+    assert optimizer.warmup_epochs <= config.epochs / (4 if name.startswith("deit3.py") else 5)
+
+
+# Of DeiT III the images of a process of the authors', where they are not 64.
+DEIT3_ROWS = {"small": 256, "base": 256, "base,384": 32, "large,384": 16}
+
+
+@pytest.mark.parametrize(
+    ("argument", "numbers"),
+    [
+        # pixels, batch, epochs, rate, weight decay, drop path, smoothing, copies of an image
+        ("small", (224, 2048, 800, 4e-3, 0.05, 0.05, 0.0, 3)),
+        ("base", (192, 2048, 800, 3e-3, 0.05, 0.2, 0.0, 3)),
+        ("large", (192, 2048, 800, 3e-3, 0.05, 0.45, 0.0, 3)),
+        ("base,224", (224, 512, 20, 1e-5, 0.1, 0.2, 0.1, 1)),
+        ("large,224", (224, 512, 20, 1e-5, 0.1, 0.45, 0.1, 1)),
+        ("small,384", (384, 512, 20, 1e-5, 0.1, 0.0, 0.1, 1)),
+        ("base,384", (384, 512, 20, 1e-5, 0.1, 0.15, 0.1, 1)),
+        ("large,384", (384, 512, 20, 1e-5, 0.1, 0.4, 0.1, 1)),
+    ],
+)
+def test_deit3_is_the_authors_commands(argument, numbers):
+    config = load(f"deit3.py:{argument}")
+    optimizer, augment = config.optimizer, config.augment
+    assert numbers == (
+        config.image_size, config.batch_size, config.epochs, optimizer.learning_rate,
+        optimizer.weight_decay, config.model.drop_path_rate, config.loss.smoothing,
+        config.data.aug_repeats,
+    )  # fmt: skip
+    trained = "," not in argument
+    assert (optimizer.name, config.loss.name) == (
+        ("lamb", "binary") if trained else ("adamw", "softmax")
+    )
+    assert (augment.three_augment, augment.color_jitter) == (
+        (True, 0.3) if trained else (False, 0.0)
+    )
+    assert augment.rand_augment == ("" if trained else "rand-m9-mstd0.5-inc1")
+    assert (augment.mixup, augment.cutmix, augment.reprob) == (0.8, 1.0, 0.0)
+    assert (optimizer.reference_batch, optimizer.warmup_epochs, config.eval.crop_pct) == (0, 5, 1.0)
 
 
 KINDS = {operations(name): name for name in RECIPES}.values()
@@ -323,7 +371,10 @@ def test_each_kind_of_step_can_be_traced(name, without_data):
     assert set(metrics) == {"loss", *of, "learning_rate", "grad_norm", "finite"}
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if re.search("384|448", name)])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in RECIPES if re.search("384|448", name) and "deit3" not in name],
+)
 def test_a_higher_resolution_changes_nothing_of_the_recipe_it_follows(name):
     """But for the author's numbers for it: constant 5e-6, and of DeiT a weight decay of 1e-8."""
     before = start_of(name)
@@ -349,7 +400,7 @@ def settings(name, *keys):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_rate_changes_once_an_epoch_where_the_authors_code_does(name):
-    authors = name.startswith(("cait_", "deit.py", "transfer.py"))
+    authors = name.startswith(("cait_", "deit.py", "deit3.py", "transfer.py"))
     assert settings(name, "optimizer.per_epoch") == [authors]
 
 
@@ -411,4 +462,4 @@ def test_no_recipe_mixes_copies_of_an_image_by_one_draw(name):
     if augment.mixup or augment.cutmix:
         assert not copies_in_a_group(config.batch_size, augment.mix_rows, config.data.aug_repeats)
     if config.data.name == "imagenet2012" and config.objective == "supervised":
-        assert augment.mix_rows == 64
+        assert augment.mix_rows == DEIT3_ROWS.get(name.removeprefix("deit3.py:"), 64)
