@@ -1,5 +1,6 @@
 """`cait models`: the table of the zoo."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,7 +17,11 @@ from cait_jax.cli import output
 @click.option("--pretrained", is_flag=True, help="Only those with released weights.")
 @click.option("--json", "json", is_flag=True, help="Print JSON.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
-def command(pattern: str, pretrained: bool, json: bool, markdown: bool) -> None:
+@click.option(
+    "--pin", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
+    help="Write commits and checksums of their released weights, from the hub, to FILE; CAIT_PINS=FILE uses them.",
+)  # fmt: skip
+def command(pattern: str, pretrained: bool, json: bool, markdown: bool, pin: Path | None) -> None:
     """List the named models that match the shell PATTERN, all of them by default.
 
     Parameters and multiply-accumulates (GMACs, for one image) are computed from the shapes. Top-1 is the
@@ -25,9 +30,17 @@ def command(pattern: str, pretrained: bool, json: bool, markdown: bool) -> None:
     from cait_jax.errors import UserError
     from cait_jax.weights.pretrained import list_models
 
-    names = list_models(pattern, pretrained=pretrained)
+    output.check_writable(pin)
+    names = list_models(pattern, pretrained=pretrained or pin is not None)
     if not names:
         raise UserError(f"no model matches {pattern!r}: `cait models` lists them all")
+    if pin is not None:
+        from cait_jax.weights.hub import pins_of
+        from cait_jax.weights.pins import write_pins
+
+        write_pins(pin, pins_of(names))
+        output.echo(f"{pin}: pins of {len(names)} released models")
+        return
     rows = [_row(name) for name in names]
     if json:
         click.echo(output.as_json(rows))

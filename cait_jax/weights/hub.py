@@ -1,15 +1,18 @@
 """The released weights: where they are on the Hugging Face hub, how they are downloaded, what they score."""
 
 import dataclasses
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cait_jax.errors import Literal, UserError, nearest, one_line, setting
 from cait_jax.files import sha256
 from cait_jax.models.variants import VARIANTS
+from cait_jax.weights.pins import VARIABLE, Pin, ask_for_pins, find_pin
 
+_log = logging.getLogger(__name__)
 _FILE = "model.safetensors"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,8 +31,8 @@ class Released:
       source: of `top1`.
       mean: of each channel, on a scale from 0 to 1.
       std: on the same scale.
-      revision: commit of the repository; empty: the newest.
-      sha256: of the file, in hexadecimal; empty: not checked.
+      revision: commit of the repository; empty: that of its pin, or the newest.
+      sha256: of the file, in hexadecimal; empty: that of its pin, or not checked.
     """
 
     name: str
@@ -208,10 +211,14 @@ def download(released: Released) -> Path:
     `huggingface_hub` does the work, so that its cache, `HF_HOME`, `HF_HUB_OFFLINE`, `HF_ENDPOINT` and tokens
     apply. The metadata are requested once first: without a network the library itself would retry for minutes.
 
+    A download of weights that are not pinned is logged as such.
+
     Raises:
       UserError: the hub cannot be reached and the cache lacks the file, the hub refuses, the download
-        breaks off, or the file's SHA-256 is not the table's.
+        breaks off, or the file's SHA-256 is not that of the pin.
     """
+    if not released.sha256 and (pin := find_pin(released.hub_id)):
+        released = dataclasses.replace(released, **pin._asdict())
     file = _fetch(released)
     if released.sha256:
         found = sha256(file)
@@ -221,6 +228,11 @@ def download(released: Released) -> Path:
                 f"{os.path.realpath(file)} and download it again"
             )
     return file
+
+
+def pins_of(names: Iterable[str]) -> dict[str, Pin]:
+    """The pins, by repository, of the released weights of these models; see `ask_for_pins`."""
+    return ask_for_pins([RELEASED[name].hub_id for name in names], _FILE)
 
 
 def _fetch(released: Released) -> Path:
@@ -261,7 +273,13 @@ def _fetch(released: Released) -> Path:
             f"connect to the network, set HF_HUB_OFFLINE=1 with a cache that holds it, or {by_hand}"
         ) from error
     try:
-        return Path(hub.hf_hub_download(repository, _FILE, revision=revision))
+        file = Path(hub.hf_hub_download(repository, _FILE, revision=revision))
+        if not released.sha256 and str(file) != cached:
+            _log.warning(
+                "%s of %s is not pinned: it is the newest that the hub has, compared with no checksum (%s=FILE "
+                "names the pins that `cait models --pin FILE` writes)", _FILE, repository, VARIABLE,
+            )  # fmt: skip
+        return file
     except Exception as error:
         raise UserError(
             f"the download of {_FILE} of {repository} from {constants.ENDPOINT} broke off "

@@ -7,10 +7,13 @@ import time
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hub_server import COMMIT, serve_hub
 
 from cait_jax import UserError, create_model
+from cait_jax.cli import main
 from cait_jax.weights.hub import RELEASED, Result, download, find_released, published_result
+from cait_jax.weights.pins import Pin, ask_for_pins, read_pins, write_pins
 from cait_jax.weights.state_dicts import read_weights, write_safetensors
 
 
@@ -165,6 +168,62 @@ def test_the_sum_of_the_table_is_held(hub):
         UserError, match=rf"has SHA-256 {digest} instead of 0000.*: remove .* again"
     ):
         download(dataclasses.replace(ROW, sha256="0" * 64))
+
+
+def test_pins_hold_downloads_to_a_commit_and_a_checksum(hub, tmp_path, monkeypatch, caplog):
+    download(ROW)
+    assert caplog.messages == [
+        f"model.safetensors of {ROW.hub_id} is not pinned: it is the newest that the hub has, compared with no "
+        "checksum (CAIT_PINS=FILE names the pins that `cait models --pin FILE` writes)"
+    ]
+    caplog.clear()
+    download(ROW)  # from the cache
+    pins = tmp_path / "pins.json"
+    hub.requests.clear()
+    with CliRunner().isolation() as (out, *_):
+        main(["models", ROW.name, "--pin", str(pins)], standalone_mode=False)
+        assert out.getvalue().decode() == f"{pins}: pins of 1 released models\n"
+    assert hub.requests == [("HEAD", f"/{ROW.hub_id}/resolve/main/model.safetensors")]
+    digest = hashlib.sha256(hub.files[ROW.hub_id]).hexdigest()
+    assert read_pins(pins) == {ROW.hub_id: Pin(COMMIT, digest)}
+    monkeypatch.setenv("CAIT_PINS", str(pins))
+    hub.requests.clear()
+    download(ROW)
+    assert hub.requests == []  # this commit is in the cache
+    write_pins(pins, {ROW.hub_id: Pin(COMMIT, "0" * 64)})
+    with pytest.raises(UserError, match=rf"has SHA-256 {digest} instead of 0000"):
+        download(ROW)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "cannot be read"),
+        ("[", "is no file of pins"),
+        ("[" * 100_000, "is no file of pins"),
+        ("[]", "is no file of pins"),
+        ('{"format": 2, "pins": {}}', "of format 2, and this version reads 1"),
+        ('{"format": 1, "pins": {"timm/a": {"revision": "main", "sha256": "0"}}}', "no pin for 'timm/a'"),
+        ('{"format": 1, "pins": {"timm/a": 3}}', "no pin for 'timm/a'"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_none_of_pins(text, sentence, tmp_path, monkeypatch):
+    file = tmp_path / "pins.json"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setenv("CAIT_PINS", str(file))
+    with pytest.raises(UserError, match=sentence) as caught:
+        download(ROW)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_hub_does_not_say_is_not_pinned(hub, tmp_path):
+    with pytest.raises(UserError, match="does not answer for timm/none"):
+        ask_for_pins(["timm/none"], "model.safetensors")
+    hub.fault = 503
+    with pytest.raises(UserError, match="connect to the network, or try again later"):
+        ask_for_pins([ROW.hub_id], "model.safetensors")
 
 
 @pytest.mark.parametrize(
