@@ -225,7 +225,9 @@ def _as_settings(network: CaiT, keys: ConfigDict) -> dict[str, Any]:
         return {
             key: getattr(network, key)
             for key in keys
-            if key not in _NUMERICS and getattr(network, key) != getattr(named, key)
+            if key not in _NUMERICS
+            and hasattr(network, key)
+            and getattr(network, key) != getattr(named, key)
         }
 
     name, changed = min(
