@@ -28,8 +28,8 @@ from cait_jax.cli.output import echo, note
 )  # fmt: skip
 @click.option(
     "--what", type=click.Choice(["all", "head", "two-phase"]),
-    help="What learns: everything, the new head alone, or first the head and then the last blocks too; "
-    "by the number of images if not given.",
+    help="What learns: everything, the new head alone (fitted on features that are computed once), or first the "
+    "head and then the last blocks too; by the number of images if not given.",
 )  # fmt: skip
 @click.option("--epochs", type=EPOCHS, help="Passes over the training images.")
 @click.option("--batch-size", type=COUNT, help="Images a step.")
@@ -65,6 +65,15 @@ def command(
 
     logging.set_verbosity(logging.WARNING)  # Orbax logs much at INFO
     photographs = look_through(directory)
+    run_name = run_folder_name(f"{photographs.directory.name}-{Path(model).name}")
+    workdir = workdir or Path("runs") / run_name
+    if what == "head":
+        if epochs is not None:
+            raise UserError(
+                f"--epochs {epochs:g} goes with training, and --what head fits the head at once: leave it out"
+            )
+        _fit_head(photographs, model, weights, workdir, image_size, batch_size, seed)
+        return
     config = folder_config(
         photographs,
         model,
@@ -76,8 +85,6 @@ def command(
         seed=seed,
         devices=jax.device_count(),
     )
-    run_name = run_folder_name(f"{photographs.directory.name}-{Path(model).name}")
-    workdir = workdir or Path("runs") / run_name
     run_folder(workdir)
     echo(_plan(photographs, config, model))
     _check_files(photographs)
@@ -94,6 +101,55 @@ def command(
         ctx.exit(130)
     echo(
         f"accuracy {run.metrics['eval/accuracy']:.1%} on the {photographs.eval_images:,} images of "
+        f"{photographs.eval_split}; try it: cait predict IMAGE --model {shlex.quote(str(workdir))}"
+    )
+
+
+def _fit_head(
+    photographs: Any,
+    model: str,
+    weights: Path | None,
+    workdir: Path,
+    image_size: int | None,
+    batch_size: int | None,
+    seed: int,
+) -> None:
+    """Saves the model with a head that is fitted on its features, in `workdir`."""
+    from cait_jax.cli.common import load_model
+    from cait_jax.errors import UserError
+    from cait_jax.files import run_folder
+    from cait_jax.models.cait import CaiT
+    from cait_jax.train.head import fit_on_folder
+    from cait_jax.weights.pretrained import save_pretrained
+    from cait_jax.weights.runs import is_run
+
+    run_folder(workdir)
+    if is_run(workdir):
+        raise UserError(f"{workdir} is a training run: give another --workdir, or remove it")
+    loaded = load_model(
+        model, weights=weights, image_size=image_size, num_classes=0, precision="highest"
+    )
+    if not isinstance(loaded.model, CaiT):
+        raise UserError(f"{model} is no transformer: choose one, such as cait_xxs24_224")
+    echo(
+        f"{photographs.images:,} images of {len(photographs.class_names):,} classes to learn from, "
+        f"{photographs.eval_images:,} to measure on\n"
+        f"{model} gives each its features once, and a head is fitted on them"
+    )
+    fitted = fit_on_folder(
+        photographs, loaded.model, loaded.variables, loaded.preprocessing, workdir,
+        batch_size=batch_size or 32, seed=seed,
+    )  # fmt: skip
+    for path, reason in fitted.broken[:4]:
+        note(f"{path} is left out: {reason}")
+    if len(fitted.broken) > 4:
+        note(f"so are {len(fitted.broken) - 4:,} others")
+    save_pretrained(
+        workdir, fitted.model, fitted.variables, label_names=photographs.class_names,
+        preprocessing=loaded.preprocessing,
+    )  # fmt: skip
+    echo(
+        f"accuracy {fitted.accuracy:.1%} on the {fitted.measured:,} images of "
         f"{photographs.eval_split}; try it: cait predict IMAGE --model {shlex.quote(str(workdir))}"
     )
 

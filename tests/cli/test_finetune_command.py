@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from marks import slow
 from PIL import Image
 from run_files import untimed
+from trees import assert_same_bits
 
 from cait_jax import load_pretrained
 from cait_jax.cli import main
@@ -105,26 +106,50 @@ def test_the_shortest_run_of_two_phases_trains(colours, saved, tmp_path, epochs)
 @pytest.mark.slow
 def test_a_run_may_be_where_another_starts(colours, saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = [
-        "finetune",
-        colours,
-        "-m",
-        saved,
-        "--what",
-        "head",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "48",
-    ]
-    out, _ = cait(*first)
-    assert "learns the head alone (1 epochs), 48 images a step" in out
+    out, _ = cait(
+        "finetune", colours, "-m", saved, "--what", "all", "--epochs", "1", "--batch-size", "48"
+    )
+    assert "learns the whole network (1 epochs), 48 images a step" in out
     workdir = tmp_path / "runs" / f"{colours.name}-small"
-    before, after = load_pretrained(saved)[1], load_pretrained(workdir)[1]
-    np.testing.assert_array_equal(before["params"]["pos_embed"], after["params"]["pos_embed"])
     out, _ = cait("finetune", colours, "-m", workdir, "--what", "all", "--epochs", "1")
     assert "learns the whole network" in out
     assert (tmp_path / "runs" / f"{colours.name}-{workdir.name}" / "metrics.jsonl").exists()
+
+
+def test_a_head_alone_is_fitted_on_features(colours, saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["finetune", colours, "-m", saved, "--what", "head"]
+    out, err = cait(*command)
+    assert "48 images of 3 classes to learn from, 18 to measure on" in out
+    assert "gives each its features once, and a head is fitted on them" in out
+    found = re.search(r"accuracy (\S+)% on the 18 images of val; try it: (cait predict .+)", out)
+    assert float(found[1]) > 90
+    workdir = tmp_path / "runs" / f"{colours.name}-small"
+    assert {path.name for path in workdir.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "features.npz",
+    }
+    before, after = load_pretrained(saved)[1]["params"], load_pretrained(workdir)[1]["params"]
+    before.pop("head")
+    kernel = after.pop("head")["kernel"]
+    assert_same_bits(after, before)
+    picture = colours / "val" / "red" / "0.png"
+    predict = [str(picture) if word == "IMAGE" else word for word in shlex.split(found[2])[1:]]
+    best = json.loads(cait(*predict, "--json")[0])["predictions"][0]
+    assert best["label"] == "red"
+
+    # The same command gives the same, from the features of before; others start from it.
+    monkeypatch.setattr("cait_jax.train.head.run_over_photographs", None)
+    assert found[0] in cait(*command)[0]
+    np.testing.assert_array_equal(load_pretrained(workdir)[1]["params"]["head"]["kernel"], kernel)
+    _, err = cait(*command, "--epochs", "2", status=1)
+    assert (
+        "--epochs 2 goes with training, and --what head fits the head at once: leave it out" in err
+    )
+    (workdir / "checkpoints").mkdir()
+    _, err = cait(*command, status=1)
+    assert "is a training run: give another --workdir, or remove it" in err
 
 
 @pytest.mark.parametrize(
