@@ -75,10 +75,10 @@ def one_line(text: str) -> str:
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
-    """The end of a sentence: `"nearest: a, b"`, or, where nothing is alike, `"known: ..."` with every name."""
+    """The end of a sentence: `"nearest: a, b"`, or, where nothing is alike, `"known: ..."` with up to 40 names."""
     known = sorted(map(printable, names))
     near = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
-    return f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+    return f"nearest: {', '.join(near)}" if near else f"known: {some(known, 40)}"
 
 
 def some(names: Sequence[str], count: int = 4) -> str:
