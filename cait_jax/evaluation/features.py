@@ -356,6 +356,21 @@ def _pad(rows: np.ndarray, count: int, value: int = 0) -> np.ndarray:
     return np.pad(rows, missing, constant_values=value)
 
 
+def linear_probe(inverse_l2: float, max_iterations: int) -> Any:
+    """scikit-learn's pipeline of `StandardScaler` and `LogisticRegression` with `C=inverse_l2`, not yet fitted."""
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise UserError(
+            'the linear probe is fitted by scikit-learn: pip install "cait-jax[probe]"'
+        ) from error
+    return make_pipeline(
+        StandardScaler(), LogisticRegression(C=inverse_l2, max_iter=max_iterations)
+    )
+
+
 def probe_accuracy(
     train_features: Float[np.ndarray, "n d"],
     train_labels: Int[np.ndarray, "n"],
@@ -370,21 +385,11 @@ def probe_accuracy(
     Features are scaled to mean 0 and variance 1 over the training examples. The fit is scikit-learn's
     `LogisticRegression` (L-BFGS, `C=inverse_l2`), which warns where it has not converged.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise UserError(
-            'the linear probe is fitted by scikit-learn: pip install "cait-jax[probe]"'
-        ) from error
+    probe = linear_probe(inverse_l2, max_iterations)
     if len(np.unique(train_labels)) < 2:
         raise UserError(
             "a linear probe tells classes apart, and the training examples have only one; choose a "
             "split with more"
         )
-    probe = make_pipeline(
-        StandardScaler(), LogisticRegression(C=inverse_l2, max_iter=max_iterations)
-    )
     probe.fit(train_features, train_labels)
     return float(probe.score(test_features, test_labels))

@@ -22,7 +22,7 @@ from cait_jax.data.folder import load_folder
 from cait_jax.data.image_files import FolderRecords
 from cait_jax.data.preprocess import Preprocessing
 from cait_jax.errors import UserError
-from cait_jax.evaluation.features import Answers, run_over_photographs
+from cait_jax.evaluation.features import Answers, linear_probe, run_over_photographs
 from cait_jax.evaluation.scores import show_progress
 from cait_jax.files import atomic_replace, sha256
 from cait_jax.reading import check_regular
@@ -30,9 +30,8 @@ from cait_jax.train.finetune import Photographs
 from cait_jax.weights.model_json import model_to_dict, replace_attributes
 from cait_jax.weights.timm_names import to_timm
 
-_INVERSE_L2 = tuple(
-    10.0**power for power in range(-5, 3)
-)  # scikit-learn's C, of standardised features
+# Strengths to choose from: scikit-learn's C, of standardised features.
+_INVERSE_L2 = tuple(10.0**power for power in range(-5, 3))
 _FOLDS = 5
 _STORE = "features.npz"
 _SECONDS_BETWEEN_WRITES = 30.0
@@ -80,18 +79,11 @@ def fit_head(
 
     With one image of a class there are no folds, and C is 1. Classes without images get the bias of none.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import GridSearchCV, StratifiedKFold
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise UserError(
-            'the head is fitted by scikit-learn: pip install "cait-jax[probe]"'
-        ) from error
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=10_000))
+    probe = linear_probe(inverse_l2=1.0, max_iterations=10_000)
     folds = min(_FOLDS, int(np.bincount(labels)[np.unique(labels)].min()))
     if folds > 1:
+        from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
         search = GridSearchCV(
             probe,
             {"logisticregression__C": _INVERSE_L2},
@@ -253,6 +245,10 @@ def _read_store(store: Path, network: str) -> dict[str, np.ndarray]:
 
 def _write_store(store: Path, network: str, known: Mapping[str, np.ndarray]) -> None:
     store.parent.mkdir(parents=True, exist_ok=True)
-    rows: Iterable[np.ndarray] = known.values()
     with atomic_replace(store) as temporary, temporary.open("wb") as file:
-        np.savez(file, network=network, sha256=np.array(list(known)), features=np.stack(list(rows)))
+        np.savez(
+            file,
+            network=network,
+            sha256=np.array(list(known)),
+            features=np.stack(list(known.values())),
+        )
