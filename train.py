@@ -1,5 +1,6 @@
 """Trains a model: `python train.py --config=configs/digits.py [--workdir=DIR] [--config.KEY=VALUE ...]`."""
 
+import functools
 import signal
 import sys
 
@@ -9,6 +10,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 from absl import app, flags
 
 from cait_jax.cli.output import table
+from cait_jax.cores import use_cores
 from cait_jax.errors import UserError, config_flags, nearest, quiet_libraries, speaking
 from cait_jax.processes import end_program, join_processes
 from cait_jax.train import NonFiniteError, train
@@ -20,6 +22,7 @@ from cait_jax.train.config import (
     parse_command_line,
 )
 from cait_jax.train.keys import key_rows
+from cait_jax.train.setup import mesh_fits
 
 flags.DEFINE_string(
     "config",
@@ -60,6 +63,8 @@ def main(line: CommandLine) -> int:
         join_processes(
             address=address, count=count, index=index, start_seconds=config.watchdog.start_seconds
         )
+    else:
+        use_cores(functools.partial(mesh_fits, config))
     return 0 if train(config, workdir).finished else 130
 
 

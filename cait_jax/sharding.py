@@ -48,6 +48,23 @@ def make_mesh(
       UserError: the sizes do not multiply to the number of devices, or `tensor` spans processes.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(len(devices), data=data, fsdp=fsdp, tensor=tensor)
+    local = sum(device.process_index == devices[0].process_index for device in devices)
+    if local % sizes["tensor"]:
+        raise UserError(
+            f"{setting('config.mesh.tensor', sizes['tensor'])} does not divide the {local} device(s) of a "
+            "process, and the devices that share images must be in one: choose a divisor, or more of "
+            f"{setting('config.mesh.fsdp')}"
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def mesh_sizes(devices: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> dict[str, int]:
+    """The sizes of the mesh axes over so many devices, one of them being -1 for the remaining devices.
+
+    Raises:
+      UserError: they do not multiply to the number of devices.
+    """
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     inferred = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
@@ -57,21 +74,14 @@ def make_mesh(
             f"{given} is no mesh: every size must be 1 or more, and one of them may be -1, which takes "
             "the devices that are left"
         )
-    if len(devices) % known or (not inferred and known != len(devices)):
+    if devices % known or (not inferred and known != devices):
         raise UserError(
-            f"{given} does not fit {len(devices)} device(s): the sizes must multiply to that; leave "
+            f"{given} does not fit {devices} device(s): the sizes must multiply to that; leave "
             f"{setting('config.mesh.data', -1)} to fill what is left"
         )
     if inferred:
-        sizes[inferred[0]] = len(devices) // known
-    local = sum(device.process_index == devices[0].process_index for device in devices)
-    if local % sizes["tensor"]:
-        raise UserError(
-            f"{setting('config.mesh.tensor', sizes['tensor'])} does not divide the {local} device(s) of a "
-            "process, and the devices that share images must be in one: choose a divisor, or more of "
-            f"{setting('config.mesh.fsdp')}"
-        )
-    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3, devices=devices)
+        sizes[inferred[0]] = devices // known
+    return sizes
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

@@ -233,11 +233,14 @@ def image_options(function: Callable[..., Any], *, batch_size: int = 32) -> Call
     @click.option("--batch-size", default=batch_size, show_default=True, type=COUNT)
     @functools.wraps(function)
     def with_paths(images: tuple[str, ...], **others: Any) -> Any:
+        from cait_jax.cores import use_cores
         from cait_jax.data.image_files import find_images, left_out_in_words
 
         found = find_images(images)
         if left_out := left_out_in_words(found.left_out, " ".join(images)):
             note(left_out)
+        together = min(len(found.paths), others["batch_size"])
+        use_cores(lambda devices: devices <= together)
         return function(paths=found.paths, **others)
 
     return with_paths

@@ -94,6 +94,7 @@ def command(
     ImageNet-ReaL any of an image's labels is right, and images without labels do not count. Of a model without
     a head --knn and --probe alone are measured.
     """
+    from cait_jax.cores import use_cores
     from cait_jax.data.sources import load_split
     from cait_jax.evaluation.scores import find_benchmark, with_channels
     from cait_jax.explain.figures import require_matplotlib
@@ -106,6 +107,7 @@ def command(
         raise click.UsageError(
             "--confusion needs one label an image, and ImageNet-ReaL has several"
         )
+    use_cores()
     loaded = _load(load, dtype_policy, headless=knn or probe)
     head = loaded.model.num_classes > 0
     if not head:

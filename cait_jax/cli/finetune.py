@@ -58,6 +58,7 @@ def command(
     import jax
     from absl import logging
 
+    from cait_jax.cores import use_cores
     from cait_jax.errors import UserError
     from cait_jax.files import run_folder, run_folder_name
     from cait_jax.train import NonFiniteError, train
@@ -65,6 +66,8 @@ def command(
 
     logging.set_verbosity(logging.WARNING)  # Orbax logs much at INFO
     photographs = look_through(directory)
+    most = photographs.images
+    use_cores(lambda devices: devices <= most and (batch_size or devices) % devices == 0)
     run_name = run_folder_name(f"{photographs.directory.name}-{Path(model).name}")
     workdir = workdir or Path("runs") / run_name
     if what == "head":

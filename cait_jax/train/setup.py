@@ -26,6 +26,7 @@ from cait_jax.sharding import (
     check_memory,
     constrain_batch,
     make_mesh,
+    mesh_sizes,
     padded_batch_size,
     param_shardings,
     replicated,
@@ -243,6 +244,19 @@ def mesh_from_config(config: ConfigDict, devices: list[jax.Device] | None = None
     mesh = make_mesh(devices, data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
     check_batch_size(config.batch_size, batch_shards(mesh), config.optimizer.grad_accum)
     return mesh
+
+
+def mesh_fits(config: ConfigDict, devices: int) -> bool:
+    """Whether the mesh of a config, over which its batch must divide, can be made of so many devices."""
+    mesh = config.mesh
+    try:
+        sizes = mesh_sizes(devices, data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
+        check_batch_size(
+            config.batch_size, sizes["data"] * sizes["fsdp"], config.optimizer.grad_accum
+        )
+    except UserError:
+        return False
+    return True
 
 
 def load_splits(
