@@ -16,6 +16,7 @@ KEY_OF: Mapping[str, str] = {
     **{name: f"config.{name}" for name in ("image_size", "seed", "epochs", "batch_size")},
     **{name: f"config.init.{name}" for name in ("weights", "reset_head", "ema")},
     **{name: f"config.data.{name}" for name in ("data_dir", "workers")},
+    **{name: f"config.lora.{name}" for name in ("rank", "alpha")},
     "name_or_path": "config.model.name",
     **{name: f"config.model.{name}" for name in _OF_MODEL},
 }

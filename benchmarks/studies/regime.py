@@ -77,8 +77,8 @@ class SupervisedCNN(Supervised):
         del carried, params, step
         return aux["batch_stats"]
 
-    def evaluated(self, params, carried):
-        return {"": {"params": params, "batch_stats": carried}}
+    def evaluated(self, named, carried):
+        return {"": {"params": named[""], "batch_stats": carried}}
 
     def evaluator(self, mesh):
         step = jit_eval_step(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cait_jax.cli.common import COUNT, EPOCHS, SEED, image_size_option, weights_option
+from cait_jax.cli.common import COUNT, EPOCHS, SEED, Finite, image_size_option, weights_option
 from cait_jax.cli.output import echo, note
 
 
@@ -27,9 +27,19 @@ from cait_jax.cli.output import echo, note
     help="The run's directory; runs/FOLDER-MODEL if not given.",
 )  # fmt: skip
 @click.option(
-    "--what", type=click.Choice(["all", "head", "two-phase"]),
-    help="What learns: everything, the new head alone (fitted on features that are computed once), or first the "
-    "head and then the last blocks too; by the number of images if not given.",
+    "--what", type=click.Choice(["all", "head", "two-phase", "lora"]),
+    help="What learns: everything, the new head alone (fitted on features that are computed once), first the "
+    "head and then the last blocks too, or the head and adapters of low rank (LoRA); by the number of images if "
+    "not given.",
+)  # fmt: skip
+@click.option(
+    "--rank",
+    type=click.IntRange(1, 1024),
+    help="Of the adapters, with --what lora; 8 if not given.",
+)
+@click.option(
+    "--alpha", type=Finite(1e-3, 1e3),
+    help="Scale of the adapters times their rank, with --what lora; 16 if not given.",
 )  # fmt: skip
 @click.option("--epochs", type=EPOCHS, help="Passes over the training images.")
 @click.option("--batch-size", type=COUNT, help="Images a step.")
@@ -43,6 +53,8 @@ def command(
     weights: Path | None,
     workdir: Path | None,
     what: str | None,
+    rank: int | None,
+    alpha: float | None,
     epochs: float | None,
     batch_size: int | None,
     image_size: int | None,
@@ -71,10 +83,12 @@ def command(
     run_name = run_folder_name(f"{photographs.directory.name}-{Path(model).name}")
     workdir = workdir or Path("runs") / run_name
     if what == "head":
-        if epochs is not None:
-            raise UserError(
-                f"--epochs {epochs:g} goes with training, and --what head fits the head at once: leave it out"
-            )
+        training = {"--epochs": epochs, "--rank": rank, "--alpha": alpha}
+        for option, value in training.items():
+            if value is not None:
+                raise UserError(
+                    f"{option} {value:g} goes with training, and --what head fits the head at once: leave it out"
+                )
         _fit_head(photographs, model, weights, workdir, image_size, batch_size, seed)
         return
     config = folder_config(
@@ -85,6 +99,8 @@ def command(
         epochs=epochs,
         batch_size=batch_size,
         image_size=image_size,
+        rank=rank,
+        alpha=alpha,
         seed=seed,
         devices=jax.device_count(),
     )
@@ -182,6 +198,8 @@ def _plan(photographs: Any, config: Any, model: str) -> str:
         )
     else:
         part = "the head alone" if config.optimizer.train == "head" else "the whole network"
+        if rank := config.lora.rank:
+            part = f"adapters of rank {rank} and the head"
         learns = f"{part} ({config.epochs:g} epochs)"
     return (
         f"{photographs.images:,} images of {len(photographs.class_names):,} classes to learn from, "

@@ -202,7 +202,7 @@ def _useful(trainer: Trainer, topology: Topology) -> float:
 
 def _seen(trainer: Trainer) -> tuple[tuple[Any, int], ...]:
     """The networks that are trained, and how many images of an example each sees; empty if not whole images."""
-    if trainer.config.objective == "supervised":
+    if trainer.config.objective == "supervised" and not trainer.config.lora.rank:
         return ((trainer.model, 1),)
     seen: tuple[tuple[Any, int], ...] = getattr(trainer.objective, "seen", ())
     return seen

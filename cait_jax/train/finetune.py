@@ -29,8 +29,8 @@ from cait_jax.train.config import get_config
 from cait_jax.weights.hub import find_released
 from cait_jax.weights.pretrained import load_pretrained, preprocessing
 
-PARTS = ("all", "head", "two-phase")
-"""What is trained: everything, the new head alone, or first the head and then the last blocks with it."""
+PARTS = ("all", "head", "two-phase", "lora")
+"""What is trained: everything, the new head alone, first the head and then the last blocks too, or adapters."""
 
 _FEW_IMAGES = 1_000
 _FEW_PER_CLASS = 10
@@ -116,6 +116,8 @@ def folder_config(
     epochs: float | None = None,
     batch_size: int | None = None,
     image_size: int | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
     seed: int = 0,
     devices: int = 1,
 ) -> ConfigDict:
@@ -128,6 +130,8 @@ def folder_config(
       what: one of `PARTS`.
       epochs: of both phases together.
       image_size: that of the model's own preprocessing by default.
+      rank: of the adapters, with `what="lora"`; 8 by default.
+      alpha: their products are scaled by `alpha / rank`; 16 by default.
       devices: that share a batch evenly.
 
     Returns:
@@ -145,6 +149,11 @@ def folder_config(
         what = "two-phase" if size == "few" else "all"
     if what not in PARTS:
         raise UserError(f"{setting('what', what)} is unknown; {nearest(what, PARTS)}")
+    for name, value in {"rank": rank, "alpha": alpha}.items():
+        if value is not None and what != "lora":
+            raise UserError(
+                f"{setting(name, value)} is for adapters: give {setting('what', 'lora')} too, or leave it out"
+            )
 
     config = get_config()
     config.seed = seed
@@ -168,12 +177,16 @@ def folder_config(
             "head": (20, _MIN_STEPS),
             "two-phase": (20, _MIN_STEPS / _HEAD_SHARE),
             "all": (20 if size == "many" else 30, _MIN_STEPS),
+            "lora": (20, _MIN_STEPS),
         }[what]
         epochs = max(usual, math.ceil(least / steps_per_epoch))
     config.epochs = float(epochs)
 
     _set_augmentation(config, size)
-    _set_optimizer(config, what, size, network.depth + network.class_depth)
+    if what == "lora":
+        _set_adapters(config, 8 if rank is None else rank, 16.0 if alpha is None else alpha)
+    else:
+        _set_optimizer(config, what, size, network.depth + network.class_depth)
     return config
 
 
@@ -293,3 +306,15 @@ def _set_optimizer(config: ConfigDict, what: str, size: str, blocks: int) -> Non
     phases.blocks = min(4, blocks)
     phases.blocks_epochs = config.epochs - phases.head_epochs
     phases.blocks_learning_rate = 1e-5
+
+
+def _set_adapters(config: ConfigDict, rank: int, alpha: float) -> None:
+    config.lora.rank, config.lora.alpha = rank, float(alpha)
+    optimizer = config.optimizer
+    optimizer.ema_decay = 0.0
+    optimizer.grad_clip_norm = 1.0
+    optimizer.weight_decay = 0.01
+    optimizer.learning_rate = 1e-3
+    optimizer.reference_batch = 0
+    optimizer.warmup_epochs = config.epochs / 10
+    optimizer.final_learning_rate = 1e-6

@@ -206,6 +206,9 @@ KEYS: Mapping[str, Key] = {
     "dino.teacher_momentum": Key(0.996, SHARE, "of the teacher in step 0, by a cosine to 1 at the end"),
     "dino.center_momentum": Key(0.9, SHARE, "of the moving mean of the teacher's outputs"),
     "dino.koleo": Key(0.0, RATE, "weight of KoLeo, which spreads the features of a batch; 0: none"),
+    # adapters learn instead of the matrices of the blocks (LoRA)
+    "lora.rank": Key(0, BLOCKS_FROM_0, "of the adapters, which learn with the head alone; 0: none"),
+    "lora.alpha": Key(16.0, SCALE, "their products are scaled by alpha over rank"),
     "optimizer.name": Key("adamw", Words(OPTIMIZERS), "the others take the keys below where they apply"),
     "optimizer.learning_rate": Key(5e-4, RATE, "peak, for a batch of reference_batch images"),
     "optimizer.reference_batch": Key(512, FROM_0, "the peak is scaled by batch_size over this; 0: not scaled"),
@@ -284,6 +287,18 @@ CONFLICTS: tuple[tuple[Callable[[Mapping[str, Any]], Any], str], ...] = (
     (lambda of: of["phases.head_epochs"] and of["optimizer.final_weight_decay"] is not None,
      "--config.optimizer.final_weight_decay has no effect on phases, whose weight decay is constant: set it to "
      "None, or --config.phases.head_epochs=0"),
+    (lambda of: of["lora.rank"] and of["objective"] != "supervised",
+     "--config.lora.rank is for --config.objective=supervised: set that, or --config.lora.rank=0"),
+    (lambda of: of["lora.rank"] and of["init.weights"] is None and not of["init.pretrained"],
+     "--config.lora.rank adapts weights that are learnt: give --config.init.weights=PATH or "
+     "--config.init.pretrained=True, or set --config.lora.rank=0"),
+    (lambda of: of["lora.rank"] and of["optimizer.name"] == "muon",
+     "--config.optimizer.name=muon is for the matrices of the blocks, which --config.lora.rank freezes: choose "
+     "another optimizer, or set --config.lora.rank=0"),
+    (lambda of: of["lora.rank"] and of["report.inspect_every"],
+     "--config.report.inspect_every records what --config.lora.rank freezes: set one of them to 0"),
+    (lambda of: not of["lora.rank"] and of["lora.alpha"] != KEYS["lora.alpha"].default,
+     "--config.lora.alpha is for adapters: set --config.lora.rank, such as 8, or leave it out"),
     (lambda of: of["model.layer_scale_init"] is not None
      and of["model.residual"] not in (None, "layerscale", "scalar"),
      "--config.model.layer_scale_init is for --config.model.residual=layerscale or scalar: leave it out"),

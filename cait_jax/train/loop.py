@@ -348,7 +348,7 @@ def _evaluate(trainer: Trainer, state: TrainState, batches: PrefetchIterator) ->
     """The metrics of parameters and average, or what else is evaluated; of one that is not finite all are NaN."""
     params = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
     if evaluated := getattr(trainer.objective, "evaluated", None):
-        params = evaluated(state.params, state.carried)
+        params = evaluated(params, state.carried)
     return {
         f"eval/{prefix}{name}": value if all(map(math.isfinite, values.values())) else math.nan
         for prefix, values in trainer.evaluate(params, batches).items()

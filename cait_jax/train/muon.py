@@ -9,8 +9,8 @@ import optax
 from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-# From channels to channels: neither patch embedding, head nor the mixing of heads.
-LAYERS = ("qkv", "q", "k", "v", "proj", "fc1", "fc2")
+from cait_jax.models.lora import LAYERS
+
 _MATRIX = MuonDimensionNumbers(-2, -1)
 _RMS = 0.2  # of AdamW's steps, so that its learning rate and weight decay hold (arXiv 2502.16982, section 2.2)
 

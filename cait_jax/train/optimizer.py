@@ -87,11 +87,12 @@ def cosine_schedule(start: float, final: float, total_steps: int) -> optax.Sched
 
 
 def decay_mask(params: Any) -> Any:
-    """True for kernels, which decay; False for biases, norms, LayerScale, tokens and position embeddings.
+    """True for kernels and their adapters, which decay; False for all else, such as biases, norms and tokens.
 
     By name, since the rank of an array would not tell: parameters of stacked blocks have one axis more.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    decayed = ("kernel", "lora_a", "lora_b")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in decayed, params)
 
 
 def make_optimizer(

@@ -51,7 +51,7 @@ class Objective(Protocol):
     """What is learnt. A pytree: its arrays, such as a teacher's variables, are arguments of the compiled step.
 
     It may also have `best_metric`, the name of what the best checkpoint is kept by instead of `"eval/accuracy"`,
-    and `evaluated(params, carried)`, the named parameters evaluated instead of `params` and their average.
+    and `evaluated(named, carried)`: from the parameters and their average by name to what is evaluated instead.
 
     Attributes:
       rngs: names of the random keys that `prepare` and `loss` need.

@@ -75,6 +75,8 @@ def is_run(path: Path) -> bool:
 def read_run(path: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarray]]:
     """Reads a run's parameters, or their average, without the optimiser's state; of some objectives a `Backbone`.
 
+    Adapters (`lora.rank`) are merged into the parameters that they adapt.
+
     Returns:
       The model as it was trained, and a state dict of timm's.
 
@@ -91,6 +93,11 @@ def read_run(path: Path, *, ema: bool = False) -> tuple[Any, dict[str, np.ndarra
     params, meta = _restore(path, part or ("ema" if ema else "params"))
     if backbone is not None:
         params = backbone.params(params)
+    if (adapters := meta["config"].get("lora")) and adapters["rank"]:
+        from cait_jax.models import lora
+
+        base, _ = _restore(path, "carried")  # the same in every checkpoint
+        params = lora.merge(lora.join(base["base"], params), adapters["alpha"])
     model = _model(path, meta, params)
     return model, checked_state_dict(model, {"params": params})
 

@@ -116,6 +116,24 @@ def test_a_run_may_be_where_another_starts(colours, saved, tmp_path, monkeypatch
     assert (tmp_path / "runs" / f"{colours.name}-{workdir.name}" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
+def test_adapters_are_learnt_and_read_merged(colours, saved, tmp_path):
+    workdir = tmp_path / "run"
+    command = ["finetune", colours, "-m", saved, "--what", "lora", "--workdir", workdir]
+    out, _ = cait(*command, "--rank", "2", "--alpha", "4", "--epochs", "40")
+    assert "learns adapters of rank 2 and the head (40 epochs)" in out
+    found = re.search(r"accuracy (\S+)% on the 18 images of val", out)
+    assert float(found[1]) > 80
+    out, _ = cait("evaluate", "--data", colours, "-m", workdir, "--split", "val", "--json")
+    assert json.loads(out)["top1"] == pytest.approx(float(found[1]) / 100, abs=1e-3)
+    assert_same_bits(
+        load_pretrained(workdir)[1]["params"]["pos_embed"],
+        load_pretrained(saved)[1]["params"]["pos_embed"],
+    )
+    _, err = cait(*command, "--rank", "3", "--alpha", "4", "--epochs", "40", status=1)
+    assert "--rank was 2 and is now 3" in err
+
+
 def test_a_head_alone_is_fitted_on_features(colours, saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["finetune", colours, "-m", saved, "--what", "head"]
@@ -162,6 +180,18 @@ def test_a_head_alone_is_fitted_on_features(colours, saved, tmp_path, monkeypatc
         (["{colours}", "-m", "cait_xs"], "there is no model 'cait_xs'; nearest: cait_xs36"),
         (["{colours}", "-m", "{saved}", "--weights", "no.pth"], "no.pth"),
         (["{colours}", "-m", "{saved}", "--batch-size", "49"], "such as --batch-size 48"),
+        (
+            ["{colours}", "-m", "{saved}", "--rank", "4"],
+            "--rank 4 is for adapters: give --what lora too",
+        ),
+        (
+            ["{colours}", "-m", "{saved}", "--what", "lora", "--rank", "999"],
+            "--rank 999 is above the network's width",
+        ),
+        (
+            ["{colours}", "-m", "{saved}", "--what", "head", "--rank", "4"],
+            "--rank 4 goes with training",
+        ),
         (
             ["{colours}", "-m", "{saved}", "--image-size", "9"],
             "--image-size 9x9 cannot be cut in patches of 4x4",

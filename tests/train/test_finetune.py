@@ -55,7 +55,7 @@ def test_more_images_let_more_learn_with_stronger_augmentation():
 
 
 @pytest.mark.parametrize("devices", [1, 3, 8])
-@pytest.mark.parametrize("what", [None, "all", "head", "two-phase"])
+@pytest.mark.parametrize("what", [None, "all", "head", "two-phase", "lora"])
 def test_every_size_fits_devices_and_images_and_is_long_enough(devices, what):
     for images in (8, 9, 31, 47, 100, 700, 1_500, 50_000):
         held = photographs(images, 2)

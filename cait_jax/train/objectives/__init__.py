@@ -19,4 +19,9 @@ def from_config(config: ConfigDict, split: Split, **options: Any) -> Any:
       UserError: for a setting that does not fit.
     """
     module = importlib.import_module(f"{__name__}.{config.objective}")
-    return module.from_config(config, split, **options)
+    objective = module.from_config(config, split, **options)
+    if not config.lora.rank:
+        return objective
+    from cait_jax.train.objectives import lora
+
+    return lora.from_config(config, objective)

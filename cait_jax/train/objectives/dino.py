@@ -165,9 +165,9 @@ class Dino:
         center = moving_average(carried["center"], aux["center"], self.center_momentum)
         return {"teacher": teacher, "center": center}
 
-    def evaluated(self, params: Params, carried: Any) -> Mapping[str, Params]:
+    def evaluated(self, named: Mapping[str, Params], carried: Any) -> Mapping[str, Params]:
         """The named parameters that are evaluated: the teacher with its centre."""
-        del params
+        del named
         return {"": {**carried["teacher"], "center": carried["center"]}}
 
     def evaluator(self, mesh: Mesh) -> Evaluate:

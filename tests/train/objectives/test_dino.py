@@ -422,7 +422,7 @@ def test_the_commands_measure_and_write_the_features_of_a_run(finished, tmp_path
 def test_nothing_finite_is_said_of_features_that_are_not():
     trainer = build(config_of())
     state = trainer.init_state()
-    evaluated = trainer.objective.evaluated(state.params, state.carried)[""]
+    evaluated = trainer.objective.evaluated({"": state.params}, state.carried)[""]
     nan = jax.tree.map(lambda leaf: leaf * jnp.nan, evaluated)
     with trainer.eval_batches() as batches:
         found = trainer.evaluate({"": nan}, batches)[""]
