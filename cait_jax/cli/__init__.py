@@ -22,6 +22,7 @@ COMMANDS = (
     "plot",
     "finetune",
     "convert",
+    "export",
     "data",
     "plan",
 )

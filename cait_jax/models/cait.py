@@ -271,8 +271,9 @@ class CaiT(nn.Module):
         norm and head are neither applied nor initialised.
         """
         check_images(images, self.image_size, self.in_channels)
-        ids = positions(images) if example_ids is None else example_ids
-        example_ids = ids if train else None
+        if train and example_ids is None:
+            example_ids = positions(images)
+        example_ids = example_ids if train else None
         dtypes = DtypePolicy(self.dtype, self.param_dtype, self.precision)
 
         x = jnp.asarray(images, self.dtype)
