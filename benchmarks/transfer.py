@@ -6,7 +6,8 @@ Command: python benchmarks/transfer.py --data-dir=DIR [--minutes=20] [--seeds=3]
 The network of `configs/cifar10.py:small` learns the other eight classes, for as many steps as a short run says fit
 in the minutes. Of the two held-out classes a folder of PNGs is written with so many images a class, drawn anew
 for each seed, and their 2,000 test images beside it. From there it is `cait finetune`'s own recipe
-(`cait_jax.train.finetune`): the whole network, the head alone, the two phases. From scratch is the whole
+(`cait_jax.train.finetune`): the whole network, the head alone, the two phases, of which the first trains the head
+here, for a quarter of the epochs, and does not fit it. From scratch is the whole
 network without the weights, all layers at one rate of 1e-3. All four see crops of at least 0.35 of the area and
 mirror images, and equally many epochs; nothing is chosen by the test images.
 
@@ -157,6 +158,10 @@ def recipe(photographs: Path, pretraining: Path, way: str, size: int, seed: int)
     config.data.workers = 0
     config.eval.every_epochs = config.epochs
     config.eval.batch_size = 200
+    if way == "two-phase":
+        config.init.fit_head, config.optimizer.train = False, "all"
+        config.phases.head_epochs = config.epochs / 4
+        config.phases.blocks_epochs = 3 * config.epochs / 4
     if way == "from scratch":
         config.init.weights = None
         config.init.reset_head = False

@@ -59,10 +59,10 @@ def _there(place, monkeypatch):
     # What comes first of all that compiles.
     init_state = setup.Trainer.init_state
 
-    def uncompiled(self):
+    def uncompiled(self, workdir=None):
         with monkeypatch.context() as inside:
             inside.setattr(jax, "jit", _accepted)
-            return init_state(self)
+            return init_state(self, workdir)
 
     monkeypatch.setattr(setup.Trainer, "init_state", uncompiled)
 

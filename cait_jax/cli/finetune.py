@@ -28,9 +28,9 @@ from cait_jax.cli.output import echo, note
 )  # fmt: skip
 @click.option(
     "--what", type=click.Choice(["all", "head", "two-phase", "lora"]),
-    help="What learns: everything, the new head alone (fitted on features that are computed once), first the "
-    "head and then the last blocks too, or the head and adapters of low rank (LoRA); by the number of images if "
-    "not given.",
+    help="What learns: everything, the new head alone (fitted on features that are computed once), first that "
+    "head and then it and the last blocks, or the head and adapters of low rank (LoRA); by the number of images "
+    "if not given.",
 )  # fmt: skip
 @click.option(
     "--rank",
@@ -190,11 +190,10 @@ def _check_files(photographs: Any) -> None:
 
 def _plan(photographs: Any, config: Any, model: str) -> str:
     """The run in two lines."""
-    phases = config.phases
-    if phases.head_epochs:
+    if config.init.fit_head:
         learns = (
-            f"first the head alone ({phases.head_epochs:g} epochs), then the last {phases.blocks} blocks "
-            f"too ({phases.blocks_epochs:g} epochs)"
+            f"a head that is fitted on features, then the last {config.optimizer.train} blocks too "
+            f"({config.epochs:g} epochs)"
         )
     else:
         part = "the head alone" if config.optimizer.train == "head" else "the whole network"

@@ -364,7 +364,7 @@ def linear_probe(inverse_l2: float, max_iterations: int) -> Any:
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise UserError(
-            'the linear probe is fitted by scikit-learn: pip install "cait-jax[probe]"'
+            'linear heads are fitted by scikit-learn: pip install "cait-jax[probe]"'
         ) from error
     return make_pipeline(
         StandardScaler(), LogisticRegression(C=inverse_l2, max_iter=max_iterations)

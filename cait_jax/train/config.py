@@ -21,7 +21,8 @@ from ml_collections.config_dict import placeholder
 from cait_jax.errors import UserError, nearest, one_line, some
 from cait_jax.reading import MAX_TEXT, check_regular
 from cait_jax.renamed import MEANT_BEFORE, OLD_KEYS, OLD_VALUES, current_file, renamed_in
-from cait_jax.train.keys import CONFLICTS, KEYS, Kind, Name, Number, Several, Size, Words, misfit
+from cait_jax.train.conflicts import CONFLICTS
+from cait_jax.train.keys import KEYS, Kind, Name, Number, Several, Size, Words, misfit
 
 _FILE = re.compile(r"--?config(=(?P<path>.*))?")
 _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<text>.*))?", re.DOTALL)

@@ -2,11 +2,11 @@
 
 | training images | trained | augmentation | batch | epochs |
 |---|---|---|---|---|
-| under 1,000, or under 10 a class | the head, then the last 4 blocks too | crops, flips | 32 | 5 + 15 |
+| under 1,000, or under 10 a class | the last 4 blocks, after a head is fitted | crops, flips | 32 | 15 |
 | up to 20,000 | all layers, layer decay 0.75 | RandAugment and erasing too | 64 | 30 |
 | more | all layers | mixup and CutMix too | 128 | 20 |
 
-A run has at least 100 steps (in two phases 400), and more epochs for that where these are short.
+A run has at least 100 steps (after a fitted head 300), and more epochs for that where these are short.
 """
 
 import dataclasses
@@ -30,12 +30,11 @@ from cait_jax.weights.hub import find_released
 from cait_jax.weights.pretrained import load_pretrained, preprocessing
 
 PARTS = ("all", "head", "two-phase", "lora")
-"""What is trained: everything, the new head alone, first the head and then the last blocks too, or adapters."""
+"""What is trained: everything, the new head alone, a fitted head and then the last blocks too, or adapters."""
 
 _FEW_IMAGES = 1_000
 _FEW_PER_CLASS = 10
 _MANY_IMAGES = 20_000
-_HEAD_SHARE = 0.25  # of a run in two phases
 _MIN_STEPS = 100
 _STEPS_BETWEEN_EVALUATIONS = 50
 # Attributes that are the run's to choose, not the saved model's: they compute the same network in another way.
@@ -128,7 +127,7 @@ def folder_config(
       model: a model's name, or the directory of a saved model or of a training run.
       weights: instead of the model's own, as `cait_jax.load_pretrained` takes them.
       what: one of `PARTS`.
-      epochs: of both phases together.
+      epochs: of training; in two phases of the second.
       image_size: that of the model's own preprocessing by default.
       rank: of the adapters, with `what="lora"`; 8 by default.
       alpha: their products are scaled by `alpha / rank`; 16 by default.
@@ -175,7 +174,7 @@ def folder_config(
     if epochs is None:
         usual, least = {
             "head": (20, _MIN_STEPS),
-            "two-phase": (20, _MIN_STEPS / _HEAD_SHARE),
+            "two-phase": (15, 3 * _MIN_STEPS),
             "all": (20 if size == "many" else 30, _MIN_STEPS),
             "lora": (20, _MIN_STEPS),
         }[what]
@@ -284,7 +283,7 @@ def _set_augmentation(config: ConfigDict, size: str) -> None:
 
 
 def _set_optimizer(config: ConfigDict, what: str, size: str, blocks: int) -> None:
-    optimizer, phases = config.optimizer, config.phases
+    optimizer = config.optimizer
     optimizer.ema_decay = 0.0
     optimizer.grad_clip_norm = 1.0
     if what == "all":
@@ -295,17 +294,15 @@ def _set_optimizer(config: ConfigDict, what: str, size: str, blocks: int) -> Non
         optimizer.final_learning_rate = 1e-6
         return
     optimizer.weight_decay = 0.01
+    optimizer.reference_batch = 0
+    optimizer.warmup_epochs = 0.0
     if what == "head":
         optimizer.train = "head"
         optimizer.learning_rate = 1e-3
-        optimizer.reference_batch = 0
-        optimizer.warmup_epochs = 0.0
         return
-    phases.head_epochs = _HEAD_SHARE * config.epochs
-    phases.head_learning_rate = 1e-3
-    phases.blocks = min(4, blocks)
-    phases.blocks_epochs = config.epochs - phases.head_epochs
-    phases.blocks_learning_rate = 1e-5
+    config.init.fit_head = True
+    optimizer.train = str(min(4, blocks))
+    optimizer.learning_rate = optimizer.final_learning_rate = 1e-5  # constant
 
 
 def _set_adapters(config: ConfigDict, rank: int, alpha: float) -> None:

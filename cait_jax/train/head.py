@@ -1,4 +1,4 @@
-"""A new head on features that do not change: `cait finetune --what head`.
+"""A new head on features that do not change: `cait finetune --what head`, and the start of `two-phase`.
 
 Where nothing before the head learns, an image has the same features in every epoch. They are computed once and
 kept by the SHA-256 of the file, and the head is scikit-learn's logistic regression on them, whose strength of
@@ -17,15 +17,17 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float, Float32, Int
+from ml_collections import ConfigDict
 
 from cait_jax.data.folder import load_folder
 from cait_jax.data.image_files import FolderRecords
 from cait_jax.data.preprocess import Preprocessing
-from cait_jax.errors import UserError
+from cait_jax.errors import UserError, setting
 from cait_jax.evaluation.features import Answers, linear_probe, run_over_photographs
 from cait_jax.evaluation.scores import show_progress
 from cait_jax.files import atomic_replace, sha256
 from cait_jax.reading import check_regular
+from cait_jax.sharding import make_mesh
 from cait_jax.train.finetune import Photographs
 from cait_jax.weights.model_json import model_to_dict, replace_attributes
 from cait_jax.weights.timm_names import to_timm
@@ -34,7 +36,10 @@ from cait_jax.weights.timm_names import to_timm
 _INVERSE_L2 = tuple(10.0**power for power in range(-5, 3))
 _FOLDS = 5
 _STORE = "features.npz"
+_HEADS = ("head", "head_dist")
 _SECONDS_BETWEEN_WRITES = 30.0
+# Files that cannot be read, each with the reason.
+Broken = tuple[tuple[Path, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Fitted:
     head: Head
     accuracy: float
     measured: int
-    broken: tuple[tuple[Path, str], ...]
+    broken: Broken
 
 
 def fit_head(
@@ -106,66 +111,84 @@ def fit_head(
     return Head(kernel, bias, float(regression.C))
 
 
-def folder_features(
-    model: Any,
-    variables: Mapping[str, Any],
-    preprocessing: Preprocessing,
-    records: FolderRecords,
-    store: Path,
-    *,
-    batch_size: int = 32,
-    progress: Callable[[int], object] = lambda images: None,
-) -> tuple[Float32[np.ndarray, "n d"], Int[np.ndarray, "n"], tuple[tuple[Path, str], ...]]:
-    """Features and labels of the images in a folder that can be decoded, in order, and what is broken.
+class FolderFeatures:
+    """The features that a network gives to images of folders, kept by the SHA-256 of the files.
 
     Args:
       model: without a head.
-      store: an npz file of features by SHA-256 of files, of this network and preprocessing; made if missing.
-      progress: called with the number of images done since its last call.
+      store: an npz file of features of this network and preprocessing; made if missing. None: nothing is kept.
     """
-    network = _digest(model, variables, preprocessing)
-    known = _read_store(store, network)
-    paths = [records.root / name for name in records.files]
-    digests = [sha256(path) for path in paths]
-    missing = {
-        digest: path for digest, path in zip(digests, paths, strict=True) if digest not in known
-    }
-    progress(len(paths) - len(missing))
-    broken: dict[str, str] = {}
-    digest_of = {path: digest for digest, path in missing.items()}
-    files = list(missing.values())
-    pending: Iterable[Answers] = ()
-    if files:
-        pending = run_over_photographs(
-            model.apply, variables, preprocessing, files, batch_size=batch_size
-        )
-    written = time.monotonic()
-    try:
-        for answers in pending:
-            if answers.outputs is not None:
-                rows = np.asarray(answers.outputs, np.float32)
-                names = [digest_of[path] for path in answers.paths]
-                known |= dict(zip(names, rows, strict=True))
-            broken |= {digest_of[path]: reason for path, reason in answers.broken}
-            progress(len(answers.paths) + len(answers.broken))
-            if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
-                _write_store(store, network, known)
-                written = time.monotonic()
-    finally:  # also when it is interrupted
-        if files and known:
-            _write_store(store, network, known)
-    kept = [i for i, digest in enumerate(digests) if digest in known]
-    if not kept:
-        raise UserError(
-            f"none of the {len(paths)} images in {records.root} can be read: {next(iter(broken.values()))}"
-        )
-    features = np.stack([known[digests[i]] for i in kept])
-    reasons = [
-        (path, broken[digest])
-        for path, digest in zip(paths, digests, strict=True)
-        if digest in broken
-    ]
-    return features, records.labels[kept], tuple(reasons)
+
+    def __init__(
+        self,
+        model: Any,
+        variables: Mapping[str, Any],
+        preprocessing: Preprocessing,
+        store: Path | None,
+    ):
+        self._model, self._variables, self._preprocessing = model, variables, preprocessing
+        self._network = _digest(model, variables, preprocessing)
+        self._store = store
+        self._known = {} if store is None else _read_store(store, self._network)
+
+    def of(
+        self,
+        records: FolderRecords,
+        *,
+        batch_size: int = 32,
+        progress: Callable[[int], object] = lambda images: None,
+    ) -> tuple[Float32[np.ndarray, "n d"], Int[np.ndarray, "n"], Broken]:
+        """Features and labels of the images that can be decoded, in order, and what is broken.
+
+        `progress` is called with the number of images done since its last call.
+        """
+        known = self._known
+        paths = [records.root / name for name in records.files]
+        digests = [sha256(path) for path in paths]
+        missing = {
+            digest: path for digest, path in zip(digests, paths, strict=True) if digest not in known
+        }
+        progress(len(paths) - len(missing))
+        broken: dict[str, str] = {}
+        digest_of = {path: digest for digest, path in missing.items()}
+        files = list(missing.values())
+        pending: Iterable[Answers] = ()
+        if files:
+            pending = run_over_photographs(
+                self._model.apply, self._variables, self._preprocessing, files,
+                batch_size=batch_size, mesh=make_mesh(jax.local_devices()),
+            )  # fmt: skip
+        written = time.monotonic()
+        try:
+            for answers in pending:
+                if answers.outputs is not None:
+                    rows = np.asarray(answers.outputs, np.float32)
+                    names = [digest_of[path] for path in answers.paths]
+                    known |= dict(zip(names, rows, strict=True))
+                broken |= {digest_of[path]: reason for path, reason in answers.broken}
+                progress(len(answers.paths) + len(answers.broken))
+                if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
+                    self._write()
+                    written = time.monotonic()
+        finally:  # also when it is interrupted
+            if files and known:
+                self._write()
+        kept = [i for i, digest in enumerate(digests) if digest in known]
+        if not kept:
+            raise UserError(
+                f"none of the {len(paths)} images in {records.root} can be read: {next(iter(broken.values()))}"
+            )
+        features = np.stack([known[digests[i]] for i in kept])
+        reasons = [
+            (path, broken[digest])
+            for path, digest in zip(paths, digests, strict=True)
+            if digest in broken
+        ]
+        return features, records.labels[kept], tuple(reasons)
+
+    def _write(self) -> None:
+        if self._store is not None:
+            _write_store(self._store, self._network, self._known)
 
 
 def fit_on_folder(
@@ -185,37 +208,80 @@ def fit_on_folder(
       workdir: keeps the features, in `features.npz`.
       seed: of the folds.
     """
+    source = FolderFeatures(model, variables, preprocessing, workdir / _STORE)
     found = []
     for name in (photographs.train_split, photographs.eval_split):
         records = load_folder(photographs.directory, name, channels=preprocessing.channels).records
         with show_progress(len(records), f"features of {name}") as update:
-            found.append(
-                folder_features(
-                    model, variables, preprocessing, records, workdir / _STORE,
-                    batch_size=batch_size, progress=update,
-                )
-            )  # fmt: skip
+            found.append(source.of(records, batch_size=batch_size, progress=update))
     (features, labels, broken), (held_out, held_out_labels, more) = found
     classes = len(photographs.class_names)
-    if len(np.unique(labels)) < 2:
-        raise UserError(
-            f"the images of {photographs.train_split} that can be read are of one class: replace the broken ones, "
-            f"such as {broken[0][0]}"
-        )
+    _check_classes(labels, broken, photographs.train_split)
     head = fit_head(features, labels, classes, seed=seed)
     whole = replace_attributes(model, num_classes=classes)
-    names = ("head", "head_dist") if model.distilled else ("head",)
-    layer = {
-        "kernel": head.kernel.astype(model.param_dtype),
-        "bias": head.bias.astype(model.param_dtype),
-    }
-    params = {
-        **variables["params"],
-        **{name: jax.tree.map(jax.numpy.asarray, layer) for name in names},
-    }
     accuracy = head.accuracy(held_out, held_out_labels)
-    variables = {**variables, "params": params}
+    variables = {**variables, "params": _with_head(variables["params"], head, model)}
     return Fitted(whole, variables, head, accuracy, len(held_out), (*broken, *more))
+
+
+def check_start(config: ConfigDict, split: Any) -> None:
+    """Refuses `init.fit_head` where a head cannot be fitted on a training split.
+
+    Raises:
+      UserError: the split is no folder of images, or scikit-learn is missing.
+    """
+    if not isinstance(getattr(split, "records", None), FolderRecords):
+        raise UserError(
+            f"{setting('config.init.fit_head')} computes the features of a folder of images, and "
+            f"{config.data.name} is none: set {setting('config.init.fit_head', False)}"
+        )
+    linear_probe(inverse_l2=1.0, max_iterations=1)
+
+
+def params_with_fitted_head(
+    config: ConfigDict, model: Any, params: Mapping[str, Any], split: Any, workdir: Path | None
+) -> dict[str, Any]:
+    """Parameters for the start of a run, whose head is fitted on the features of the training split.
+
+    Args:
+      model: of the run, with a head.
+      split: a folder's.
+      workdir: keeps the features, in `features.npz`; None: nothing is kept.
+
+    Raises:
+      UserError: the images that can be read are none, or of one class.
+    """
+    headless = replace_attributes(model, num_classes=0, precision="highest")
+    body = {name: layer for name, layer in params.items() if name not in _HEADS}
+    data = config.data
+    prepare = Preprocessing(
+        model.image_size, config.eval.crop_pct, tuple(data.mean), tuple(data.std), split.channels
+    )
+    store = workdir / _STORE if workdir is not None and jax.process_index() == 0 else None
+    source = FolderFeatures(headless, {"params": body}, prepare, store)
+    with show_progress(len(split.records), f"features of {data.train_split}") as update:
+        features, labels, broken = source.of(
+            split.records, batch_size=config.eval.batch_size, progress=update
+        )
+    _check_classes(labels, broken, data.train_split)
+    head = fit_head(features, labels, model.num_classes, seed=config.seed)
+    return _with_head(body, head, model)
+
+
+def _check_classes(labels: Int[np.ndarray, "n"], broken: Broken, split: str) -> None:
+    if len(np.unique(labels)) < 2:
+        raise UserError(
+            f"the images of {split} that can be read are of one class: replace the broken ones, "
+            f"such as {broken[0][0]}"
+        )
+
+
+def _with_head(params: Mapping[str, Any], head: Head, model: Any) -> dict[str, Any]:
+    layer = {
+        "kernel": jax.numpy.asarray(head.kernel, model.param_dtype),
+        "bias": jax.numpy.asarray(head.bias, model.param_dtype),
+    }
+    return {**params, **dict.fromkeys(_HEADS[: 1 + model.distilled], layer)}
 
 
 def _digest(model: Any, variables: Mapping[str, Any], preprocessing: Preprocessing) -> str:

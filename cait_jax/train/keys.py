@@ -7,7 +7,7 @@ every step; `configs/imagenet.py` adds the authors' rate for every epoch.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cait_jax.data.decode import RESIZES
@@ -142,6 +142,7 @@ KEYS: Mapping[str, Key] = {
     "init.weights": Key(None, NAME, "weights to start from: a file, a saved model or a run's workdir"),
     "init.pretrained": Key(False, bool, "start from the released weights of model.name"),
     "init.reset_head": Key(False, bool, "initialise the head anew, as other classes need"),
+    "init.fit_head": Key(False, bool, "fit the head on features of the training split, a folder, before step 1"),
     "init.ema": Key(False, bool, "take the EMA of the run in init.weights"),
     "data.name": Key("imagenet2012", NAME, "digits, a folder, synthetic, or a TFDS data set as array_record"),
     "data.data_dir": Key(None, NAME, "of TFDS; None: its own default"),
@@ -258,71 +259,6 @@ KEYS: Mapping[str, Key] = {
     "report.inspect_every": Key(0, FROM_0, "steps between records of LayerScale and branch norms; 0: none"),
     "report.tensorboard": Key(False, bool, "write TensorBoard files to WORKDIR/tensorboard too"),
 }
-
-# Settings that exclude each other, or of which one would have no effect: when, and what to do about it.
-CONFLICTS: tuple[tuple[Callable[[Mapping[str, Any]], Any], str], ...] = (
-    (lambda of: of["augment.three_augment"] and of["augment.rand_augment"],
-     "--config.augment.three_augment replaces RandAugment, which is on: set "
-     "--config.augment.rand_augment= (empty), or leave three_augment out"),
-    (lambda of: of["augment.color_jitter"] and of["augment.rand_augment"],
-     "--config.augment.color_jitter has no place beside RandAugment, which changes colours itself: set "
-     "--config.augment.rand_augment= (empty), or --config.augment.color_jitter=0"),
-    (lambda of: of["augment.mix_rows"] % 2,
-     "--config.augment.mix_rows must be even, or 0 for the whole batch: in an odd group one image would be mixed "
-     "with itself"),
-    (lambda of: of["distill.kind"] == "none" and of["distill.weights"] is not None,
-     "--config.distill.weights is given and nothing learns from it: set --config.distill.kind to hard or soft"),
-    (lambda of: of["distill.logits"] is not None and of["distill.weights"] is not None,
-     "--config.distill.weights and --config.distill.logits both say what the teacher is: give one"),
-    (lambda of: of["optimizer.schedule"] != "step"
-     and (of["optimizer.decay_epochs"] is not None or of["optimizer.decay_rate"] is not None),
-     "--config.optimizer.decay_epochs and --config.optimizer.decay_rate are for --config.optimizer.schedule=step: "
-     "set that, or leave them out"),
-    (lambda of: of["phases.head_epochs"] and of["optimizer.train"] != "all",
-     "--config.phases.head_epochs and --config.optimizer.train both say what learns: set "
-     "--config.optimizer.train=all, or --config.phases.head_epochs=0"),
-    (lambda of: of["phases.head_epochs"] and of["optimizer.layer_decay"] != 1,
-     "--config.optimizer.layer_decay has no effect on phases, whose rates are constant: set it to 1, or "
-     "--config.phases.head_epochs=0"),
-    (lambda of: of["phases.head_epochs"] and of["optimizer.final_weight_decay"] is not None,
-     "--config.optimizer.final_weight_decay has no effect on phases, whose weight decay is constant: set it to "
-     "None, or --config.phases.head_epochs=0"),
-    (lambda of: of["lora.rank"] and of["objective"] != "supervised",
-     "--config.lora.rank is for --config.objective=supervised: set that, or --config.lora.rank=0"),
-    (lambda of: of["lora.rank"] and of["init.weights"] is None and not of["init.pretrained"],
-     "--config.lora.rank adapts weights that are learnt: give --config.init.weights=PATH or "
-     "--config.init.pretrained=True, or set --config.lora.rank=0"),
-    (lambda of: of["lora.rank"] and of["optimizer.name"] == "muon",
-     "--config.optimizer.name=muon is for the matrices of the blocks, which --config.lora.rank freezes: choose "
-     "another optimizer, or set --config.lora.rank=0"),
-    (lambda of: of["lora.rank"] and of["report.inspect_every"],
-     "--config.report.inspect_every records what --config.lora.rank freezes: set one of them to 0"),
-    (lambda of: not of["lora.rank"] and of["lora.alpha"] != KEYS["lora.alpha"].default,
-     "--config.lora.alpha is for adapters: set --config.lora.rank, such as 8, or leave it out"),
-    (lambda of: of["model.layer_scale_init"] is not None
-     and of["model.residual"] not in (None, "layerscale", "scalar"),
-     "--config.model.layer_scale_init is for --config.model.residual=layerscale or scalar: leave it out"),
-    (lambda of: of["optimizer.nesterov"] and not of["optimizer.momentum"],
-     "--config.optimizer.nesterov needs momentum: set --config.optimizer.momentum, such as 0.9, or "
-     "--config.optimizer.nesterov=False"),
-    (lambda of: of["objective"] == "mae" and (of["augment.mixup"] or of["augment.cutmix"] or of["augment.reprob"]),
-     "--config.objective=mae neither mixes images nor erases parts of them: set --config.augment.mixup=0, "
-     "--config.augment.cutmix=0 and --config.augment.reprob=0"),
-    (lambda of: of["objective"] == "mae" and of["distill.kind"] != "none",
-     "--config.objective=mae has no teacher: set --config.distill.kind=none"),
-    (lambda of: of["objective"] == "mae" and (of["init.weights"] is not None or of["init.pretrained"]),
-     "--config.objective=mae starts from the seed alone: leave out --config.init.weights and "
-     "--config.init.pretrained"),
-    (lambda of: of["objective"] == "mae"
-     and (of["optimizer.layer_decay"] != 1 or of["optimizer.train"] != "all" or of["phases.head_epochs"]),
-     "--config.objective=mae trains all of its layers alike: set --config.optimizer.layer_decay=1, "
-     "--config.optimizer.train=all and --config.phases.head_epochs=0"),
-    (lambda of: of["objective"] == "mae" and of["report.inspect_every"],
-     "--config.report.inspect_every is for classifiers: set it to 0 with --config.objective=mae"),
-    (lambda of: of["objective"] != "mae"
-     and any(of[name] != key.default for name, key in KEYS.items() if name.startswith("mae.")),
-     "the keys --config.mae.* are for --config.objective=mae: set that, or leave them out"),
-)
 # fmt: on
 
 

@@ -92,7 +92,7 @@ def train(
         if checkpoints.latest_step() is not None:
             check_resumed(checkpoints.meta(), config, data, str(workdir))
         restored = checkpoints.restore(trainer.abstract_state)
-        start, state, meta = restored or (0, trainer.init_state(), {})
+        start, state, meta = restored or (0, trainer.init_state(workdir), {})
         # Of the restored state's own evaluation; empty if none was due, or it was not finished.
         recorded = checkpoints.metrics(start) if start else {}
         evaluated = bool(recorded) or start == 0 or _steps_to_evaluation(trainer, start) > 0

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -86,13 +87,22 @@ class Trainer:
         """Steps of the whole run."""
         return self.optimizer.total_steps
 
-    def init_state(self) -> TrainState:
-        """The state before the first step: from the weights that the config names, or from the seed."""
-        params = None
+    def init_state(self, workdir: Path | None = None) -> TrainState:
+        """The state before the first step: from the weights that the config names, or from the seed.
+
+        Features for `init.fit_head` are kept in `workdir`.
+        """
+        params: Any = None
         if any(self.config.init.values()):
             from cait_jax.weights.pretrained import params_from_config
 
             params = params_from_config(self.config, self.model)
+        if self.config.init.fit_head:
+            from cait_jax.train.head import params_with_fitted_head
+
+            params = params_with_fitted_head(
+                self.config, self.model, params, self.train_split, workdir
+            )
         init = functools.partial(_init, self.config, self.objective, self.optimizer)
         state: TrainState = jax.jit(init, out_shardings=_shardings(self.abstract_state))(params)
         return state
@@ -162,6 +172,10 @@ def build(
     _check_dtypes(config)
     mesh = mesh_from_config(config, devices)
     train_split, eval_split = load_splits(config)
+    if config.init.fit_head:
+        from cait_jax.train.head import check_start
+
+        check_start(config, train_split)
     objective = make_objective(config, train_split)
     check_attention_memory(objective.model)
     logits = None

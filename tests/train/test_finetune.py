@@ -34,13 +34,14 @@ def photographs(images, classes=10):
 
 def test_more_images_let_more_learn_with_stronger_augmentation():
     few = folder_config(photographs(999), "cait_xxs24_224")
-    assert (few.phases.head_epochs, few.phases.blocks_epochs, few.phases.blocks) == (5, 15, 4)
-    assert (few.phases.head_learning_rate, few.phases.blocks_learning_rate) == (1e-3, 1e-5)
+    assert (few.init.fit_head, few.optimizer.train, few.epochs) == (True, "4", 15)
+    assert few.optimizer.learning_rate == few.optimizer.final_learning_rate == 1e-5
+    assert (few.optimizer.warmup_epochs, few.optimizer.reference_batch) == (0, 0)
     assert (few.optimizer.weight_decay, few.batch_size) == (0.01, 32)
     assert (few.augment.rand_augment, few.augment.reprob, few.augment.mixup) == ("", 0, 0)
 
     middle = folder_config(photographs(1_000), "cait_xxs24_224")
-    assert middle.phases.head_epochs == 0
+    assert not middle.init.fit_head
     assert (middle.optimizer.train, middle.optimizer.layer_decay) == ("all", 0.75)
     assert middle.augment.rand_augment
     assert middle.augment.mixup == middle.augment.cutmix == 0
@@ -51,7 +52,7 @@ def test_more_images_let_more_learn_with_stronger_augmentation():
     assert few.batch_size < middle.batch_size < many.batch_size
 
     # 2,000 images are few for 500 classes.
-    assert folder_config(photographs(2_000, 500), "cait_xxs24_224").phases.head_epochs == 5
+    assert folder_config(photographs(2_000, 500), "cait_xxs24_224").init.fit_head
 
 
 @pytest.mark.parametrize("devices", [1, 3, 8])
@@ -75,7 +76,7 @@ def test_what_is_asked_for_comes_before_the_table():
         photographs(500), "vit_base_patch16_224", what="two-phase", epochs=4.0, batch_size=10,
         image_size=240, seed=3,
     )  # fmt: skip
-    assert (config.phases.head_epochs, config.phases.blocks_epochs) == (1, 3)
+    assert (config.init.fit_head, config.epochs) == (True, 4)
     assert (config.batch_size, config.image_size, config.seed) == (10, 240, 3)
     # How these weights see images: not as CaiT's.
     assert tuple(config.data.mean) == tuple(config.data.std) == (0.5, 0.5, 0.5)
@@ -125,7 +126,7 @@ def test_a_saved_model_of_any_attributes_starts_as_it_is(name, attributes, tmp_p
         tmp_path / "saved", model, {"params": random_params(model)}, preprocessing=SETTINGS
     )
     folder = fill(tmp_path / "photos", train__a=20, train__b=20, val__a=2, val__b=2)
-    config = folder_config(folder, str(tmp_path / "saved"), devices=8)
+    config = folder_config(folder, str(tmp_path / "saved"), what="all", devices=8)
     assert (config.image_size, config.eval.crop_pct, config.data.mean) == (8, 0.5, (0.4,))
     trainer = build(config)
     assert trainer.model == model.clone(num_classes=2)

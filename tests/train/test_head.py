@@ -1,17 +1,20 @@
 """A head fitted on features that are computed once."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from trees import random_params
+from trees import assert_same_bits, random_params
 
-from cait_jax import Preprocessing, UserError, create_model
+from cait_jax import Preprocessing, UserError, create_model, save_pretrained
 from cait_jax.data.folder import load_folder
 from cait_jax.train import head
-from cait_jax.train.head import fit_head, folder_features
+from cait_jax.train.finetune import folder_config
+from cait_jax.train.head import FolderFeatures, fit_head
+from cait_jax.train.setup import build
 
 PREPARE = Preprocessing((16, 16), crop_pct=0.9)
 
@@ -80,7 +83,7 @@ def network():
 
 def of(network, folder, prepare=PREPARE, **options):
     records = load_folder(folder, "train").records
-    return folder_features(*network, prepare, records, folder / "features.npz", **options)
+    return FolderFeatures(*network, prepare, folder / "features.npz").of(records, **options)
 
 
 def refuse(monkeypatch):
@@ -144,3 +147,59 @@ def test_a_broken_image_is_left_out_and_named(network, folder):
         path.write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"none of the 6 images in .* can be read"):
         of(network, folder)
+
+
+def test_what_was_known_before_does_not_change_the_bits(network, folder):
+    """As of a command that was stopped while it computed features."""
+    whole, _, _ = of(network, folder, batch_size=4)
+    store = folder / "features.npz"
+    with np.load(store) as file:
+        saved = dict(file)
+    for name in ("sha256", "features"):
+        saved[name] = saved[name][[4, 1, 2]]
+    np.savez(store, **saved)
+    again, _, _ = of(network, folder, batch_size=4)
+    np.testing.assert_array_equal(again, whole)
+
+
+def starting(network, folder):
+    """A config that trains the last block of the network on the folder, after a fitted head."""
+    model, variables = network
+    (folder / "val").symlink_to(folder / "train")
+    settings = {"image_size": [16, 16], "crop_pct": 0.9, "channels": 3}
+    save_pretrained(folder / "start", model, variables, preprocessing=settings | IMAGENET)
+    return folder_config(folder, str(folder / "start"), what="two-phase", epochs=1.0)
+
+
+IMAGENET = {"mean": list(PREPARE.mean), "std": list(PREPARE.std)}
+
+
+def test_a_run_starts_with_the_fitted_head(network, folder):
+    config = starting(network, folder)
+    state = build(config, jax.devices()[:1]).init_state(folder)
+    features, labels, _ = of(network, folder)
+    fitted = fit_head(features, labels, 2)
+    np.testing.assert_allclose(state.params["head"]["kernel"], fitted.kernel, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(state.params["head"]["bias"], fitted.bias, rtol=0, atol=1e-4)
+    body = {name: layer for name, layer in state.params.items() if name != "head"}
+    assert_same_bits(jax.device_get(body), jax.device_get(network[1]["params"]))
+    assert_same_bits(
+        build(config, jax.devices()[:1]).init_state().params, state.params
+    )  # from features anew
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"data.name": "synthetic"}, r"of a folder of images, and synthetic is none: set .*=False"),
+        ({"init.weights": None}, r"fit_head computes features by weights that are learnt"),
+        ({"objective": "dino"}, r"fit_head is for --config\.objective=supervised"),
+    ],
+)
+def test_a_head_that_cannot_be_fitted_is_a_sentence(overrides, sentence, network, folder):
+    config = starting(network, folder)
+    config.update_from_flattened_dict(overrides)
+    if config.data.name == "synthetic":
+        config.data.eval_split = "validation"
+    with pytest.raises(UserError, match=sentence):
+        build(config, jax.devices()[:1])
