@@ -8,6 +8,7 @@ from trees import assert_same_bits, random_params
 
 from cait_jax import create_model
 from cait_jax.models import lora
+from cait_jax.models.inspect import macs_of
 
 ALPHA, RANK = 6.0, 2
 SMALL = {"depth": 3, "width": 16, "num_heads": 2, "num_classes": 3, "precision": "highest"}
@@ -143,3 +144,17 @@ def test_matrices_of_low_precision_are_merged_in_float32():
     expected = jnp.asarray(np.float32(params["fc1"]["kernel"]) + ALPHA / RANK * a @ b, jnp.bfloat16)
     assert merged.dtype == jnp.bfloat16
     assert_same_bits(merged, expected)
+
+
+def test_no_gradient_of_a_frozen_matrix_is_computed():
+    model, params = network(width=64)
+
+    def operations(function, learnt):
+        return macs_of(jax.make_jaxpr(jax.grad(function))(learnt).jaxpr)
+
+    adapters = lora.init(jax.random.key(0), params, 1)
+    low = operations(
+        lambda a: adapted_logits(model, lora.join(params, a), images()).sum(), adapters
+    )
+    dense = operations(lambda p: model.apply({"params": p}, images()).sum(), params)
+    assert low < 0.8 * dense
