@@ -3,7 +3,7 @@
 python -P reload.py FOLDER PROBES.npz FOUND.npz
 
 `PROBES.npz` holds `images`. `FOUND.npz` gets, for each platform that ran, `PLATFORM/one/NUMBER` of the first image
-alone, `PLATFORM/all/NUMBER` of all at once, and `PLATFORM/seconds`, the least of five for all; for others
+alone, `PLATFORM/all/NUMBER` of all at once, and `PLATFORM/seconds`, the least of three for all; for others
 `PLATFORM/why`, a sentence.
 """
 
@@ -36,7 +36,7 @@ def main(folder: Path, probes: Path, found: Path) -> None:
             for number, output in enumerate(call(on_device, batch)):
                 results[f"{platform}/{name}/{number}"] = np.asarray(output, np.float32)
         times = []
-        for _ in range(5):
+        for _ in range(3):
             start = time.perf_counter()
             jax.block_until_ready(call(on_device, batch))
             times.append(time.perf_counter() - start)

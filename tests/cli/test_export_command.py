@@ -7,7 +7,7 @@ import pytest
 from test_commands import cait
 
 from cait_jax import load_pretrained, preprocessing
-from cait_jax.export import stablehlo
+from cait_jax.export import environment, stablehlo
 from cait_jax.export.stablehlo import load_exported
 
 
@@ -48,6 +48,30 @@ def test_mistakes_are_sentences_before_anything_is_compiled(
     _, err = cait("export", "-m", saved, "--to", "stablehlo", target, *arguments, status=1)
     assert sentence in err.splitlines()[-1]
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--to", "onnx"], "give --environment DIR, and --install to make it there"),
+        (["--to", "onnx", "--environment", "nowhere"], "in nowhere: add --install to make it"),
+        (["--to", "onnx", "--dtype", "bfloat16"], "leave out --dtype bfloat16"),
+        (["--to", "stablehlo", "--int8"], "--int8 goes with --to onnx and web"),
+        (["--to", "web", "--attention"], "--attention goes with --to stablehlo and onnx"),
+    ],
+)
+def test_what_a_format_needs_is_asked_for_before_the_model_is_read(tmp_path, arguments, sentence):
+    _, err = cait("export", "-m", tmp_path / "no", tmp_path / "exported", *arguments, status=1)
+    assert sentence in err.splitlines()[-1]
+
+
+def test_a_page_asks_for_its_runtime(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "environment_python", lambda *_, **__: None)
+    arguments = ["-m", tmp_path / "no", "--to", "web", tmp_path / "page"]
+    _, err = cait("export", *arguments, status=1)
+    assert "give --runtime DIR, a folder that has it, or --download-runtime" in err
+    _, err = cait("export", *arguments, "--runtime", tmp_path, status=1)
+    assert "has no ort.wasm.min.js" in err
 
 
 def test_a_target_that_is_a_file_is_refused(saved, tmp_path):

@@ -1,0 +1,86 @@
+"""Whether onnxruntime computes from exported ONNX files what JAX computes, over the shapes of the released models.
+
+Command: python benchmarks/export_onnx.py --environment=DIR [--install] [--names cait_xxs24_224 ...] [--all]
+  DIR is the Python environment of `cait export --to onnx`.
+
+The weights are drawn, not trained, so that every part of a network shows in the outputs. A line of JSON for each
+name: the largest difference relative to the largest output, on two images of noise and two drawn pictures, for one
+image and for four at once; megabytes; milliseconds an image in a batch of four. By default the smallest model of
+each architecture; with --all every released model. What ONNX cannot hold, or differs by more than 1e-5, has the
+reason.
+"""
+
+import argparse
+import fnmatch
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from export_to_timm import drawn
+
+from cait_jax import UserError, create_model, list_models
+from cait_jax.export.onnx import export_onnx
+from cait_jax.models.inspect import abstract_variables
+from cait_jax.weights.timm_names import from_timm, to_timm
+
+ARCHITECTURES = (
+    "cait_xxs24_224", "cait_xxs24_384", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224",
+    "vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch16_224.dino", "vit_base_patch16_224.mae",
+    "vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m", "regnety_160",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--environment", type=Path, required=True)
+    parser.add_argument("--install", action="store_true")
+    parser.add_argument("--names", nargs="+", default=ARCHITECTURES, help="names or shell patterns")
+    parser.add_argument("--all", action="store_true")
+    options = parser.parse_args()
+    patterns = ["*"] if options.all else options.names
+    names = [n for pattern in patterns for n in fnmatch.filter(list_models(), pattern)]
+    released = set(list_models(pretrained=True))
+    worst = 0.0
+    for name in names:
+        if options.all and name not in released:
+            continue
+        model = create_model(name, precision="highest")
+        empty = jax.tree.map(
+            lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), abstract_variables(model)
+        )
+        shapes = {key: array.shape for key, array in to_timm(empty).items()}
+        variables = from_timm(drawn(shapes, seed=0), model)
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                report = export_onnx(
+                    folder,
+                    model,
+                    variables,
+                    environment=options.environment,
+                    install=options.install,
+                )
+            except UserError as error:
+                print(json.dumps({"name": name, "refused": str(error)}), flush=True)
+                continue
+        (check,) = report.files
+        worst = max(worst, check.difference)
+        line = {
+            "name": name,
+            "difference": float(f"{check.difference:.2g}"),
+            "mb": round(check.bytes / 1e6, 1),
+            "ms_an_image": round(check.ms_an_image, 1),
+            "seconds": round(time.perf_counter() - start),
+        }
+        print(json.dumps(line), flush=True)
+    print(f"largest difference {worst:.1e}; {platform.machine()}, JAX {jax.__version__}")
+
+
+if __name__ == "__main__":
+    main()
