@@ -147,7 +147,7 @@ def _to_stablehlo(loaded: LoadedModel, name: str, target: Path, options: dict[st
 
     report = export_stablehlo(target, loaded.model, loaded.variables, **options)
     echo(
-        f"{name} is in {target}: {PROGRAM} ({report.program_bytes / 1e6:.1f} MB), "
+        f"{name} is in {target}: {PROGRAM} ({report.program_bytes / 1e3:.0f} kB), "
         f"{WEIGHTS} ({report.weights_bytes / 1e6:.1f} MB), export.json"
     )
     echo(f"compared in a new process on {report.compared}:")
