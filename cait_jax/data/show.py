@@ -106,32 +106,62 @@ def write_sheet(
     Raises:
       UserError: the file cannot be written.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image
 
-    chosen = spread(len(split), images)
-    columns = min(columns, len(chosen))
-    rows = -(-len(chosen) // columns)
-    sheet = Image.new("RGB", (columns * _TILE, rows * (_TILE + _CAPTION)), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=11)
-    broken = []
-    for place, index in enumerate(chosen):
-        left, top = place % columns * _TILE, place // columns * (_TILE + _CAPTION)
+    tiles, captions, broken = [], [], []
+    for index in spread(len(split), images):
         try:
             tile, label = _tile(split, index)
+            captions.append((class_words[label], "black"))
         except BrokenImage:
             broken.append(index)
-            tile, label = Image.new("RGB", (_TILE, _TILE), "lightgray"), None
-        sheet.paste(tile, (left, top))
-        words = f"{index}: broken" if label is None else printable(class_words[label])
-        while draw.textlength(words, font) > _TILE - 4:
-            words = words[:-2] + "…"
-        draw.text((left + 2, top + _TILE), words, "black", font)
+            tile = Image.new("RGB", (_TILE, _TILE), "lightgray")
+            captions.append((f"{index}: broken", "black"))
+        tiles.append(tile)
     try:
-        sheet.save(path, "PNG")
+        draw_sheet(tiles, captions, columns=columns).save(path, "PNG")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return broken
+
+
+def draw_sheet(
+    pictures: Sequence[Any], captions: Sequence[tuple[str, str]], *, columns: int = 8
+) -> Any:
+    """A Pillow image of pictures of equal size in rows, each with a line of text, cut to its width, in a colour.
+
+    Pictures are Pillow images, or arrays uint8 (h, w, c) of 1 or 3 channels. Those of a side below 128 pixels are
+    enlarged to that.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    columns = min(columns, len(pictures))
+    tiles = [_enlarged(picture) for picture in pictures]
+    width, height = tiles[0].size
+    size = (columns * width, -(-len(tiles) // columns) * (height + _CAPTION))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=11)
+    for place, (tile, (words, colour)) in enumerate(zip(tiles, captions, strict=True)):
+        left, top = place % columns * width, place // columns * (height + _CAPTION)
+        sheet.paste(tile, (left, top))
+        words = printable(words)
+        while draw.textlength(words, font) > width - 4:
+            words = words[:-2] + "…"
+        draw.text((left + 2, top + height), words, colour, font)
+    return sheet
+
+
+def _enlarged(picture: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture if picture.shape[-1] == 3 else picture[..., 0])
+    scale = _TILE / min(picture.size)
+    if scale <= 1:
+        return picture
+    size = [round(scale * side) for side in picture.size]
+    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def _tile(split: Split, index: int) -> tuple[Any, int]:

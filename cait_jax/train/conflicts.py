@@ -69,6 +69,8 @@ CONFLICTS: tuple[tuple[Callable[[Mapping[str, Any]], Any], str], ...] = (
      and (of["optimizer.layer_decay"] != 1 or of["optimizer.train"] != "all" or of["phases.head_epochs"]),
      "--config.objective=mae trains all of its layers alike: set --config.optimizer.layer_decay=1, "
      "--config.optimizer.train=all and --config.phases.head_epochs=0"),
+    (lambda of: of["objective"] != "supervised" and of["report.predictions"],
+     "--config.report.predictions is for classifiers: set it to 0 with --config.objective=mae or dino"),
     (lambda of: of["objective"] == "mae" and of["report.inspect_every"],
      "--config.report.inspect_every is for classifiers: set it to 0 with --config.objective=mae"),
     (lambda of: of["objective"] != "mae"

@@ -171,6 +171,7 @@ def folder_config(
     )
     config.checkpoint.every_steps = 500
     config.report.every_steps = 10 if size == "few" else 50
+    config.report.predictions = 32
     if epochs is None:
         usual, least = {
             "head": (20, _MIN_STEPS),

@@ -257,7 +257,12 @@ KEYS: Mapping[str, Key] = {
     "watchdog.start_seconds": Key(600.0, WAIT, "for one to start, and for the first step, save and evaluation"),
     "report.every_steps": Key(50, COUNT, "steps between lines of the log and of metrics.jsonl"),
     "report.inspect_every": Key(0, FROM_0, "steps between records of LayerScale and branch norms; 0: none"),
+    "report.predictions": Key(0, Number(0, 256, whole=True), "evaluation images drawn with predictions; 0: none"),
     "report.tensorboard": Key(False, bool, "write TensorBoard files to WORKDIR/tensorboard too"),
+    "report.wandb": Key(False, bool, "send metrics to Weights & Biases"),
+    "report.mlflow": Key(False, bool, "send metrics to MLflow"),
+    "report.trackio": Key(False, bool, "send metrics to trackio"),
+    "report.project": Key("cait_jax", NAME, "at these three"),
 }
 # fmt: on
 

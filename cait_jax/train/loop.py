@@ -106,7 +106,7 @@ def train(
             total_steps=trainer.total_steps,
             start_step=start,
             images_per_step=config.batch_size,
-            tensorboard=config.report.tensorboard,
+            trackers=_trackers(config, workdir, start) if primary else (),
             primary=primary,
         ) as writer:
             non_finite = NonFiniteSteps(config, str(workdir), **meta.get("nonfinite", {}))
@@ -130,7 +130,7 @@ def train(
                 writer.message(message)
             run = _run(
                 trainer, state, start, metrics, data, checkpoints, writer, evaluated,
-                _recorders(trainer, workdir), non_finite, lock, enter,
+                _recorders(trainer, workdir), _predictions(trainer, writer, workdir), non_finite, lock, enter,
             )  # fmt: skip
         if run.finished:
             non_finite.check_metrics(trainer.total_steps, run.metrics)
@@ -147,6 +147,7 @@ def _run(
     writer: MetricWriter,
     evaluated: bool,
     recorders: Sequence[tuple[int, Record]],
+    predictions: Callable[[int, Mapping[str, Any]], None] | None,
     non_finite: NonFiniteSteps,
     lock: DirectoryLock | None,
     enter: Callable[[str, int], None],
@@ -220,9 +221,12 @@ def _run(
         """Evaluates the state of a step, and adds the metrics to its lines and its checkpoint."""
         nonlocal metrics
         batches.before_each = functools.partial(enter, "evaluation", step)
-        metrics = _evaluate(trainer, state, batches)
+        named = _evaluated(trainer, state)
+        metrics = _evaluate(trainer, named, batches)
         writer.write(step, metrics)
         writer.log(step, metrics)
+        if predictions is not None:
+            _store(functools.partial(predictions, step, named), writer)
         enter("save", step)
         last = patience if step == total else None
         if _store(writer.sync, writer, retry_seconds=last) and saved:
@@ -280,6 +284,26 @@ def _run(
         if eval_batches is not None:
             eval_batches.close()
     return Run(trainer.model, state, metrics, finished=True)
+
+
+def _trackers(config: ConfigDict, workdir: Path, start: int) -> Sequence[Any]:
+    report = config.report
+    if not (report.tensorboard or report.wandb or report.mlflow or report.trackio):
+        return ()
+    from cait_jax.train import trackers
+
+    return trackers.from_config(config, workdir, start)
+
+
+def _predictions(
+    trainer: Trainer, writer: MetricWriter, workdir: Path
+) -> Callable[[int, Mapping[str, Any]], None] | None:
+    """What draws predictions of named parameters at an evaluation."""
+    if not trainer.config.report.predictions:
+        return None
+    from cait_jax.train.predictions import prediction_recorder
+
+    return prediction_recorder(trainer, writer, workdir)
 
 
 def _recorders(trainer: Trainer, workdir: Path) -> list[tuple[int, Record]]:
@@ -344,14 +368,21 @@ def _steps_to_evaluation(trainer: Trainer, step: int) -> int:
     return remaining
 
 
-def _evaluate(trainer: Trainer, state: TrainState, batches: PrefetchIterator) -> dict[str, float]:
-    """The metrics of parameters and average, or what else is evaluated; of one that is not finite all are NaN."""
+def _evaluated(trainer: Trainer, state: TrainState) -> Mapping[str, Any]:
+    """The parameters that are evaluated, by the prefix of their metrics."""
     params = {"": state.params} | ({"ema_": state.ema} if state.ema else {})
     if evaluated := getattr(trainer.objective, "evaluated", None):
         params = evaluated(params, state.carried)
+    return params
+
+
+def _evaluate(
+    trainer: Trainer, named: Mapping[str, Any], batches: PrefetchIterator
+) -> dict[str, float]:
+    """The metrics of named parameters; of those that are not finite all are NaN."""
     return {
         f"eval/{prefix}{name}": value if all(map(math.isfinite, values.values())) else math.nan
-        for prefix, values in trainer.evaluate(params, batches).items()
+        for prefix, values in trainer.evaluate(named, batches).items()
         for name, value in values.items()
     }
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, written, read and cut to a checkpoint; a bar or log lines; TensorBoard."""
+"""Metrics of a run: `metrics.jsonl`, written, read and cut to a checkpoint; a bar or log lines; trackers."""
 
 import contextlib
 import hashlib
@@ -6,16 +6,19 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import TextIOBase
 from pathlib import Path
-from typing import Any, SupportsFloat, TextIO
+from typing import TYPE_CHECKING, Any, SupportsFloat, TextIO
 
 from tqdm import tqdm
 
-from cait_jax.errors import StorageError, UserError, printable
+from cait_jax.errors import StorageError, printable
 from cait_jax.files import atomic_replace, to_json
 from cait_jax.reading import check_regular, parse_json
+
+if TYPE_CHECKING:
+    from cait_jax.train.trackers import Picture, Tracker
 
 # The keys of `metrics.jsonl` that may differ between two runs of the same config.
 TIMING_KEYS = ("time", "train/images_per_second")
@@ -42,11 +45,11 @@ class MetricWriter:
         total_steps: int,
         start_step: int = 0,
         images_per_step: int,
-        tensorboard: bool = False,
+        trackers: Sequence["Tracker"] = (),
         primary: bool = True,
         stream: TextIO | TextIOBase | None = None,
     ) -> None:
-        """Opens `metrics.jsonl` to append, and files in `tensorboard/`; `stream` is standard error by default."""
+        """Opens `metrics.jsonl` to append; `stream` is standard error by default."""
         self._primary = primary
         if not primary:
             return
@@ -56,11 +59,11 @@ class MetricWriter:
         self._path = Path(workdir) / "metrics.jsonl"
         with self._explaining("give another place"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._board = _summary_writer(self._path.parent, start_step) if tensorboard else None
             self._file = self._path.open("ab", buffering=0)
         self._unwritten = b""
         self._written = LinesDigest()
-        for row in read_metrics(self._path):
+        rows = read_metrics(self._path)
+        for row in rows:
             self._written.add(row)
         self._bar: tqdm[Any] | None = None
         if self._stream.isatty():
@@ -72,6 +75,9 @@ class MetricWriter:
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
         self._drawn = -math.inf
+        self._trackers = trackers
+        for tracker in trackers:
+            tracker.start(self.message, rows)
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -80,7 +86,7 @@ class MetricWriter:
         self.close()
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Appends a line to `metrics.jsonl`, and to TensorBoard.
+        """Appends a line to `metrics.jsonl`, and gives it to the trackers.
 
         It is a JSON object of `step`, `time` (seconds since 1970), `values` in full precision (null where not
         finite) and, beside `train/` values, `train/images_per_second`.
@@ -100,9 +106,14 @@ class MetricWriter:
         self._unwritten += to_json(row).encode() + b"\n"
         with contextlib.suppress(OSError):  # `sync` tries again, and raises
             self._flush()
-        if self._board is not None:
-            for key, value in numbers.items():
-                self._board.add_scalar(key, value, step, walltime=now)
+        for tracker in self._trackers:
+            tracker.write(step, now, numbers)
+
+    def picture(self, step: int, name: str, picture: "Picture") -> None:
+        """Gives a picture of the state after a step to the trackers."""
+        if self._primary:
+            for tracker in self._trackers:
+                tracker.picture(step, name, picture)
 
     def sync(self) -> None:
         """Returns when every line is on the disk; to be called before a checkpoint is saved.
@@ -115,8 +126,8 @@ class MetricWriter:
         with self._explaining():
             self._flush()
             os.fsync(self._file.fileno())
-        if self._board is not None:
-            self._board.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def written(self) -> dict[str, Any]:
         """Number and SHA-256 of the lines of `metrics.jsonl`, for `rewind`."""
@@ -164,8 +175,8 @@ class MetricWriter:
         with contextlib.suppress(OSError):  # of lines on which `sync` has failed
             self._flush()
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     @contextlib.contextmanager
     def _explaining(self, remedy: str = "make room or mend the disk") -> Iterator[None]:
@@ -251,17 +262,6 @@ def _fields(values: Mapping[str, SupportsFloat]) -> list[str]:
 def _duration(seconds: float) -> str:
     minutes, second = divmod(round(max(seconds, 0.0)), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
-
-
-def _summary_writer(workdir: Path, start_step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            'TensorBoard files need tensorboardX: pip install "cait-jax[tensorboard]".'
-        ) from error
-    # Hides what a killed run wrote after its last checkpoint.
-    return SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

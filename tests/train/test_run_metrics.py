@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from cait_jax.errors import StorageError, UserError
-from cait_jax.train import metrics
+from cait_jax.train import metrics, trackers
+from cait_jax.train.config import get_config
 from cait_jax.train.metrics import (
     MAX_LINE,
     TIMING_KEYS,
@@ -202,9 +203,7 @@ def test_a_value_that_is_not_finite_is_shown_as_such(tmp_path, make_report):
 
 
 def test_only_the_primary_process_reports(tmp_path, capfd):
-    report = MetricWriter(
-        tmp_path / "run", total_steps=9, images_per_step=1, tensorboard=True, primary=False
-    )
+    report = MetricWriter(tmp_path / "run", total_steps=9, images_per_step=1, primary=False)
     report.progress(1, TRAIN)
     report.write(1, TRAIN)
     report.log(1, TRAIN)
@@ -321,7 +320,10 @@ def test_tensorboard_gets_the_values_and_hides_a_killed_run(tmp_path, make_repor
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.record_writer import RecordWriter  # noqa: F401  the format read below
 
-    with make_report(tmp_path, tensorboard=True, start_step=10) as report:
+    config = get_config()
+    config.report.tensorboard = True
+    boards = trackers.from_config(config, tmp_path, 10)
+    with make_report(tmp_path, trackers=boards, start_step=10) as report:
         report.write(11, {"train/loss": 0.5})
         report.sync()
     (file,) = (tmp_path / "tensorboard").iterdir()
@@ -336,10 +338,12 @@ def test_tensorboard_gets_the_values_and_hides_a_killed_run(tmp_path, make_repor
     assert scalars == [(11, "train/loss", 0.5)]
 
 
-def test_tensorboard_without_its_extra_is_said(tmp_path, monkeypatch, make_report):
+def test_tensorboard_without_its_extra_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    config = get_config()
+    config.report.tensorboard = True
     with pytest.raises(UserError, match=r'pip install "cait-jax\[tensorboard\]"'):
-        make_report(tmp_path, tensorboard=True)
+        trackers.from_config(config, tmp_path, 0)
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"step": 4, "ti', b'{"step"', b"\0\0\0", b'{"step": 9}'])
