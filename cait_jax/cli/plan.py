@@ -30,6 +30,9 @@ GB = 1e9
     help="TPUs v5e:4x8, v5p:4x4x8, v6e:16x16; GPUs h100:8, a100:4x8 (machines x GPUs). Several make a table.",
 )  # fmt: skip
 @click.option(
+    "--estimate", is_flag=True, help="Trace and count a GPU's step in place of compiling it."
+)
+@click.option(
     "--largest", is_flag=True, help="Look for the largest batch too: two or three more sizes."
 )
 @click.option(
@@ -50,6 +53,7 @@ def command(
     ctx: click.Context,
     configs: tuple[str, ...],
     topologies: tuple[str, ...],
+    estimate: bool,
     largest: bool,
     traffic: bool,
     weak_scaling: bool,
@@ -59,9 +63,10 @@ def command(
 ) -> None:
     """Say what one training step needs of a TPU pod or of GPUs that are not here.
 
-    For TPUs the very step is compiled, with TPU's own compiler on this CPU: a minute or more each, and nothing the
-    second time. For GPUs the step is traced and its work counted: an estimate. --config.KEY=VALUE changes the
-    config as for train.py. The least time is that of published rates; no run will be faster, most are slower.
+    The very step is compiled, with the target's own compiler on this CPU: a minute or more each, and nothing the
+    second time. For GPUs, with --estimate or without JAX's CUDA plugin, it is traced and its work counted.
+    --config.KEY=VALUE changes the config as for train.py. The least time is that of published rates; no run will
+    be faster, most are slower.
     """
     import jax
 
@@ -78,7 +83,9 @@ def command(
             def say(message: str, about: str = f"{name} on {topology}") -> None:
                 click.echo(f"{about}: {message}", err=True)
 
-            plan = make_plan(config, topology, largest=largest, folder=cache, say=say)
+            plan = make_plan(
+                config, topology, largest=largest, estimate=estimate, folder=cache, say=say
+            )
             rows.append((name, plan))
     if traffic:
         for name, plan in rows:
@@ -147,6 +154,8 @@ def facts_of(name: str, plan: "Plan") -> list[tuple[str, str]]:
             ("its memory on a chip", f"{found.memory / GB:.2f} GB"),
             ("memory by image", f"{found.by_image / GB:.3f} GB, beside {found.fixed / GB:.2f} GB"),
         ]
+    if plan.kernels is not None:
+        facts.append(("kernels launched", f"{plan.kernels:,}"))
     if plan.compiled:
         facts.append(("compiling took", f"{plan.seconds:.0f} s"))
     return facts
@@ -232,6 +241,7 @@ def as_record(name: str, plan: "Plan") -> dict[str, Any]:
         "seconds": bounds
         and {"compute": bounds.compute, "memory": bounds.memory, "exchange": bounds.exchange},
         "utilisation": plan.utilisation,
+        "kernels": plan.kernels,
         "largest_batch": largest and largest.batch * plan.topology.chips,
         "compile_seconds": plan.seconds,
     }

@@ -1,4 +1,4 @@
-"""A step traced from shapes, AOT-compiled for a TPU topology, cached on disk; the largest batch that fits."""
+"""A step traced from shapes, AOT-compiled for a topology, cached on disk; the largest batch that fits."""
 
 import dataclasses
 import functools
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cait_jax.errors import UserError
+from cait_jax.plan import gpu
 from cait_jax.plan.roofline import Topology
 from cait_jax.sharding import batch_sharding
 from cait_jax.train.setup import Trainer
@@ -100,7 +101,7 @@ def compile_cached(
     arguments: int,
     say: Callable[[str], Any],
 ) -> Compiled:
-    """Compiles a program that is lowered for `tpu_devices`, or reads it from the cache.
+    """Compiles a program that is lowered for `tpu_devices` or `gpu_devices`, or reads it from the cache.
 
     Args:
       folder: the cache, by a hash of the program and of the versions that compile it.
@@ -110,7 +111,8 @@ def compile_cached(
     Raises:
       UserError: the compiler fails for another reason than memory.
     """
-    versions = [_version(name) or "" for name in ("jax", "jaxlib", "libtpu")]
+    compilers = gpu.PACKAGES if topology.chip.family == "gpu" else ("libtpu",)
+    versions = [_version(name) or "" for name in ("jax", "jaxlib", *compilers)]
     name = hashlib.sha256("\n".join([str(topology), *versions, lowered.as_text()]).encode())
     path = folder / f"{name.hexdigest()[:32]}.json.gz"
     if path.is_file():
@@ -131,11 +133,14 @@ def compile_cached(
 def _compile(
     lowered: jax.stages.Lowered, topology: Topology, arguments: int, say: Callable[[str], Any]
 ) -> Compiled:
+    on_gpu = topology.chip.family == "gpu"
     try:
-        program = lowered.compile()
+        program = lowered.compile(compiler_options=gpu.COMPILER_OPTIONS if on_gpu else None)
         try:
             text = program.as_text()
         except jax.errors.JaxRuntimeError:
+            if on_gpu:
+                raise
             say("libtpu cannot print this program; compiling again, without its SparseCores")
             program = lowered.compile(compiler_options=_WITHOUT_SPARSE_CORES)
             text = program.as_text()
@@ -143,7 +148,8 @@ def _compile(
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message:
             first = message.strip().splitlines()[0]
-            raise UserError(f"TPU's compiler fails for {topology}: {first}") from error
+            compiler = "XLA's compiler for GPUs" if on_gpu else "TPU's compiler"
+            raise UserError(f"{compiler} fails for {topology}: {first}") from error
         return Compiled("", arguments, needed_bytes(message), 0, 0.0)
     memory: Any = program.memory_analysis()
     return Compiled(

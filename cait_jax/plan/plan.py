@@ -25,8 +25,9 @@ from cait_jax.plan.compile import (
     tpu_devices,
     trace,
 )
+from cait_jax.plan.gpu import gpu_devices, has_compiler
 from cait_jax.plan.hlo import Collective, collectives, read_program
-from cait_jax.plan.roofline import Roofline, Topology, roofline, traffic_by_origin
+from cait_jax.plan.roofline import Roofline, Topology, kernel_launches, roofline, traffic_by_origin
 from cait_jax.sharding import AXES, check_batch_size, local_bytes, param_shardings
 from cait_jax.train import objectives
 from cait_jax.train.config import check_values
@@ -50,7 +51,7 @@ class Plan:
 
     topology: Topology
     batch_size: int  # on all chips
-    compiled: bool  # by TPU's compiler; otherwise everything but `operations` is an estimate
+    compiled: bool  # by the chip's compiler; otherwise everything but `operations` is an estimate
     state: int  # bytes of parameters, optimiser state and averages
     memory: int  # bytes of a step
     fits: bool
@@ -65,6 +66,7 @@ class Plan:
     origins: Mapping[str, int] | None = (
         None  # of `traffic`, see `traffic_by_origin`; None if not compiled
     )
+    kernels: int | None = None  # launched in a step, on compiled GPUs
 
     @property
     def by_chip(self) -> float:
@@ -97,25 +99,34 @@ def make_plan(
     topology: Topology,
     *,
     largest: bool = False,
+    estimate: bool = False,
     folder: Path | None = None,
     say: Say = lambda message: None,
 ) -> Plan:
     """Plans the training step of a config, whose data and teacher's weights need not be on this machine.
 
-    For TPUs the step is compiled ahead of time, as training would compile it. For GPUs it is traced and counted.
+    The step is compiled ahead of time, as training would compile it. For GPUs it is traced and counted where
+    JAX's CUDA plugin is not installed, which `say` is told.
 
     Args:
       largest: whether to look for the largest batch, by compiling two or three more sizes.
+      estimate: whether to trace and count for GPUs in any case.
       folder: cache of compiled programs; by default `cache_folder()`.
       say: called with progress before what takes minutes.
 
     Raises:
-      UserError: the config does not fit itself or the chips, or TPU's compiler is missing.
+      UserError: the config does not fit itself or the chips, or the compiler is missing or fails.
     """
     shares = _shares(config, topology)
     check_batch_size(config.batch_size, shares, config.optimizer.grad_accum)
     folder = folder or cache_folder()
-    planned = _compile if topology.chip.family == "tpu" else _estimate
+    on_gpu = topology.chip.family == "gpu"
+    if estimate and not on_gpu:
+        raise UserError(f"--estimate is for GPUs: leave it out for {topology}")
+    if on_gpu and not estimate and not has_compiler():
+        say('an estimate; to compile the step, pip install "cait-jax[plan-gpu]"')
+        estimate = True
+    planned = _estimate if estimate else _compile
     plan = planned(config, topology, folder, say)
     if not largest:
         return plan
@@ -167,7 +178,9 @@ def _abstract_teacher(config: ConfigDict, model: Any) -> Any:
 
 
 def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> Plan:
-    trainer = _trainer(config, tpu_devices(topology), topology.chip.family)
+    on_gpu = topology.chip.family == "gpu"
+    devices = gpu_devices(topology) if on_gpu else tpu_devices(topology)
+    trainer = _trainer(config, devices, topology.chip.family)
     state, batch = trainer.abstract_state, abstract_batch(trainer)
     traced = trace(trainer)
     held = local_bytes(state)
@@ -187,6 +200,7 @@ def _compile(config: ConfigDict, topology: Topology, folder: Path, say: Say) -> 
         exchanged=None if program is None else tuple(collectives(program)),
         seconds=found.seconds,
         origins=origins,
+        kernels=kernel_launches(program) if on_gpu and program is not None else None,
     )
 
 

@@ -2,7 +2,9 @@
 
 TPUs: Google Cloud's pages of v5e, v5p and v6e, seen in November 2026 (peak for bfloat16, bandwidths, interconnect,
 data centre network by chip); memory is what TPU's compiler lets a program have. GPUs: NVIDIA's data sheets of the
-A100 80 GB, H100 and H200 in SXM modules, dense bfloat16, and the network that a DGX has for every GPU.
+A100 80 GB, H100 and H200 in SXM modules, dense bfloat16, and the network that a DGX has for every GPU; the
+RTX 4090 by its architecture's white paper, with PCIe 4.0 x16 between cards and, assumed, 100 Gb/s a card between
+machines.
 
 HBM traffic is counted from the optimised HLO. XLA's own count (`compiled.cost_analysis()["bytes accessed"]`) takes
 the body of a loop once, however often it runs, and so is of no use for scanned blocks.
@@ -40,6 +42,7 @@ CHIPS = {
         Chip("a100", "gpu", 312e12, 80e9, 2039e9, 300e9, 25e9),
         Chip("h100", "gpu", 989e12, 80e9, 3350e9, 450e9, 50e9),
         Chip("h200", "gpu", 989e12, 141e9, 4800e9, 450e9, 50e9),
+        Chip("rtx4090", "gpu", 165.2e12, 24e9, 1008e9, 32e9, 12.5e9),
     )
 }
 
@@ -233,6 +236,11 @@ def memory_traffic(program: Program) -> int:
     return sum(each.bytes * each.times for each in transfers(program))
 
 
+def kernel_launches(program: Program) -> int:
+    """Kernels, copies and collectives that a step launches; in a loop whose length depends on the data, once."""
+    return sum(each.times for each in transfers(program))
+
+
 def traffic_by_origin(program: Program) -> dict[str, int]:
     """HBM traffic in bytes by pass and module, the most first.
 
@@ -294,6 +302,8 @@ def _moved(program: Program, line: Instruction, beside: Mapping[str, Instruction
         update = operands[1]
         return _size(update) + (0 if line.arrays[0].on_chip else _whole(update))
     results = line.arrays[len(line.arrays) // 2 :] if opcode.endswith("-start") else line.arrays
+    if opcode == "custom-call" and '"__cublas' in line.rest:  # the last of a tuple is its workspace
+        results = line.arrays[:-1] or line.arrays
     return sum(map(_size, operands)) + _size(results)
 
 

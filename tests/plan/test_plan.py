@@ -87,12 +87,12 @@ def test_under_fsdp_a_chip_holds_its_part(devices_of_this_cpu, tmp_path):
 @pytest.mark.slow
 def test_the_largest_batch_was_seen_to_fit():
     topology = parse_topology("h100:4")
-    room = 4.0 * make_plan(small(), topology).memory
+    room = 4.0 * make_plan(small(), topology, estimate=True).memory
     topology = replace(topology, chip=replace(topology.chip, memory=room))
-    found = make_plan(small(), topology, largest=True).largest
+    found = make_plan(small(), topology, largest=True, estimate=True).largest
     config = small()
     config.batch_size = found.batch * 4
-    assert make_plan(config, topology).memory == found.memory
+    assert make_plan(config, topology, estimate=True).memory == found.memory
     assert 0.95 * room < found.memory <= room
 
 
@@ -101,7 +101,9 @@ def test_a_teacher_costs_its_forward_pass():
     plain, taught = (cait_xxs24.get_config("distilled") for _ in range(2))
     plain.distill.kind = "none"
     topology = parse_topology("h100:64x8")
-    without, with_teacher = (make_plan(config, topology) for config in (plain, taught))
+    without, with_teacher = (
+        make_plan(config, topology, estimate=True) for config in (plain, taught)
+    )
     forward = 2 * macs(create_model("regnety_160")) * 2  # two images on each of 512 GPUs
     assert with_teacher.operations - without.operations == pytest.approx(forward, rel=0.01)
     assert with_teacher.useful == without.useful
@@ -129,7 +131,7 @@ def test_crops_cost_their_passes_and_the_teacher_its_own(devices_of_this_cpu, tm
     assert plan.useful == 3 * 2 * (2 * seen + 3 * local) * 8
     taught = plan.useful + 2 * 2 * seen * 8
     assert plan.operations == pytest.approx(taught, rel=0.15)  # the head, and crops cut by products
-    estimate = make_plan(config, parse_topology("h100:8"))
+    estimate = make_plan(config, parse_topology("h100:8"), estimate=True)
     assert estimate.useful == plan.useful
     assert estimate.memory > estimate.state
 
@@ -139,18 +141,18 @@ def test_gpus_get_an_estimate_of_counted_work():
     config = cait_xxs24.get_config()
     config.model.remat = "none"
     config.batch_size = 64
-    plan = make_plan(config, parse_topology("h100:8"))
+    plan = make_plan(config, parse_topology("h100:8"), estimate=True)
     model = create_model("cait_xxs24", dtype="bfloat16", attention="xla")
     assert not plan.compiled
     kept = residual_bytes(model, 8) - 4 * 11_956_264
     assert plan.memory == pytest.approx(plan.state + 4 * 11_956_264 + kept, rel=0.05)
 
     config.mesh.data, config.mesh.fsdp = 1, 8
-    divided = make_plan(config, parse_topology("h100:8"))
+    divided = make_plan(config, parse_topology("h100:8"), estimate=True)
     assert divided.state == plan.state // 8
     assert {each.kind for each in divided.exchanged} == {"all-gather", "reduce-scatter"}
     config.model.remat = "block"
-    assert make_plan(config, parse_topology("h100:8")).memory < divided.memory / 4
+    assert make_plan(config, parse_topology("h100:8"), estimate=True).memory < divided.memory / 4
 
 
 def masked():
@@ -165,7 +167,7 @@ def test_masked_patches_cost_what_is_computed_of_them():
     topology = parse_topology("h100:4")
     few, many = masked(), masked()
     many.mae.mask_ratio = 0.25
-    plans = [make_plan(config, topology) for config in (few, many)]
+    plans = [make_plan(config, topology, estimate=True) for config in (few, many)]
     linear = (
         2 * 12 * 32**2 * 16
     )  # multiply-accumulates of two blocks on 16 images, but for attention
@@ -174,7 +176,7 @@ def test_masked_patches_cost_what_is_computed_of_them():
     assert plans[0].state == plans[1].state
     assert plans[0].memory < plans[1].memory
     many.model.remat = "block"
-    assert make_plan(many, topology).memory < plans[1].memory
+    assert make_plan(many, topology, estimate=True).memory < plans[1].memory
 
 
 @pytest.mark.slow
@@ -190,18 +192,25 @@ def run(*arguments):
 
 
 def test_the_command_prints_facts_tables_and_json():
-    alone = run("--config=configs/digits.py", "--topology=h100:2", "--config.batch_size=32")
+    alone = run(
+        "--config=configs/digits.py", "--topology=h100:2", "--estimate", "--config.batch_size=32"
+    )
     assert alone.exit_code == 0, alone.output
     assert "32, 16 a chip" in alone.output
     assert "(estimate)" in alone.output
 
     several = run(
-        "--config=configs/digits.py", "--topology=h100:2", "--topology=a100:4", "--markdown"
+        "--config=configs/digits.py",
+        "--topology=h100:2",
+        "--topology=a100:4",
+        "--estimate",
+        "--markdown",
     )
     assert several.exit_code == 0, several.output
     assert several.output.count("| digits") == 2
 
-    record = json.loads(run("--config=configs/digits.py", "--topology=h100:2", "--json").output)[0]
+    as_json = run("--config=configs/digits.py", "--topology=h100:2", "--estimate", "--json")
+    record = json.loads(as_json.output)[0]
     assert record["estimate"]
     assert record["batch_size"] == digits.get_config().batch_size
     assert record["memory_bytes"] > record["state_bytes"] > 0
