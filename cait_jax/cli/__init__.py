@@ -21,6 +21,7 @@ COMMANDS = (
     "report",
     "plot",
     "finetune",
+    "sweep",
     "convert",
     "export",
     "data",

@@ -1,4 +1,4 @@
-"""Figures of training runs: metrics, LayerScale and branch norms over time."""
+"""Figures of training runs: metrics, LayerScale and branch norms over time, and what a sweep found."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -106,3 +106,45 @@ def _lines_by_block(
     norm = mpl.colors.Normalize(0, blocks - 1)
     scale = mpl.cm.ScalarMappable(norm=norm, cmap=colors)
     figure.colorbar(scale, ax=axis, shrink=0.8, label="block")
+
+
+def sweep_plot(rows: Sequence[Mapping[str, Any]], varied: Sequence[str], metric: str) -> Any:
+    """A metric of runs against each key that varies: a dot a run, a line through the means.
+
+    Args:
+      rows: each with `varied`, texts by key, and `metrics`.
+      varied: the keys to show.
+      metric: the one to show.
+    """
+    with figure_style():
+        figure = new_figure(len(varied), 1, side=2.8)
+        for axis, name in zip(np.atleast_1d(figure.subplots(1, len(varied))), varied, strict=True):
+            points: dict[str, list[float]] = {}
+            for row in rows:
+                if (value := row["metrics"].get(metric)) is not None:
+                    points.setdefault(row["varied"][name], []).append(value)
+            places = _places(list(points))
+            for text, values in points.items():
+                axis.plot([places[text]] * len(values), values, "o", ms=4, color="C0", alpha=0.6)
+            order = sorted(points, key=places.__getitem__)
+            means = [float(np.mean(points[text])) for text in order]
+            axis.plot([places[text] for text in order], means, "-", lw=1.2, color="C0")
+            if min(places.values()) > 0 and max(places.values()) >= 10 * min(places.values()):
+                axis.set_xscale("log")
+            if set(places.values()) == set(range(len(places))):
+                axis.set_xticks(
+                    list(places.values()), [printable(text) for text in places], parse_math=False
+                )
+            axis.set(xlabel=printable(name.rpartition(".")[2]), ylabel=metric.removeprefix("eval/"))
+    return figure
+
+
+def _places(texts: Sequence[str]) -> dict[str, float]:
+    """Where values are on an axis: numbers at their value, words side by side."""
+    try:
+        numbers = [float(text) for text in texts]
+    except ValueError:
+        return {text: float(i) for i, text in enumerate(texts)}
+    if not np.isfinite(numbers).all():
+        return {text: float(i) for i, text in enumerate(texts)}
+    return dict(zip(texts, numbers, strict=True))
