@@ -1,4 +1,4 @@
-"""GPUs that are not there: their target configs, and a step that XLA compiles for them."""
+"""GPUs as targets of compilation: their target configs, and a step that XLA compiles for them without a GPU."""
 
 import json
 from dataclasses import replace
