@@ -221,12 +221,11 @@ def _run(
         """Evaluates the state of a step, and adds the metrics to its lines and its checkpoint."""
         nonlocal metrics
         batches.before_each = functools.partial(enter, "evaluation", step)
-        named = _evaluated(trainer, state)
-        metrics = _evaluate(trainer, named, batches)
+        metrics = _evaluate(trainer, state, batches)
         writer.write(step, metrics)
         writer.log(step, metrics)
         if predictions is not None:
-            _store(functools.partial(predictions, step, named), writer)
+            _store(functools.partial(predictions, step, _evaluated(trainer, state)), writer)
         enter("save", step)
         last = patience if step == total else None
         if _store(writer.sync, writer, retry_seconds=last) and saved:
@@ -376,10 +375,9 @@ def _evaluated(trainer: Trainer, state: TrainState) -> Mapping[str, Any]:
     return params
 
 
-def _evaluate(
-    trainer: Trainer, named: Mapping[str, Any], batches: PrefetchIterator
-) -> dict[str, float]:
-    """The metrics of named parameters; of those that are not finite all are NaN."""
+def _evaluate(trainer: Trainer, state: TrainState, batches: PrefetchIterator) -> dict[str, float]:
+    """The metrics of what is evaluated; of parameters that are not finite all are NaN."""
+    named = _evaluated(trainer, state)
     return {
         f"eval/{prefix}{name}": value if all(map(math.isfinite, values.values())) else math.nan
         for prefix, values in trainer.evaluate(named, batches).items()
