@@ -91,7 +91,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ways", nargs="+", default=["head", "two-phase", "all"])
     parser.add_argument("--choose", action="store_true", help="measure on images of train")
-    parser.add_argument("--defaults", default="now", help="a word for the code's defaults")
+    parser.add_argument(
+        "--defaults",
+        default=time.strftime("%Y-%m-%d"),
+        help="a name for the code's defaults, by date",
+    )
     parser.add_argument("--report", action="store_true", help="print the table, run nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
     args = parser.parse_args()
