@@ -141,13 +141,14 @@ class DirectoryLock(AbstractContextManager["DirectoryLock", None]):
       taken_over: a sentence about the process that left the lock behind, else "".
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Takes the lock.
+    def __init__(self, directory: Path, option: str = "--workdir") -> None:
+        """Takes the lock; `option` is by what a user gives another directory.
 
         Raises:
           UserError: another process holds it; its host and number are named.
         """
         self._path = directory / LOCK
+        self._option = option
         self._token = secrets.token_hex(8)
         self._lost = ""
         self._file = self._open()
@@ -226,7 +227,7 @@ class DirectoryLock(AbstractContextManager["DirectoryLock", None]):
     def _refusal(self, holder: Mapping[str, Any]) -> UserError:
         return UserError(
             f"{self._path.parent} is in use by {_named(holder)}: wait for its end or end it (on another "
-            f"host the lock lapses {STALE_S:.0f} seconds later), or give another --workdir"
+            f"host the lock lapses {STALE_S:.0f} seconds later), or give another {self._option}"
         )
 
     def _beat(self) -> None:

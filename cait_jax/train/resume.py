@@ -23,6 +23,11 @@ FREE_KEYS = (
 _OF_SPLITS = ("name", "train_split", "eval_split")
 
 
+def is_free(key: str) -> bool:
+    """Whether the flat key is one of `FREE_KEYS` or in such a section."""
+    return f"{key}.".startswith(tuple(f"{free}." for free in FREE_KEYS))
+
+
 def check_resumed(
     meta: Mapping[str, Any], config: ConfigDict, now: Mapping[str, Any], workdir: str
 ) -> None:
@@ -62,8 +67,7 @@ def check_resumable(saved: Mapping[str, Any], current: ConfigDict, workdir: str)
     changed = [
         key
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not f"{key}.".startswith(tuple(f"{free}." for free in FREE_KEYS))
+        if before.get(key) != now.get(key) and not is_free(key)
     ]
     # Of a command that has options for some, the others follow from these.
     own = [key for key in changed if can_set(f"config.{key}")] or changed
