@@ -130,3 +130,16 @@ def test_a_study_tabulates_finished_runs_and_names_the_others(tmp_path, monkeypa
     assert lines[-1].startswith(
         "missing: 2 talking heads, seed 0; 2 talking heads, seed 1; 4 heads, seed 1"
     )
+
+
+def test_pre_trainings_are_of_the_network_that_is_fine_tuned(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS[0].parent))
+    from studies.pretraining import config_of
+    from studies.runs import Job
+
+    supervised, *others = (
+        config_of(kind, Job("", tmp_path, "arm"), steps=100)
+        for kind in ("supervised", "mae", "dino")
+    )
+    assert all(other.model == supervised.model for other in others)
+    assert {other.batch_size for other in others} == {supervised.batch_size}

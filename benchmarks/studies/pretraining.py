@@ -33,7 +33,7 @@ def config_of(kind: str, job: Job, steps: int) -> ConfigDict:
         config = as_run({"mae": mae, "dino": dino}[kind].get_config("small"), job, steps)
         config.seed = job.seed
         config.batch_size = 128
-    config.model.update(MODEL, patch_size=8, stacked=False)
+    config.model.update(MODEL, patch_size=8, mlp_ratio=None, stacked=False)
     return config
 
 
