@@ -102,7 +102,8 @@ class LoadedModel:
 
 weights_option = click.option(
     "--weights", type=click.Path(path_type=Path), metavar="PATH",
-    help="Weights instead of the released ones: a .safetensors or .pth file, or a directory.",
+    help="Weights instead of the released ones: a .safetensors or .pth file, a directory, or "
+    "hf://NAMESPACE/NAME.",
 )  # fmt: skip
 image_size_option = click.option(
     "--image-size", type=SIDE, metavar="PIXELS", help="Another resolution."
@@ -114,7 +115,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.option(
         "--model", "-m", required=True, metavar="NAME|DIR",
-        help="A name of `cait models`, a saved model's directory, or a training run's.",
+        help="A name of `cait models`, a saved model's directory or hf://NAMESPACE/NAME, or a training run's.",
     )  # fmt: skip
     @_source_options
     @functools.wraps(function)
@@ -129,8 +130,8 @@ def models_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.option(
         "--model", "-m", "model", multiple=True, required=True, metavar="NAME|DIR",
-        help="A name of `cait models`, a saved model's directory, or a training run's; given twice, both are "
-        "shown side by side.",
+        help="A name of `cait models`, a saved model's directory or hf://NAMESPACE/NAME, or a training run's; "
+        "given twice, both are shown side by side.",
     )  # fmt: skip
     @_source_options
     @functools.wraps(function)
@@ -203,12 +204,13 @@ def load_model(
 ) -> LoadedModel:
     """Loads a model as `cait_jax.load_pretrained` does, with preprocessing and class names.
 
-    Those of `weights` count where it is a directory.
+    Those of `weights` count where it is a directory, or on the hub.
     """
     from cait_jax.evaluation.labels import imagenet_classes
     from cait_jax.models.variants import VARIANTS
     from cait_jax.models.zoo import check_attention_memory
     from cait_jax.weights import pretrained
+    from cait_jax.weights.hub_files import as_written, is_address
     from cait_jax.weights.model_json import replace_attributes
     from cait_jax.weights.pretrained import load_pretrained, load_settings, preprocessing
 
@@ -218,7 +220,9 @@ def load_model(
     model, variables = load_pretrained(
         name_or_path, weights=weights, image_size=image_size, **options
     )
-    source = str(weights) if weights is not None and weights.is_dir() else name_or_path
+    source = name_or_path
+    if weights is not None and (weights.is_dir() or is_address(weights)):
+        source = as_written(weights)
     prepare = preprocessing(source, image_size=image_size)
     names = None if source in VARIANTS else load_settings(source).label_names
     if names is None and model.num_classes == 1000:

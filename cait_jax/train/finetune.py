@@ -27,6 +27,7 @@ from cait_jax.models.variants import VARIANTS
 from cait_jax.models.zoo import create_model
 from cait_jax.train.config import get_config
 from cait_jax.weights.hub import find_released
+from cait_jax.weights.hub_files import as_written, is_address
 from cait_jax.weights.pretrained import load_pretrained, preprocessing
 
 PARTS = ("all", "head", "two-phase", "lora")
@@ -210,13 +211,15 @@ def _set_model(
         find_released(model)
         config.init.pretrained = True
     else:
-        config.init.weights = str(model if weights is None else weights)
+        config.init.weights = as_written(model if weights is None else weights)
     config.init.reset_head = True
     if not named:
         config.model.update(_as_settings(network, config.model))
 
-    settled = weights if weights is not None and Path(weights).is_dir() else model
-    prepare = preprocessing(str(settled), image_size=image_size)
+    settled = model
+    if weights is not None and (Path(weights).is_dir() or is_address(weights)):
+        settled = as_written(weights)
+    prepare = preprocessing(settled, image_size=image_size)
     if prepare.channels != 3 or (not named and network.in_channels != 3):
         raise UserError(
             f"{settled} takes images without colour, and folders are read in colour: choose a model of 3 "

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cait_jax.errors import Literal, UserError, nearest, one_line, setting
+from cait_jax.errors import Literal, UserError, nearest, setting
 from cait_jax.files import sha256
 from cait_jax.models.variants import VARIANTS
+from cait_jax.weights.hub_files import fetch_file
 from cait_jax.weights.pins import VARIABLE, Pin, ask_for_pins, find_pin
 
 _log = logging.getLogger(__name__)
@@ -219,7 +220,19 @@ def download(released: Released) -> Path:
     """
     if not released.sha256 and (pin := find_pin(released.hub_id)):
         released = dataclasses.replace(released, **pin._asdict())
-    file = _fetch(released)
+    fetched = fetch_file(
+        released.hub_id,
+        _FILE,
+        released.revision or None,
+        what=f"the weights of {released.name}",
+        instead=f"give {setting('weights', Literal('PATH'))} with a file of {released.name}",
+    )
+    file = fetched.path
+    if not released.sha256 and fetched.is_new:
+        _log.warning(
+            "%s of %s is not pinned: it is the newest that the hub has, compared with no checksum (%s=FILE "
+            "names the pins that `cait models --pin FILE` writes)", _FILE, released.hub_id, VARIABLE,
+        )  # fmt: skip
     if released.sha256:
         found = sha256(file)
         if found != released.sha256:
@@ -233,59 +246,3 @@ def download(released: Released) -> Path:
 def pins_of(names: Iterable[str]) -> dict[str, Pin]:
     """The pins, by repository, of the released weights of these models; see `ask_for_pins`."""
     return ask_for_pins([RELEASED[name].hub_id for name in names], _FILE)
-
-
-def _fetch(released: Released) -> Path:
-    import huggingface_hub as hub
-    from huggingface_hub import constants, errors
-
-    repository, revision = released.hub_id, released.revision or None
-    cached = hub.try_to_load_from_cache(repository, _FILE, revision=revision)
-    if isinstance(cached, str) and (revision or constants.HF_HUB_OFFLINE):
-        return Path(cached)
-    by_hand = f"give {setting('weights', Literal('PATH'))} with a file of {released.name}"
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(
-            f"the weights of {released.name} ({repository}) are not in the cache at "
-            f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids downloading them: unset it, or "
-            f"{by_hand}"
-        )
-    try:
-        hub.get_hf_file_metadata(
-            hub.hf_hub_url(repository, _FILE, revision=revision),
-            timeout=constants.HF_HUB_ETAG_TIMEOUT,
-        )
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        refused = status in (401, 403, 404)
-        if isinstance(cached, str) and not refused:
-            return Path(cached)
-        fix = "check that it exists and may be read" if refused else "try again later"
-        raise UserError(
-            f"the hub at {constants.ENDPOINT} refused {_FILE} of {repository} (HTTP {status}): {fix}, "
-            f"or {by_hand}"
-        ) from error
-    except Exception as error:  # of its HTTP library, another one in each major version
-        if isinstance(cached, str):
-            return Path(cached)
-        raise UserError(
-            f"the hub at {constants.ENDPOINT} cannot be reached for {repository} ({_cause(error)}): "
-            f"connect to the network, set HF_HUB_OFFLINE=1 with a cache that holds it, or {by_hand}"
-        ) from error
-    try:
-        file = Path(hub.hf_hub_download(repository, _FILE, revision=revision))
-        if not released.sha256 and str(file) != cached:
-            _log.warning(
-                "%s of %s is not pinned: it is the newest that the hub has, compared with no checksum (%s=FILE "
-                "names the pins that `cait models --pin FILE` writes)", _FILE, repository, VARIABLE,
-            )  # fmt: skip
-        return file
-    except Exception as error:
-        raise UserError(
-            f"the download of {_FILE} of {repository} from {constants.ENDPOINT} broke off "
-            f"({_cause(error)}): try again, or {by_hand}"
-        ) from error
-
-
-def _cause(error: Exception) -> str:
-    return one_line(f"{type(error).__name__}: {error}")

@@ -3,7 +3,6 @@
 import dataclasses
 import fnmatch
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from cait_jax.models import zoo
 from cait_jax.models.variants import VARIANTS
 from cait_jax.weights.adapt import adapt_head, adapt_input
 from cait_jax.weights.hub import RELEASED, download, find_released
+from cait_jax.weights.hub_files import Place, as_written, local
 from cait_jax.weights.model_json import replace_attributes
 from cait_jax.weights.runs import (
     backbone_of,
@@ -92,9 +92,9 @@ def create_model(name: str, *, pretrained: bool = False, **attributes: Any) -> A
 
 
 def load_pretrained(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: Place,
     *,
-    weights: str | os.PathLike[str] | None = None,
+    weights: Place | None = None,
     image_size: int | tuple[int, int] | None = None,
     patch_size: int | None = None,
     num_classes: int | None = None,
@@ -111,9 +111,10 @@ def load_pretrained(
 
     Args:
       name_or_path: a model's name; or a directory that `save_pretrained` or `export_timm` wrote, or that
-        of a training run (its newest checkpoint) or of one of its checkpoints (`RUN/checkpoints/STEP`).
+        of a training run (its newest checkpoint) or of one of its checkpoints (`RUN/checkpoints/STEP`); or
+        `hf://NAMESPACE/NAME[@COMMIT]`, a saved model on the Hugging Face hub.
       weights: other weights: a `.safetensors`, `.pth`, `.pt` or `.bin` file with timm's names, or such a
-        directory.
+        directory or address.
       image_size: side in pixels, or (height, width), to which the position embedding is resized.
       patch_size: in pixels; the patch kernel is resized to it.
       num_classes: 0 leaves out the head.
@@ -141,21 +142,22 @@ def load_pretrained(
     }
     attributes = {key: value for key, value in attributes.items() if value is not None}
 
+    place: Place
     if _is_name(name_or_path):
         name = str(name_or_path)
         if weights is None:
             find_released(name)
         model = zoo.create_model(name, **attributes)
-        place = download(find_released(name)) if weights is None else Path(weights)
+        place = download(find_released(name)) if weights is None else weights
         trained, stored = _read(place, ema)
     else:
-        place = Path(name_or_path)
+        place = name_or_path
         trained, stored = _read(place, ema and weights is None)
         if trained is None:
             raise _no_network(place)
         model = replace_attributes(trained, **attributes)
         if weights is not None:
-            place = Path(weights)
+            place = weights
             trained, stored = _read(place, ema)
     size = weights_image_size or getattr(trained, "image_size", None)
     try:
@@ -167,10 +169,10 @@ def load_pretrained(
             check_finite(stored, model.param_dtype)
         return model, from_timm(stored, model)
     except UserError as error:
-        raise UserError(f"{place}: {error}") from error
+        raise UserError(f"{as_written(place)}: {error}") from error
 
 
-def load_model(name_or_path: str | os.PathLike[str]) -> Any:
+def load_model(name_or_path: Place) -> Any:
     """The model of `load_pretrained(name_or_path)`, from what is saved beside the weights, which are not read.
 
     Raises:
@@ -178,7 +180,7 @@ def load_model(name_or_path: str | os.PathLike[str]) -> Any:
     """
     if _is_name(name_or_path):
         return zoo.create_model(str(name_or_path))
-    path = Path(name_or_path)
+    path = local(name_or_path, weights=False)
     if is_run(path):
         return run_model(path)
     if is_saved(path):
@@ -186,7 +188,7 @@ def load_model(name_or_path: str | os.PathLike[str]) -> Any:
     raise _no_network(path) if _is_file_of_weights(path) else _no_source(path)
 
 
-def load_settings(name_or_path: str | os.PathLike[str]) -> Settings:
+def load_settings(name_or_path: Place) -> Settings:
     """The class names and preprocessing saved beside the model of `load_pretrained(name_or_path)`.
 
     Raises:
@@ -194,7 +196,7 @@ def load_settings(name_or_path: str | os.PathLike[str]) -> Settings:
     """
     if _is_name(name_or_path):
         return Settings(None, find_released(str(name_or_path)).preprocessing())
-    path = Path(name_or_path)
+    path = local(name_or_path, weights=False)
     if is_run(path):
         return Settings(*run_settings(path))
     if not is_saved(path):
@@ -204,7 +206,7 @@ def load_settings(name_or_path: str | os.PathLike[str]) -> Settings:
 
 
 def preprocessing(
-    name_or_path: str | os.PathLike[str], *, image_size: int | tuple[int, int] | None = None
+    name_or_path: Place, *, image_size: int | tuple[int, int] | None = None
 ) -> Preprocessing:
     """The preprocessing of a model's evaluation, a function of PIL images or paths.
 
@@ -227,7 +229,7 @@ def preprocessing(
     return dataclasses.replace(prepare, image_size=size)
 
 
-def _preprocessing(name_or_path: str | os.PathLike[str]) -> Preprocessing:
+def _preprocessing(name_or_path: Place) -> Preprocessing:
     name = str(name_or_path)
     if name in VARIANTS and name not in RELEASED:
         model = zoo.create_model(name)
@@ -247,7 +249,7 @@ def _preprocessing(name_or_path: str | os.PathLike[str]) -> Preprocessing:
     raise UserError(f"no preprocessing is known for {name}: {fix}")
 
 
-def _is_name(name_or_path: str | os.PathLike[str]) -> bool:
+def _is_name(name_or_path: Place) -> bool:
     """Whether it is a model's name and not a path; what is neither is refused as the likelier of the two.
 
     Raises:
@@ -265,14 +267,15 @@ def _is_name(name_or_path: str | os.PathLike[str]) -> bool:
     raise UserError(f"there is no model {name_or_path!r}; {nearest(name_or_path, known)}")
 
 
-def _read(path: Path, ema: bool) -> tuple[Any, dict[str, np.ndarray]]:
+def _read(place: Place, ema: bool) -> tuple[Any, dict[str, np.ndarray]]:
     """The model, None for a file, and the weights as a state dict of timm's."""
+    path = local(place)
     if is_run(path):
         trained, weights = read_run(path, ema=ema)
     elif is_saved(path):
         if ema:
             raise UserError(
-                f"{path} is a saved model, which has no average beside its weights: leave out "
+                f"{as_written(place)} is a saved model, which has no average beside its weights: leave out "
                 f"{setting('ema', True)}"
             )
         trained, weights = read_saved(path).model, read_saved_weights(path)
@@ -291,7 +294,7 @@ def _is_file_of_weights(path: Path) -> bool:
     return path.suffix in SUFFIXES and not path.is_dir()
 
 
-def _no_network(path: Path) -> UserError:
+def _no_network(path: Place) -> UserError:
     return UserError(
         f"{path} holds weights but not the network they are of: give "
         f"{setting('name_or_path', Literal('NAME'))} and {setting('weights', str(path))}"
@@ -302,7 +305,7 @@ def _no_source(path: Path) -> UserError:
     what = "is not" if path.exists() else "does not exist, so it is not"
     return UserError(
         f"{path} {what} a file of weights ({', '.join(SUFFIXES)}), the directory of a saved model "
-        "(with a config.json) or of a training run (with checkpoints/): give one of these"
+        "(with a config.json) or of a training run (with checkpoints/), or hf://NAMESPACE/NAME: give one of these"
         + ("" if path.exists() else nearest_path(path))
     )
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hub_server import COMMIT, serve_hub
+from hub_server import COMMIT, point_at, serve_hub
 
 from cait_jax import UserError, create_model
 from cait_jax.cli import main
@@ -116,25 +116,11 @@ WEIGHTS = {"head.weight": np.arange(3000, dtype=np.float32).reshape(30, 100)}
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    from huggingface_hub import constants, file_download
-
     write_safetensors(tmp_path / "model.safetensors", WEIGHTS)
     body = (tmp_path / "model.safetensors").read_bytes()
     with serve_hub({ROW.hub_id: body}) as server:
-        point_at(monkeypatch, server.server_port)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
+        point_at(monkeypatch, server.server_port, tmp_path / "cache")
         yield server
-
-
-def point_at(monkeypatch, port):
-    from huggingface_hub import constants
-
-    endpoint = f"http://127.0.0.1:{port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def free_port():
@@ -180,9 +166,8 @@ def test_pins_hold_downloads_to_a_commit_and_a_checksum(hub, tmp_path, monkeypat
     download(ROW)  # from the cache
     pins = tmp_path / "pins.json"
     hub.requests.clear()
-    with CliRunner().isolation() as (out, *_):
-        main(["models", ROW.name, "--pin", str(pins)], standalone_mode=False)
-        assert out.getvalue().decode() == f"{pins}: pins of 1 released models\n"
+    result = CliRunner().invoke(main, ["models", ROW.name, "--pin", str(pins)])
+    assert result.stdout == f"{pins}: pins of 1 released models\n"
     assert hub.requests == [("HEAD", f"/{ROW.hub_id}/resolve/main/model.safetensors")]
     digest = hashlib.sha256(hub.files[ROW.hub_id]).hexdigest()
     assert read_pins(pins) == {ROW.hub_id: Pin(COMMIT, digest)}
@@ -272,17 +257,17 @@ def test_offline_takes_the_cache_and_never_the_network(hub, monkeypatch):
 
 
 def test_without_a_network_the_cache_serves_and_otherwise_the_answer_comes_at_once(
-    hub, monkeypatch
+    hub, monkeypatch, tmp_path
 ):
     port = hub.server_port
-    point_at(monkeypatch, free_port())
+    point_at(monkeypatch, free_port(), tmp_path / "cache")
     start = time.monotonic()
     with pytest.raises(UserError, match=r"cannot be reached .* connect to the network, set HF_HUB"):
         download(ROW)
     assert time.monotonic() - start < 5
-    point_at(monkeypatch, port)
+    point_at(monkeypatch, port, tmp_path / "cache")
     file = download(ROW)
     hub.fault = 503
     assert download(ROW) == file
-    point_at(monkeypatch, free_port())
+    point_at(monkeypatch, free_port(), tmp_path / "cache")
     assert download(ROW) == file

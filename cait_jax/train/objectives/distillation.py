@@ -137,9 +137,13 @@ def check_teacher_classes(config: ConfigDict, class_names: Sequence[str]) -> Non
       UserError: see above.
     """
     name = config.distill.teacher
-    if config.distill.logits is not None or name is None or not Path(name).is_dir():
+    if config.distill.logits is not None or name is None:
         return
+    from cait_jax.weights.hub_files import is_address
     from cait_jax.weights.pretrained import load_settings
+
+    if not (Path(name).is_dir() or is_address(name)):
+        return
 
     names = load_settings(name).label_names
     if names is None or len(names) != len(class_names):
