@@ -108,7 +108,9 @@ def run_cait(*arguments):
         raise result.exception
     assert result.exit_code, f"accepted: {result.output}"
     assert "Traceback" not in result.output
-    return result.stderr.strip().splitlines()[-1]
+    last: str = result.stderr.rstrip().splitlines()[-1]
+    assert last == last.lstrip(), "the end of a longer message"
+    return last
 
 
 def test_reading_a_model_compiles_nothing(place):
@@ -799,6 +801,43 @@ plan --config={CONFIGS}/digits.py --topology=h100:8 stray
 plan --config={CONFIGS}/digits.py --topology=h100:8 --nothing
 plan --config={CONFIGS}/digits.py --topology=h100:8 --config.mesh.tensor=3
 plan --config={CONFIGS}/digits.py --topology=v5e:2x2 --cache good.png
+sweep
+sweep --config={CONFIGS}/digits.py
+sweep --config=nowhere.py --config.seed=0,1
+sweep --config=configs/raises.py --config.seed=0,1
+sweep --config=configs/fifo.py --config.seed=0,1
+sweep --config={CONFIGS}/digits.py --config.seed=0,0
+sweep --config={CONFIGS}/digits.py --config.seed=0,x
+sweep --config={CONFIGS}/digits.py --config.seed=0,
+sweep --config={CONFIGS}/digits.py --config.nothing=0,1
+sweep --config={CONFIGS}/digits.py --config.steps=1..2
+sweep --config={CONFIGS}/digits.py --config.steps=2..1 --trials 2
+sweep --config={CONFIGS}/digits.py --config.steps=0..1 --trials 2
+sweep --config={CONFIGS}/digits.py --config.optimizer.learning_rate=1..nan --trials 2
+sweep --config={CONFIGS}/digits.py --config.model.dropout=0..0.5:log --trials 2
+sweep --config={CONFIGS}/digits.py --config.seed=0,1 --trials 2
+sweep --config={CONFIGS}/digits.py --config.seed=0,1 --trials 0
+sweep --config={CONFIGS}/digits.py --config.seed=0,1 --jobs 0
+sweep --config={CONFIGS}/digits.py --config.seed=0,1 --out good.png
+sweep --config={CONFIGS}/digits.py --config.seed=0,1 --out good.png/x
+sweep --config={CONFIGS}/digits.py --config.seed=0,1 --out /proc/x
+sweep --config={CONFIGS}/digits.py --config.seed=0,1 odd
+export
+export x {M}
+export x -m nowhere --to onnx
+export x {M} --to nothing
+export good.png/x {M} --to stablehlo
+export /proc/x {M} --to stablehlo
+export good.png {M} --to stablehlo
+export x {M} --to stablehlo --image-size 9
+export x {M} --to stablehlo --int8
+export x {M} --to stablehlo --images nowhere
+export x {M} --to stablehlo --images no_pictures
+export x {M} --to stablehlo --images odd/fifo.png
+export x {M} --to onnx --environment nowhere
+export x {M} --to onnx --environment good.png --install
+export x {M} --to web --environment nowhere --runtime nowhere
+export x {M} --to onnx --runtime nowhere
 """.strip().splitlines()
 CAIT += [f"predict odd/{kind}.png {M}" for kind in (
     "fifo", "socket", "zero", "to_fifo", "dangling", "loop", "folder", "empty", "text", "sparse", "torn", "bomb",

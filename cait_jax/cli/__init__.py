@@ -1,6 +1,7 @@
 """The program `cait`: one module a command, imported when it runs."""
 
 import importlib
+import re
 from typing import Any
 
 import click
@@ -58,8 +59,13 @@ class Commands(click.Group):
             with speaking(running_command_options):
                 try:
                     return super().invoke(ctx)
-                except click.ClickException as error:  # click's own message quotes what was typed
-                    vars(error)["message"] = printable(error.message, keep="\n\t")
+                except (
+                    click.UsageError
+                ) as error:  # it quotes what was typed, and lists choices a line each
+                    sentence = re.sub(r"\s*\n\s*", " ", error.format_message())
+                    raise click.UsageError(printable(sentence), error.ctx) from error
+                except click.ClickException as error:
+                    vars(error)["message"] = printable(error.message)
                     raise
                 except Exception as error:
                     message = str(error) if isinstance(error, UserError) else explain_error(error)
