@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.data.loader import PrefetchIterator
+from cait_jax.data.sampler import recorded_order
 from cait_jax.data.split import identity
 from cait_jax.errors import StorageError
 from cait_jax.files import DirectoryLock, run_folder
@@ -89,6 +90,7 @@ def train(
             enter("start", 0)
         splits = {"train": trainer.train_split, "eval": trainer.eval_split}
         data = {name: identity(split) for name, split in splits.items()}
+        data["train"] |= recorded_order(len(trainer.train_split), balanced=config.data.balanced)
         if checkpoints.latest_step() is not None:
             check_resumed(checkpoints.meta(), config, data, str(workdir))
         restored = checkpoints.restore(trainer.abstract_state)

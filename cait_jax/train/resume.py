@@ -38,7 +38,7 @@ def check_resumed(
 
     Args:
       meta: of the checkpoint.
-      now: `data.split.identity` of the splits `train` and `eval`.
+      now: `data.split.identity` of the splits `train` and `eval`, and of `train` its `sampler.recorded_order`.
 
     Raises:
       UserError: naming the settings that differ, or the first difference of the data.
@@ -104,6 +104,12 @@ def check_same_data(meta: Mapping[str, Any], now: Mapping[str, Any], workdir: st
                 f"the run in {workdir} was started on other {which} data: {difference}; put the data back as they "
                 "were to resume it, or give another --workdir to start anew"
             )
+    order = known.get("train", {}).get("order")
+    if order != now["train"].get("order"):
+        raise UserError(
+            f"the run in {workdir} was started by a version that shows the {now['train']['examples']} images of "
+            "training in another order: resume it with that version, or give another --workdir to start anew"
+        )
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

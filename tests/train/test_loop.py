@@ -22,6 +22,7 @@ from trees import assert_same_bits
 
 from cait_jax import UserError
 from cait_jax.checkpoint.store import Checkpoints
+from cait_jax.data import sampler
 from cait_jax.data.split import BrokenImage
 from cait_jax.errors import StorageError
 from cait_jax.files import DirectoryLock
@@ -235,6 +236,19 @@ def test_resuming_with_other_settings_is_refused(finished, config):
     assert "model.depth was 1 and is now 2" in str(caught.value)
     assert re.search(r"optimizer.learning_rate was \S+ and is now 0.5", str(caught.value))
     assert "report" not in str(caught.value)
+
+
+def test_a_large_set_goes_on_in_the_order_it_was_started_with(
+    finished, config, tmp_path, monkeypatch
+):
+    _, before, _ = finished
+    monkeypatch.setattr(sampler, "LISTED", 1000)
+    with pytest.raises(UserError, match="by a version that shows the 1437 images of training in"):
+        train(config, before)
+    config.steps = 2
+    train(config, tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").meta()["data"]["train"]["order"] == "index_shuffle"
+    assert train(config, tmp_path).finished
 
 
 def test_reporting_and_worker_keys_may_differ(finished, config):

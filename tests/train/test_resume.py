@@ -8,6 +8,7 @@ from PIL import Image
 
 from cait_jax import UserError
 from cait_jax.data.folder import load_folder
+from cait_jax.data.sampler import recorded_order
 from cait_jax.data.split import InMemory, identity
 from cait_jax.train.config import as_json, get_config
 from cait_jax.train.resume import check_resumable, check_resumed, check_same_data
@@ -87,6 +88,24 @@ def test_a_run_of_before_knows_its_class_names():
     check_same_data({"class_names": ["a", "b"]}, now, "runs/a")
     with pytest.raises(UserError, match="class 1 was 'c' and is 'b' now"):
         check_same_data({"class_names": ["a", "c"]}, now, "runs/a")
+
+
+def test_a_large_set_has_the_order_it_was_started_with():
+    def described(order):
+        split = {"class_names": ["a"], "examples": 5_000_000}
+        return {"train": split | order, "eval": dict(split)}
+
+    now = described(recorded_order(5_000_000, balanced=False))
+    check_same_data({"data": now}, now, "runs/a")
+    refused = (
+        "in runs/a .* 5000000 images of training in another order: resume it with that version"
+    )
+    for meta in ({"data": described({})}, {"class_names": ["a"]}):
+        with pytest.raises(UserError, match=refused):
+            check_same_data(meta, now, "runs/a")
+    lists = recorded_order(5_000_000, balanced=True), recorded_order(2**22, balanced=False)
+    assert lists == ({}, {})
+    check_same_data({"class_names": ["a"]}, described({}), "runs/a")
 
 
 def config_of(root, batch_size=4):
