@@ -17,7 +17,7 @@ class Hub(BaseHTTPRequestHandler):
     """`server.files` maps a repository to its files by path, or to the bytes of its `model.safetensors`.
 
     `server.fault` is what goes wrong: of downloads a status, `"cut"` or `"cut once"`; or `(method, text, status)`
-    of the requests whose path has the text, the status 0 closing the connection. `server.private` are the
+    of the requests whose path has the text: 0 closes the connection, None never answers. `server.private` are the
     repositories that need the token; `server.blobs` the large files that were uploaded, by their SHA-256.
     """
 
@@ -42,7 +42,9 @@ class Hub(BaseHTTPRequestHandler):
         if isinstance(server.fault, tuple):
             method, text, status = server.fault
             if method == self.command and text in path:
-                if status:
+                if status is None:
+                    server.closed.wait()
+                elif status:
                     self.give({"error": "no"}, status)
                 return
         if path.startswith("/api/") or path.endswith("/info/lfs/objects/batch"):
@@ -196,12 +198,14 @@ def serve_hub(files):
     """The running server; its address is `http://127.0.0.1:{server.server_port}`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files, server.fault, server.requests = files, None, []
+    server.closed = threading.Event()
     server.commits, server.blobs, server.private = {}, {}, set()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
         yield server
     finally:
+        server.closed.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -217,4 +221,5 @@ def point_at(monkeypatch, port, cache):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(file_download.time, "sleep", lambda _: None)

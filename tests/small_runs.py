@@ -1,11 +1,16 @@
-"""Small trainings on the digits, and steps of them that are not finite."""
+"""Small trainings on the digits, what they save, and steps of them that are not finite."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import optax
+from trees import random_params
 
+from cait_jax.checkpoint.store import Checkpoints
 from cait_jax.train import loop
+from cait_jax.train.config import as_json
+from cait_jax.train.step import create_state
 from configs import digits
 
 
@@ -20,6 +25,23 @@ def small_digits():
     config.eval.every_epochs = 4 * 32 / 1437
     config.checkpoint.every_steps = 2
     return config
+
+
+def save_run(workdir, model, *, steps=(1,), ema=False, metrics=None, **meta):
+    """Checkpoints as the loop writes them, without the training."""
+    config = digits.get_config()
+    for name in ("depth", "width", "num_heads"):
+        config.model[name] = getattr(model, name)
+    config.optimizer.ema_decay = 0.99 if ema else 0.0
+    config.eval.crop_pct = 0.875
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        for step in steps:
+            state = create_state(random_params(model, seed=step), optax.adamw(1e-3), ema=ema)
+            if ema:
+                state = dataclasses.replace(state, ema=random_params(model, seed=step + 100))
+            checkpoints.save(step, state, {"config": as_json(config), **meta})
+            if metrics:
+                checkpoints.record(step, metrics)
 
 
 def poison(monkeypatch, spoil):

@@ -766,6 +766,18 @@ data show photos --sheet x.jpg
 data show photos --sheet x.txt
 data show mnist --data-dir nowhere
 data show mnist --data-dir gs://x
+push
+push model
+push model a/b
+push model a --yes
+push model a/b/c --yes
+push model hf://a/b --yes
+push model a/.. --yes
+push model a/b --yes --image x.png --no-image
+push model a/b --yes --image nowhere.png
+push model a/b --yes --image odd/fifo.png
+push good.png a/b --yes
+push nowhere a/b --yes
 data convert
 data convert nowhere
 data convert good.png

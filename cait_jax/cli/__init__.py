@@ -25,6 +25,7 @@ COMMANDS = (
     "sweep",
     "convert",
     "export",
+    "push",
     "data",
     "plan",
 )

@@ -83,7 +83,7 @@ def fetch_file(
     return Fetched(Path(path), path != cached)
 
 
-def cause(error: Exception) -> str:
+def cause(error: BaseException) -> str:
     """An error of a library in one line."""
     return one_line(f"{type(error).__name__}: {error}")
 

@@ -45,6 +45,22 @@ def _mean_pooled(model: Any) -> Any | None:
     return model.clone(class_token="mean", class_depth=0, class_mlp_ratio=None)
 
 
+class Checkpoint(NamedTuple):
+    """What a run recorded with one of its checkpoints.
+
+    Attributes:
+      path: `RUN/checkpoints/STEP`, which stays the same while the run goes on.
+      step: its number.
+      config: of the run, with current keys.
+      metrics: of the evaluation at this step, such as `eval/accuracy`; empty if there was none.
+    """
+
+    path: Path
+    step: int
+    config: dict[str, Any]
+    metrics: dict[str, float]
+
+
 _BACKBONES = {
     "dino": Backbone(
         "carried",
@@ -152,6 +168,22 @@ def run_settings(path: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
         "channels": _channels(meta, params),
     }
     return _class_names(meta, params), preprocessing
+
+
+def run_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint that `path` names, of a run the newest.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    checkpoints, step = _open(path)
+    if step is None:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise UserError(f"the run in {path} has saved no checkpoint yet: wait for its first")
+        path = path / _CHECKPOINTS / str(step)
+    meta = checkpoints.meta(step)
+    return Checkpoint(path, step, current_config(meta["config"]), checkpoints.metrics(step))
 
 
 def _is_step(path: Path) -> bool:

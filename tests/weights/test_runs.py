@@ -1,11 +1,10 @@
 """A training run's directory as a source of weights: read only, also while the run goes on."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import optax
 import pytest
+from small_runs import save_run
 from trees import assert_same_bits, random_params
 
 from cait_jax import UserError, create_model
@@ -15,21 +14,6 @@ from cait_jax.train.step import create_state
 from cait_jax.weights.adapt import mean_params
 from cait_jax.weights.pretrained import load_model, load_pretrained, load_settings
 from configs import digits
-
-
-def save_run(workdir, model, *, steps=(1,), ema=False, **meta):
-    """Checkpoints as the loop writes them, without the training."""
-    config = digits.get_config()
-    for name in ("depth", "width", "num_heads"):
-        config.model[name] = getattr(model, name)
-    config.optimizer.ema_decay = 0.99 if ema else 0.0
-    config.eval.crop_pct = 0.875
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        for step in steps:
-            state = create_state(random_params(model, seed=step), optax.adamw(1e-3), ema=ema)
-            if ema:
-                state = dataclasses.replace(state, ema=random_params(model, seed=step + 100))
-            checkpoints.save(step, state, {"config": as_json(config), **meta})
 
 
 def contents(directory):
