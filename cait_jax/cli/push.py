@@ -160,25 +160,25 @@ def _draw(path: Path, loaded: LoadedModel, image: Path | None, checkpoint: Any) 
     import jax
     import numpy as np
 
-    from cait_jax.data.split import BrokenImage
     from cait_jax.explain.attention import check_class_token
     from cait_jax.explain.figures import attention_maps, require_matplotlib, save
     from cait_jax.explain.overview import overview
 
+    without = "its card goes without a picture" if image is None else "leave out --image"
     try:
         require_matplotlib()
-        check_class_token(loaded.model, way="its card has no picture")
+        check_class_token(loaded.model, way=without)
         if image is not None:
             crop, source = loaded.preprocessing.crop(image), "a photograph"
         elif checkpoint is not None:
             crop = _first_image(loaded, checkpoint.config)
             source = "the first image of the evaluation split"
         else:
-            raise UserError("a saved model has no images of its own")
-    except (UserError, BrokenImage) as error:
+            raise UserError("a saved model has no images of its own; give one by --image")
+    except UserError as error:
         if image is not None:
-            raise UserError(f"--image {image}: {error}; give another one, or --no-image") from error
-        note(f"there will be no picture ({error}); --image IMAGE gives one to draw")
+            raise
+        note(f"there will be no picture: {error}")
         return None
     function = jax.jit(overview(loaded.model, ["attention"]))
     seen = function(loaded.variables, loaded.preprocessing(crop[None]))

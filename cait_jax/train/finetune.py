@@ -125,7 +125,7 @@ def folder_config(
 
     Args:
       photographs: the folder, or what `look_through` found in it.
-      model: a model's name, or the directory of a saved model or of a training run.
+      model: a model's name, the directory of a saved model or of a training run, or `hf://NAMESPACE/NAME`.
       weights: instead of the model's own, as `cait_jax.load_pretrained` takes them.
       what: one of `PARTS`.
       epochs: of training; in two phases of the second.

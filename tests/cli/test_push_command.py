@@ -17,7 +17,14 @@ from PIL import Image
 from small_runs import save_run
 from trees import assert_same_bits, random_params
 
-from cait_jax import create_model, load_pretrained, load_settings, preprocessing
+from cait_jax import (
+    Preprocessing,
+    create_model,
+    load_pretrained,
+    load_settings,
+    preprocessing,
+    save_pretrained,
+)
 from cait_jax.cli import main, push
 from cait_jax.weights import runs
 
@@ -140,13 +147,44 @@ def test_a_saved_model_has_the_picture_of_a_photograph(hub, saved, photographs):
 def test_without_a_picture_the_rest_is_uploaded_and_a_note_says_why(hub, saved):
     result = CliRunner().invoke(main, ["push", str(saved), NAME, "--yes"])
     assert (
-        "cait: there will be no picture (a saved model has no images of its own)" in result.stderr
+        "no picture: a saved model has no images of its own; give one by --image" in result.stderr
     )
     assert {*hub.files[NAME]} - {".gitattributes"} == FILES - {
         "training.json",
         "class_attention.png",
     }
     assert "class_attention" not in hub.files[NAME]["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "library", "task"),
+    [
+        ({"num_classes": 0}, "timm", "image-feature-extraction"),
+        ({"class_token": "mean", "class_depth": 0}, "cait-jax", "image-classification"),
+    ],
+)
+def test_other_networks(hub, photographs, tmp_path, attributes, library, task):
+    model = create_model(
+        "cait_nano4_patch4_8", in_channels=3, depth=1, **{"num_classes": 2} | attributes
+    )
+    names = ["a|b", "c_d*e"] if model.num_classes else None
+    prepare = Preprocessing((8, 8))
+    variables = {"params": random_params(model)}
+    save_pretrained(tmp_path / "saved", model, variables, label_names=names, preprocessing=prepare)
+    image = "--image", photographs / "sparrow" / "1.png"
+    if "class_token" in attributes:  # there is nothing to draw
+        _, last = cait_push(tmp_path / "saved", NAME, "--yes", *image, status=1)
+        assert "has no class token" in last
+        assert last.endswith(": leave out --image")
+        image = ()
+    cait_push(tmp_path / "saved", NAME, "--yes", *image)
+    files = hub.files[NAME]
+    assert ("class_attention.png" in files) == bool(image)
+    data = metadata(files["README.md"])
+    assert (data.library_name, data.pipeline_tag) == (library, task)
+    assert (b"timm" in files["README.md"]) == (library == "timm")
+    assert (rb"a\|b, c\_d\*e" in files["README.md"]) == bool(names)
+    assert_same_bits(load_pretrained(f"hf://{NAME}")[1], variables)
 
 
 def test_places_of_files_stay_at_home(hub, run, tmp_path, monkeypatch):

@@ -21,6 +21,8 @@ from cait_jax import (
 )
 from cait_jax.cli import main
 from cait_jax.data.preprocess import Preprocessing
+from cait_jax.train.config import check_values
+from cait_jax.train.finetune import Photographs, folder_config
 from cait_jax.weights import pretrained
 from cait_jax.weights.hub_files import as_written, local
 
@@ -126,3 +128,13 @@ def test_training_starts_from_an_address(hub):
         config.model = {"name": "cait_nano4_patch4_8"}
     params = pretrained.params_from_config(config, MODEL)
     jax.tree.map(np.testing.assert_array_equal, params, hub.variables["params"])
+
+
+@pytest.mark.parametrize("weights", [None, Path(f"hf://{NAME}")])
+def test_fine_tuning_starts_from_an_address(hub, weights):
+    photographs = Photographs(Path("/photographs"), "val", 100, 20, ("a", "b"))
+    model = f"hf://{NAME}" if weights is None else "cait_nano4_patch4_8"
+    config = folder_config(photographs, model, weights=weights)
+    assert config.init.weights == f"hf://{NAME}"
+    assert config.image_size == 8
+    check_values(config)
