@@ -135,7 +135,7 @@ class Hub(BaseHTTPRequestHandler):
             text = repr(sorted((name, hashlib.sha256(files[name]).hexdigest()) for name in files))
             server.commits[repository] = hashlib.sha1(text.encode()).hexdigest()
             self.give({
-                "commitUrl": f"http://127.0.0.1/{repository}/commit/1",
+                "commitUrl": f"http://127.0.0.1:{server.server_port}/{repository}/commit/1",
                 "commitOid": server.commits[repository],
             })  # fmt: skip
         else:
@@ -221,5 +221,5 @@ def point_at(monkeypatch, port, cache):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # not in 0.30
     monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
