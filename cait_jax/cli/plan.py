@@ -42,6 +42,14 @@ GB = 1e9
     "--weak-scaling", is_flag=True,
     help="On paper: what as many images on each of 1 to 1,024 chips exchange, by link speed.",
 )  # fmt: skip
+@click.option(
+    "--strong-scaling", is_flag=True,
+    help="Hours of the run, chip-hours and cores for decoding, on each topology and up to one image a chip.",
+)  # fmt: skip
+@click.option(
+    "--examples", type=click.IntRange(1), default=1_281_167, show_default="ImageNet-1k's 1281167",
+    help="Training images in an epoch, for --strong-scaling.",
+)  # fmt: skip
 @click.option("--json", "json", is_flag=True, help="Print JSON.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @click.option(
@@ -57,6 +65,8 @@ def command(
     largest: bool,
     traffic: bool,
     weak_scaling: bool,
+    strong_scaling: bool,
+    examples: int,
     json: bool,
     markdown: bool,
     cache: Path | None,
@@ -93,6 +103,10 @@ def command(
     elif weak_scaling:
         for name, plan in rows:
             click.echo(scaling_of(name, plan, markdown=markdown))
+    elif strong_scaling:
+        for number, (name, config) in enumerate(recipes):
+            plans = [plan for _, plan in rows[number * len(wanted) : (number + 1) * len(wanted)]]
+            click.echo(runs_of(name, config, plans, examples, markdown=markdown))
     elif json:
         click.echo(output.as_json([as_record(name, plan) for name, plan in rows]))
     elif len(rows) == 1:
@@ -218,6 +232,38 @@ def scaling_of(name: str, plan: "Plan", *, markdown: bool) -> str:
     return (
         f"{name}, {images}: {own * 1e3:.1f} ms of a chip's own work (at least); exchange in ms\n\n"
         f"{output.table(rows, markdown=markdown)}\n"
+    )
+
+
+def runs_of(
+    name: str, config: "ConfigDict", plans: "list[Plan]", examples: int, *, markdown: bool
+) -> str:
+    """A table of the config's run by number of chips, under its length."""
+    from cait_jax.plan.scaling import IMAGES_A_CORE, strong_scaling
+    from cait_jax.train.optimizer import steps_of
+
+    steps = steps_of(config, examples)
+    images = steps * config.batch_size
+    scaled = strong_scaling(plans)
+    first = scaled[0].hours(images) * scaled[0].chips
+    rows = [
+        {
+            "chips": f"{each.chips:,}" + ("" if each.planned else " (line)"),
+            "a chip": f"{each.batch_size / each.chips:g}",
+            "compute (ms)": f"{each.bounds.compute * 1e3:.2f}",
+            "memory (ms)": f"{each.bounds.memory * 1e3:.2f}",
+            "exchange (ms)": f"{each.bounds.exchange * 1e3:.2f}",
+            "images/s": f"{each.images_per_second:,.0f}",
+            "hours": f"{each.hours(images):.2f}",
+            "chip-hours": f"{each.hours(images) * each.chips:,.0f}",
+            "efficiency": f"{first / (each.hours(images) * each.chips):.0%}",
+            "cores": f"{each.images_per_second / IMAGES_A_CORE:,.0f}",
+        }
+        for each in scaled
+    ]
+    return (
+        f"{name}, {config.batch_size:,} images a step, {steps:,} steps: least hours, and the cores that decode as "
+        f"fast at {IMAGES_A_CORE:.0f} images a second each\n\n{output.table(rows, markdown=markdown)}\n"
     )
 
 
