@@ -35,7 +35,8 @@ def strong_scaling(plans: Sequence[Plan]) -> list[Scaled]:
 
     What is not planned doubles the chips. Operations and traffic of a chip are on the line through the two plans
     with the most chips, as functions of its images; its all-reduces are those of the last plan at the rate of the
-    link, as if the chips were one slice. Without two plans on one kind of chip nothing is added.
+    link, as if the chips were one slice, with the hops that `exchange_seconds` adds and plans leave out. Without
+    two plans on one kind of chip nothing is added.
 
     Raises:
       UserError: a plan does not fit its chips.
