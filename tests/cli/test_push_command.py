@@ -251,11 +251,12 @@ def test_an_interrupted_push_is_completed_by_the_same_command(hub, run, fault):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("blocked", ["/lfs/", "/commit/"])
-def test_a_push_that_was_killed_is_completed_by_the_same_command(hub, run, blocked):
+def test_a_push_that_was_killed_is_completed_by_the_same_command(hub, run, blocked, tmp_path):
     hub.fault = ("PUT" if blocked == "/lfs/" else "POST", blocked, None)
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
         "HF_HUB_DISABLE_XET": "1",
+        "TMPDIR": str(tmp_path),  # the files of a killed process stay
     }
     command = [sys.executable, "-m", "cait_jax", "push", str(run), NAME, "--yes", "--no-image"]
     with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) as process:
