@@ -6,13 +6,16 @@ Command: python benchmarks/export_onnx.py --environment=DIR [--install] [--names
 The weights are drawn, not trained, so that every part of a network shows in the outputs. A line of JSON for each
 name: the largest difference relative to the largest output, on two images of noise and two drawn pictures, for one
 image and for four at once; megabytes; milliseconds an image in a batch of four. By default the smallest model of
-each architecture; with --all every released model. What ONNX cannot hold, or differs by more than 1e-5, has the
-reason.
+each architecture; with --all every released one, the smallest first, and of those that are one network under
+several names the first. What ONNX cannot hold, or differs by more than 1e-5, has the reason.
+
+With --all a line is kept in benchmarks/studies/results/export_onnx.jsonl, and what is there is not made again.
 """
 
 import argparse
 import fnmatch
 import json
+import math
 import platform
 import tempfile
 import time
@@ -21,17 +24,32 @@ from pathlib import Path
 import jax
 import numpy as np
 from export_to_timm import drawn
+from reports import RESULTS, append_line, read_lines
 
 from cait_jax import UserError, create_model, list_models
 from cait_jax.export.onnx import export_onnx
 from cait_jax.models.inspect import abstract_variables
 from cait_jax.weights.timm_names import from_timm, to_timm
 
+LINES = RESULTS / "export_onnx.jsonl"
 ARCHITECTURES = (
     "cait_xxs24_224", "cait_xxs24_384", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224",
     "vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch16_224.dino", "vit_base_patch16_224.mae",
     "vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m", "regnety_160",
 )  # fmt: skip
+
+
+def released_networks() -> list[str]:
+    """Released models by their number of parameters, but for names whose network another has."""
+    found: dict[str, tuple[int, str]] = {}
+    for name in list_models(pretrained=True):
+        model = create_model(name)
+        if hasattr(model, "drop_path_rate"):
+            model = model.clone(drop_path_rate=0.0)
+        leaves = jax.tree.leaves(abstract_variables(model))
+        count = sum(math.prod(leaf.shape) for leaf in leaves)
+        found.setdefault(repr(model), (count, name))
+    return [name for _, name in sorted(found.values())]
 
 
 def main() -> None:
@@ -43,12 +61,15 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=ARCHITECTURES, help="names or shell patterns")
     parser.add_argument("--all", action="store_true")
     options = parser.parse_args()
-    patterns = ["*"] if options.all else options.names
-    names = [n for pattern in patterns for n in fnmatch.filter(list_models(), pattern)]
-    released = set(list_models(pretrained=True))
-    worst = 0.0
+    names = (
+        released_networks()
+        if options.all
+        else [n for pattern in options.names for n in fnmatch.filter(list_models(), pattern)]
+    )
+    finished = {row["name"]: row for row in read_lines(LINES)} if options.all else {}
+    worst = max((row.get("difference", 0.0) for row in finished.values()), default=0.0)
     for name in names:
-        if options.all and name not in released:
+        if name in finished:
             continue
         model = create_model(name, precision="highest")
         empty = jax.tree.map(
@@ -67,18 +88,20 @@ def main() -> None:
                     install=options.install,
                 )
             except UserError as error:
-                print(json.dumps({"name": name, "refused": str(error)}), flush=True)
-                continue
-        (check,) = report.files
-        worst = max(worst, check.difference)
-        line = {
-            "name": name,
-            "difference": float(f"{check.difference:.2g}"),
-            "mb": round(check.bytes / 1e6, 1),
-            "ms_an_image": round(check.ms_an_image, 1),
-            "seconds": round(time.perf_counter() - start),
-        }
+                line = {"name": name, "refused": str(error)}
+            else:
+                (check,) = report.files
+                worst = max(worst, check.difference)
+                line = {
+                    "name": name,
+                    "difference": float(f"{check.difference:.2g}"),
+                    "mb": round(check.bytes / 1e6, 1),
+                    "ms_an_image": round(check.ms_an_image, 1),
+                }
+        line |= {"seconds": round(time.perf_counter() - start), "date": time.strftime("%Y-%m-%d")}
         print(json.dumps(line), flush=True)
+        if options.all:
+            append_line(LINES, line)
     print(f"largest difference {worst:.1e}; {platform.machine()}, JAX {jax.__version__}")
 
 

@@ -305,6 +305,7 @@ def _set_optimizer(config: ConfigDict, what: str, size: str, blocks: int) -> Non
         optimizer.learning_rate = 1e-3
         return
     config.init.fit_head = True
+    config.model.stacked = False  # the backward pass ends at the first block that is trained
     optimizer.train = str(min(4, blocks))
     optimizer.learning_rate = optimizer.final_learning_rate = 1e-5  # constant
 
