@@ -7,10 +7,10 @@ XLA allocates a step's temporary buffers and frees them in every step. glibc ser
 them when they are freed, so each step faults its pages in again, 4 KiB at a time. The sides differ in environment
 variables alone:
 
-    default     none
-    heap        GLIBC_TUNABLES: no mmap, nothing returned to the system, one arena
+    glibc       its defaults: any MALLOC_ variable keeps `cait_jax.allocator` away
+    default     none, so that `cait_jax.allocator` has glibc return nothing to the system
     huge pages  GLIBC_TUNABLES: transparent huge pages, where the system allows them on request
-    both        the two together
+    both        the two together, by GLIBC_TUNABLES
     LIBRARY     LD_PRELOAD; jemalloc keeps freed memory and requests huge pages, by MALLOC_CONF
 
 Each measurement is `python train.py` on synthetic images, each core a device of the mesh: the median time of a
@@ -34,17 +34,17 @@ from tabulate import tabulate
 from cait_jax.train.metrics import read_metrics
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-HEAP = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.arena_max=1"
+HEAP = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647:glibc.malloc.arena_max=1"
 PAGES = "glibc.malloc.hugetlb=1"
 SIDES = {
+    "glibc": {"MALLOC_TOP_PAD_": "131072"},
     "default": {},
-    "heap": {"GLIBC_TUNABLES": HEAP},
     "huge pages": {"GLIBC_TUNABLES": PAGES},
     "both": {"GLIBC_TUNABLES": f"{PAGES}:{HEAP}"},
 }
 JEMALLOC = "thp:always,metadata_thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0"
 EVERY = 5  # steps between lines of metrics.jsonl
-_OWN = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_CONF")
+_OWN = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_CONF", "MALLOC_TOP_PAD_")
 
 
 def measure(
@@ -107,7 +107,7 @@ def main() -> None:
         side: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         for side, runs in found.items()
     }
-    ratios = {side: medians["default"]["step"] / row["step"] for side, row in medians.items()}
+    ratios = {side: medians["glibc"]["step"] / row["step"] for side, row in medians.items()}
     table = [
         [side, 1e3 * row["step"], ratios[side], row["faults"], row["peak_mb"],
          " ".join(f"{1e3 * run['step']:.0f}" for run in found[side])]

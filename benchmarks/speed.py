@@ -15,6 +15,9 @@ has autocast and channels_last. torch.compile compiles the model anew for each b
 Beside other programs PyTorch's threads on CPUs lose far more by waiting busily than ours do: start this with
 OMP_WAIT_POLICY=PASSIVE then. Best is a machine with nothing else on it; the JSON file has the load at the start.
 
+A model may be a recipe, such as configs/cifar10.py:small: it is its network, and our training step is then
+`train.py`'s own, with augmentation, mixing, EMA and metrics, on uint8 images; timm's has none of these.
+
 "Of peak" is the network's arithmetic (multiply-accumulates by `cait_jax.models.inspect`, times 3 for training)
 over what the device does in a large product of square matrices in the same dtype, the better of both sides.
 Memory is what weights, optimiser, images and everything in between need: ours as the compiler says it, of all
@@ -43,16 +46,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from export_to_timm import drawn
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 from tabulate import tabulate
 
 from cait_jax import UserError, create_model, export_timm
+from cait_jax.allocator import keep_freed_memory
 from cait_jax.kernels import DEFAULT_ATTENTION
 from cait_jax.models.cait import CaiT
 from cait_jax.models.inspect import abstract_variables, macs
 from cait_jax.models.variants import VARIANTS
-from cait_jax.sharding import batch_sharding, constrain_batch, make_mesh, replicated
+from cait_jax.sharding import (
+    batch_sharding,
+    constrain_batch,
+    make_mesh,
+    put_batch,
+    replicated,
+)
+from cait_jax.train.config import load_config
 from cait_jax.train.optimizer import make_optimizer
+from cait_jax.train.setup import build
 from cait_jax.weights.timm_names import from_timm, to_timm
 
 BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -92,6 +105,8 @@ class Variant:
         return " ".join(["cait_jax", self.attention, *others])
 
     def network(self, case: Case) -> CaiT:
+        if is_recipe(case.model):
+            return build(recipe(case.model)).model
         exact = case.dtype == "float32" and jax.default_backend() != "cpu"
         if case.model in VARIANTS and VARIANTS[case.model].family == "RegNetY":
             raise UserError(
@@ -107,6 +122,15 @@ class Variant:
             stacked=self.blocks == "stacked",
         )
         return model
+
+
+def is_recipe(name: str) -> bool:
+    return ".py" in name
+
+
+def recipe(name: str) -> ConfigDict:
+    """A recipe on images that are made here."""
+    return load_config(name, {"data.name": "synthetic", "data.eval_split": "validation"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +160,16 @@ class Ours:
         params = from_timm(self.weights, model)
         return np.asarray(jax.jit(model.apply)(params, self.images), np.float32)
 
-    def prepare(self, name: str, model: CaiT, mode: str, batch: int) -> dict[str, Any]:
-        """Builds a function and calls it thrice."""
+    def prepare(self, name: str, model: CaiT, mode: str, batch: int, source: str) -> dict[str, Any]:
+        """Builds a function and calls it thrice; `source` is the name of a model or recipe."""
         if batch % self.mesh.size:
             raise NotRun(f"{self.mesh.size} devices cannot share them evenly")
         variables = jax.device_put(from_timm(self.weights, model), self.whole)
         images = np.resize(self.images, (batch, *self.images.shape[1:]))
         images = jax.device_put(images, self.rows)
         make = self._forward if mode == "forward" else self._training
+        if mode == "training" and is_recipe(source):
+            make = functools.partial(self._recipe_training, source)
         try:
             start = time.perf_counter()
             function, memory = make(model, variables, images)
@@ -215,6 +241,21 @@ class Ours:
             return loss, state
 
         return call, needed(compiled, self.mesh.size)
+
+    def _recipe_training(
+        self, name: str, model: CaiT, variables: Any, images: Any
+    ) -> tuple[Callable[[], Any], int | None]:
+        config = recipe(name)
+        config.batch_size = len(images)
+        trainer = build(config)
+        state = [trainer.init_state()]
+        batch = put_batch(next(trainer.train_batches()), batch_sharding(trainer.mesh))
+
+        def call() -> Any:
+            state[0], metrics = trainer.train_step(state[0], batch)
+            return metrics, state[0]
+
+        return call, None
 
 
 class Timm:
@@ -446,7 +487,9 @@ def measure_case(
             if mode == "forward" and variant.remat != args.remat[0]:
                 continue
             name = str(variant)
-            prepare = functools.partial(ours.prepare, name, variant.network(case), mode, batch)
+            prepare = functools.partial(
+                ours.prepare, name, variant.network(case), mode, batch, case.model
+            )
             sides[name] = Side(prepare, functools.partial(ours.time, name))
         for name in () if timm is None else THEIRS[: 1 + compiled]:
             assert timm is not None
@@ -514,7 +557,9 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["cait_xxs24"], help="named models")
+    parser.add_argument(
+        "--models", nargs="+", default=["cait_xxs24"], help="named models, or recipes"
+    )
     parser.add_argument("--image-size", nargs="+", type=int, default=[224], help="pixels a side")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--dtype", nargs="+", choices=BOUNDS, default=["float32"])
@@ -541,6 +586,7 @@ def main() -> None:
     if args.torch_python:
         # Both sides live on one device; by default JAX would take most of its memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    keep_freed_memory()
     args.attention = args.attention or [DEFAULT_ATTENTION.get(jax.default_backend(), "xla")]
     try:
         if args.torch_python:

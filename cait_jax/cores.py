@@ -12,6 +12,8 @@ from pathlib import Path
 
 import jax
 
+from cait_jax.allocator import keep_freed_memory
+
 MOST_DEVICES = (
     8  # each holds a copy of the parameters; the cores beyond still share the operations of all
 )
@@ -23,8 +25,10 @@ def use_cores(fits: Callable[[int], bool] = lambda devices: True) -> None:
     """Makes the cores of the CPU as many devices as `fits` allows, at most 8 and one for each 2 GiB of memory.
 
     Call it before JAX is asked for its devices; later it changes nothing. Nor does it where the number is set by
-    `JAX_NUM_CPU_DEVICES`, its config or `XLA_FLAGS`. Devices of other kinds are not touched.
+    `JAX_NUM_CPU_DEVICES`, its config or `XLA_FLAGS`. Devices of other kinds are not touched. Freed memory is kept,
+    see `allocator`.
     """
+    keep_freed_memory()
     chosen = getattr(jax.config, "jax_num_cpu_devices", -1)
     if chosen != -1 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
