@@ -16,6 +16,7 @@ from cait_jax.plan.gpu import gpu_devices, has_compiler, target_config
 from cait_jax.plan.hlo import collectives, read_program
 from cait_jax.plan.plan import make_plan
 from cait_jax.plan.roofline import CHIPS, kernel_launches, memory_traffic, parse_topology
+from cait_jax.train.config import load_config
 from configs import digits
 
 compiles = pytest.mark.skipif(not has_compiler(), reason="the GPUs' compiler is an extra")
@@ -105,3 +106,16 @@ def test_a_step_is_compiled_for_gpus_and_kept(tmp_path):
     again = make_plan(config, topology, folder=tmp_path, say=said.append)
     assert replace(again, seconds=plan.seconds) == plan
     assert len(said) == 1
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "images", "memory"),
+    [("configs/cait_s24.py", 128, 22.4e9), ("configs/cait_xs24.py:384", 32, 28.5e9)],
+)
+def test_the_memory_of_a_plain_step_is_what_was_once_found(recipe, images, memory, tmp_path):
+    """Without remat or a kernel; the figures are of the bare step, without augmentation, EMA and metrics."""
+    plain = {"batch_size": str(images), "model.remat": "none", "model.attention": "xla"}
+    plan = make_plan(load_config(recipe, plain), parse_topology("h100:1"), folder=tmp_path)
+    assert plan.memory == pytest.approx(memory, rel=0.02)
