@@ -1,6 +1,7 @@
 """Talking-heads attention (Shazeer et al., arXiv 2003.02436) as one function with several implementations."""
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,14 +11,9 @@ from jaxtyping import Array, Float
 
 from cait_jax.sharding import shard_over_batch
 
-# Name to whose kernels, and whether XLA computes what is in them, on any device.
-_KERNELS = {
-    "pallas_tpu": ("tpu", False),
-    "pallas_tpu_interpreted": ("tpu", True),
-    "pallas_gpu": ("gpu", False),
-    "pallas_gpu_interpreted": ("gpu", True),
-}
-IMPLEMENTATIONS = ("xla", "xla_remat", "xla_by_image", *_KERNELS)
+# Name to whether XLA computes what is in the kernels, on any device.
+_TPU_KERNELS = {"pallas_tpu": False, "pallas_tpu_interpreted": True}
+IMPLEMENTATIONS = ("xla", "xla_remat", "xla_by_image", *_TPU_KERNELS, "pallas_gpu")
 DEFAULT_ATTENTION = {"tpu": "pallas_tpu", "cpu": "xla_by_image"}  # by platform; of others "xla"
 SMALL_MAPS = 1024  # elements of an image's maps, up to which looping over images does not pay
 
@@ -46,8 +42,10 @@ def talking_heads_attention(
       q: queries, already scaled where `pre_weight` is not.
       implementation: `"xla"`: plain, as in `models/cait.py`. `"xla_remat"`: plain, with everything of size (heads,
         queries, keys) rematerialised in the backward pass. `"xla_by_image"`: as `xla_remat`, one image at a
-        time, so that its maps stay in a CPU's cache. `"pallas_tpu"`, `"pallas_gpu"`: kernels in which nothing of
-        that size leaves the chip; with `_interpreted`, run by XLA on any device, slowly, to test them.
+        time, so that its maps stay in a CPU's cache. `"pallas_tpu"`: kernels in which nothing of that size leaves
+        the chip; with `_interpreted`, run by XLA on any device, slowly, to test them. `"pallas_gpu"`: such a
+        kernel for the forward pass on Hopper GPUs, and `"xla_remat"`'s backward pass; what the kernel does not
+        take is `"xla_remat"`'s, which is logged once.
       precision: of matmuls, as in `jax.lax.dot_general`.
 
     Raises:
@@ -58,9 +56,10 @@ def talking_heads_attention(
         attention = jax.checkpoint(attention)
     elif implementation == "xla_by_image":
         attention = shard_over_batch(functools.partial(_by_image, precision=precision), 3)
-    elif implementation in _KERNELS:
-        platform, interpret = _KERNELS[implementation]
-        attention = shard_over_batch(_differentiable(platform, precision, interpret), 3)
+    elif implementation in _TPU_KERNELS:
+        attention = shard_over_batch(_on_tpu(precision, _TPU_KERNELS[implementation]), 3)
+    elif implementation == "pallas_gpu":
+        attention = _on_gpu_or_plain(q, k, v, precision)
     elif implementation != "xla":
         raise ValueError(
             f"unknown implementation of attention {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
@@ -103,13 +102,11 @@ def _by_image(q: Any, k: Any, v: Any, *weights: Any, precision: Any) -> Any:
 
 
 @functools.cache
-def _differentiable(platform: str, precision: Any, interpret: bool) -> Callable[..., Any]:
-    """The kernels of a platform, with the derivative that they compute; no output depends on `pre_bias`."""
+def _on_tpu(precision: Any, interpret: bool) -> Callable[..., Any]:
+    """The kernels with the derivative that they compute; no output depends on `pre_bias`."""
     kernels: Any
-    if platform == "tpu":
-        from cait_jax.kernels import tpu as kernels
-    else:
-        from cait_jax.kernels import gpu as kernels
+    from cait_jax.kernels import tpu as kernels
+
     forward, backward = (
         functools.partial(kernel, precision=precision, interpret=interpret)
         for kernel in (kernels.forward, kernels.backward)
@@ -138,6 +135,45 @@ def _differentiable(platform: str, precision: Any, interpret: bool) -> Callable[
             d_post.sum(axis=0).astype(post.dtype),
             d_bias.sum(axis=0).astype(post_bias.dtype),
         )
+
+    attention.defvjp(keep, gradients)
+    return attention
+
+
+def _on_gpu_or_plain(q: Any, k: Any, v: Any, precision: Any) -> Callable[..., Any]:
+    from cait_jax.kernels.gpu_plan import refusal
+
+    reason = refusal(q, k, v)
+    if reason is None:
+        return shard_over_batch(on_gpu(precision), 3)
+    _log_once(f"attention pallas_gpu runs as xla_remat: {reason}")
+    return jax.checkpoint(functools.partial(_plain, precision=precision))
+
+
+@functools.cache
+def _log_once(line: str) -> None:
+    logging.getLogger(__name__).warning(line)
+
+
+@functools.cache
+def on_gpu(precision: Any, *, interpret: bool = False) -> Callable[..., Any]:
+    """The kernel with the derivative of the plain way, in which all is computed again, in `precision`."""
+    from cait_jax.kernels import gpu
+
+    @jax.custom_vjp
+    def attention(
+        q: Any, k: Any, v: Any, pre: Any, pre_bias: Any, post: Any, post_bias: Any
+    ) -> Any:
+        del pre_bias
+        return gpu.forward(q, k, v, pre, post, post_bias, interpret=interpret)
+
+    def keep(*given: Any) -> tuple[Any, Any]:
+        return attention(*given), given
+
+    def gradients(given: Any, gradient: Any) -> tuple[Any, ...]:
+        _, back = jax.vjp(functools.partial(_plain, precision=precision), *given)
+        found: tuple[Any, ...] = back(gradient)
+        return found
 
     attention.defvjp(keep, gradients)
     return attention
