@@ -1,6 +1,7 @@
 """Whether onnxruntime computes from exported ONNX files what JAX computes, over the shapes of the released models.
 
-Command: python benchmarks/export_onnx.py --environment=DIR [--install] [--names cait_xxs24_224 ...] [--all]
+Command: python benchmarks/export_onnx.py --environment=DIR [--install]
+                                          [--names cait_xxs24_224 ... | --all [--most=PARAMETERS]]
   DIR is the Python environment of `cait export --to onnx`.
 
 The weights are drawn, not trained, so that every part of a network shows in the outputs. A line of JSON for each
@@ -39,8 +40,8 @@ ARCHITECTURES = (
 )  # fmt: skip
 
 
-def released_networks() -> list[str]:
-    """Released models by their number of parameters, but for names whose network another has."""
+def released_networks(most: float) -> list[str]:
+    """Released models of up to `most` parameters, the smallest first, but for names whose network another has."""
     found: dict[str, tuple[int, str]] = {}
     for name in list_models(pretrained=True):
         model = create_model(name)
@@ -49,7 +50,7 @@ def released_networks() -> list[str]:
         leaves = jax.tree.leaves(abstract_variables(model))
         count = sum(math.prod(leaf.shape) for leaf in leaves)
         found.setdefault(repr(model), (count, name))
-    return [name for _, name in sorted(found.values())]
+    return [name for count, name in sorted(found.values()) if count <= most]
 
 
 def main() -> None:
@@ -60,9 +61,10 @@ def main() -> None:
     parser.add_argument("--install", action="store_true")
     parser.add_argument("--names", nargs="+", default=ARCHITECTURES, help="names or shell patterns")
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--most", type=float, default=math.inf, help="parameters, with --all")
     options = parser.parse_args()
     names = (
-        released_networks()
+        released_networks(options.most)
         if options.all
         else [n for pattern in options.names for n in fnmatch.filter(list_models(), pattern)]
     )

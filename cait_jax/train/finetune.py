@@ -6,8 +6,8 @@
 | up to 20,000 | all layers, layer decay 0.75 | RandAugment and erasing too | 64 | 30 |
 | more | all layers | mixup and CutMix too | 128 | 20 |
 
-A run has at least 100 steps, and more epochs for that where these are short. The settings for few images were chosen
-on photographs (docs/results.md), the others are common ones.
+A run has at least 100 steps, and more epochs for that where these are short. The settings for few images were
+chosen on photographs (docs/results.md), the others are common ones.
 """
 
 import dataclasses
