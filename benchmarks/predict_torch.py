@@ -7,6 +7,7 @@ no gradient; five classes of each image as lines of JSON.
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 class Files(torch.utils.data.Dataset):
     """Images of files, cropped and normalised."""
 
-    def __init__(self, paths: list[str], transform: object) -> None:
+    def __init__(self, paths: list[str], transform: Callable[[Image.Image], torch.Tensor]) -> None:
         self.paths, self.transform = paths, transform
 
     def __len__(self) -> int:
@@ -38,7 +39,7 @@ def main(directory: str, *paths: str) -> None:
     data = timm.data.resolve_data_config(config["pretrained_cfg"])
     files = Files(list(paths), timm.data.create_transform(**data))
     loader = torch.utils.data.DataLoader(files, batch_size=32, num_workers=os.cpu_count() or 1)
-    found = []
+    found: list[tuple[list[int], list[float]]] = []
     with torch.inference_mode():
         for images in loader:
             best = model(images).softmax(-1).topk(5)
