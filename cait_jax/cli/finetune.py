@@ -190,16 +190,15 @@ def _check_files(photographs: Any) -> None:
 
 def _plan(photographs: Any, config: Any, model: str) -> str:
     """The run in two lines."""
-    if config.init.fit_head:
-        learns = (
-            f"a head that is fitted on features, then the last {config.optimizer.train} blocks too "
-            f"({config.epochs:g} epochs)"
-        )
+    if rank := config.lora.rank:
+        part = f"adapters of rank {rank}"
+    elif config.init.fit_head:
+        part = f"the last {config.optimizer.train} blocks"
     else:
         part = "the head alone" if config.optimizer.train == "head" else "the whole network"
-        if rank := config.lora.rank:
-            part = f"adapters of rank {rank} and the head"
-        learns = f"{part} ({config.epochs:g} epochs)"
+    if config.init.fit_head:
+        part = f"a head that is fitted on features, then {part} too"
+    learns = f"{part} ({config.epochs:g} epochs)"
     return (
         f"{photographs.images:,} images of {len(photographs.class_names):,} classes to learn from, "
         f"{photographs.eval_images:,} to measure on\n"

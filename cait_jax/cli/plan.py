@@ -47,7 +47,7 @@ GB = 1e9
     help="Hours of the run, chip-hours and cores for decoding, on each topology and up to one image a chip.",
 )  # fmt: skip
 @click.option(
-    "--examples", type=click.IntRange(1), default=1_281_167, show_default="ImageNet-1k's 1281167",
+    "--examples", type=click.IntRange(1, 10**12), default=1_281_167, show_default="ImageNet-1k's 1281167",
     help="Training images in an epoch, for --strong-scaling.",
 )  # fmt: skip
 @click.option("--json", "json", is_flag=True, help="Print JSON.")

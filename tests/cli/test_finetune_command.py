@@ -121,7 +121,7 @@ def test_adapters_are_learnt_and_read_merged(colours, saved, tmp_path):
     workdir = tmp_path / "run"
     command = ["finetune", colours, "-m", saved, "--what", "lora", "--workdir", workdir]
     out, _ = cait(*command, "--rank", "2", "--alpha", "4", "--epochs", "40")
-    assert "learns adapters of rank 2 and the head (40 epochs)" in out
+    assert "a head that is fitted on features, then adapters of rank 2 too (40 epochs)" in out
     found = re.search(r"accuracy (\S+)% on the 18 images of val", out)
     assert float(found[1]) > 80
     out, _ = cait("evaluate", "--data", colours, "-m", workdir, "--split", "val", "--json")
