@@ -23,14 +23,13 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
-from export_to_timm import drawn
+from export_to_timm import drawn_weights
 from reports import RESULTS, append_line, read_lines
 
 from cait_jax import UserError, create_model, list_models
 from cait_jax.export.onnx import export_onnx
 from cait_jax.models.inspect import abstract_variables
-from cait_jax.weights.timm_names import from_timm, to_timm
+from cait_jax.weights.timm_names import from_timm
 
 LINES = RESULTS / "export_onnx.jsonl"
 ARCHITECTURES = (
@@ -74,11 +73,7 @@ def main() -> None:
         if name in finished:
             continue
         model = create_model(name, precision="highest")
-        empty = jax.tree.map(
-            lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), abstract_variables(model)
-        )
-        shapes = {key: array.shape for key, array in to_timm(empty).items()}
-        variables = from_timm(drawn(shapes, seed=0), model)
+        variables = from_timm(drawn_weights(model), model)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             try:

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,19 @@ def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray
     return weights
 
 
+def drawn_weights(model: Any) -> dict[str, np.ndarray]:
+    """`drawn` for a network, under timm's names."""
+    import jax
+
+    from cait_jax.models.inspect import abstract_variables
+    from cait_jax.weights.timm_names import to_timm
+
+    empty = jax.tree.map(
+        lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), abstract_variables(model)
+    )
+    return drawn({name: array.shape for name, array in to_timm(empty).items()}, seed=0)
+
+
 def drawn_images(model, seed: int) -> np.ndarray:
     """One or two normalised images: (batch, height, width, channels)."""
     batch = 1 if getattr(model, "width", 0) > 384 else 2
@@ -66,19 +80,12 @@ def logits_of(model, variables, images: np.ndarray) -> np.ndarray:
 
 def export_ours(name: str, folder: Path) -> None:
     """Writes `folder`: weights and card for timm, and `ours.npz` with images and logits."""
-    import jax
-
     from cait_jax import create_model
-    from cait_jax.models.inspect import abstract_variables
     from cait_jax.weights.timm_export import export_timm
-    from cait_jax.weights.timm_names import from_timm, to_timm
+    from cait_jax.weights.timm_names import from_timm
 
     model = create_model(name, precision="highest")
-    empty = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), abstract_variables(model)
-    )
-    shapes = {key: array.shape for key, array in to_timm(empty).items()}
-    variables = from_timm(drawn(shapes, seed=0), model)
+    variables = from_timm(drawn_weights(model), model)
     export_timm(folder, model, variables)
     images = drawn_images(model, seed=1)
     np.savez(folder / "ours.npz", images=images, logits=logits_of(model, variables, images))

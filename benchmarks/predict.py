@@ -19,29 +19,23 @@ import tempfile
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
-from export_to_timm import drawn
+from export_to_timm import drawn_weights
 from reports import write_report
 from tabulate import tabulate
 
 from cait_jax import Preprocessing, create_model, export_timm
 from cait_jax.data.image_files import find_images
-from cait_jax.models.inspect import abstract_variables
-from cait_jax.weights.timm_names import from_timm, to_timm
+from cait_jax.weights.timm_names import from_timm
 
 
 def save_drawn(name: str, folder: Path) -> None:
     """A model with drawn weights, which both sides load."""
     model = create_model(name)
-    empty = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), abstract_variables(model)
-    )
-    shapes = {key: array.shape for key, array in to_timm(empty).items()}
     export_timm(
         folder,
         model,
-        from_timm(drawn(shapes, seed=0), model),
+        from_timm(drawn_weights(model), model),
         preprocessing=Preprocessing(model.image_size),
     )
 

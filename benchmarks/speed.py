@@ -45,7 +45,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from export_to_timm import drawn
+from export_to_timm import drawn_weights
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 from tabulate import tabulate
@@ -54,7 +54,7 @@ from cait_jax import UserError, create_model, export_timm
 from cait_jax.allocator import keep_freed_memory
 from cait_jax.kernels import DEFAULT_ATTENTION
 from cait_jax.models.cait import CaiT
-from cait_jax.models.inspect import abstract_variables, macs
+from cait_jax.models.inspect import macs
 from cait_jax.models.variants import VARIANTS
 from cait_jax.sharding import (
     batch_sharding,
@@ -66,7 +66,7 @@ from cait_jax.sharding import (
 from cait_jax.train.config import load_config
 from cait_jax.train.optimizer import make_optimizer
 from cait_jax.train.setup import build
-from cait_jax.weights.timm_names import from_timm, to_timm
+from cait_jax.weights.timm_names import from_timm
 
 BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}
 COMPARED = 2  # images
@@ -344,14 +344,6 @@ def matrix_rate(dtype: str) -> float:
 
 def matrix_size() -> int:
     return 2048 if jax.default_backend() == "cpu" else 8192
-
-
-def drawn_weights(model: CaiT) -> dict[str, np.ndarray]:
-    """A state dict of timm's, in which every part of the network shows."""
-    empty = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.int8(0), leaf.shape), abstract_variables(model)
-    )
-    return drawn({name: array.shape for name, array in to_timm(empty).items()}, seed=0)
 
 
 def compare(
