@@ -309,6 +309,7 @@ def _set_optimizer(config: ConfigDict, what: str, size: str, blocks: int) -> Non
     config.model.stacked = False  # the backward pass ends at the first block that is trained
     optimizer.train = str(min(4, blocks))
     optimizer.learning_rate, optimizer.final_learning_rate = 1e-4, 1e-6
+    optimizer.warmup_epochs = config.epochs / 10
 
 
 def _set_adapters(config: ConfigDict, rank: int, alpha: float) -> None:

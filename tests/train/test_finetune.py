@@ -36,8 +36,8 @@ def test_more_images_let_more_learn_with_stronger_augmentation():
     few = folder_config(photographs(999), "cait_xxs24_224")
     assert (few.init.fit_head, few.optimizer.train, few.epochs) == (True, "4", 15)
     assert (few.optimizer.learning_rate, few.optimizer.final_learning_rate) == (1e-4, 1e-6)
+    assert (few.optimizer.warmup_epochs, few.optimizer.reference_batch) == (1.5, 0)
     assert not few.model.stacked  # else the backward pass would go through frozen blocks
-    assert (few.optimizer.warmup_epochs, few.optimizer.reference_batch) == (0, 0)
     assert (few.optimizer.weight_decay, few.batch_size) == (0.01, 32)
     assert (few.augment.rand_augment, few.augment.reprob, few.augment.mixup) == ("", 0, 0)
 
