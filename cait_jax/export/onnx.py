@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from cait_jax.weights.saved import save_pretrained
 
 MODEL, INT8 = "model.onnx", "model_int8.onnx"
 OPSET = 18  # onnxruntime 1.14, of 2023, and later
-_MOST_BYTES = 2**31 - 2**26  # protobuf's bound, less what the graph may take
+MOST_BYTES = 2**31 - 2**26  # protobuf's bound, less what the graph may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class FileCheck:
 
     Attributes:
       name: of the file.
-      bytes: its size.
+      bytes: its size, with that of its weights where they are beside it.
       difference: from the original, see `probes.difference`.
       agreement: the fraction of images with the same most probable class; None without a head.
       ms_an_image: of a batch of all probes on the CPU.
@@ -69,7 +70,8 @@ def export_onnx(
 ) -> ONNXReport:
     """Writes `model.onnx` and `export.json`, once onnxruntime gives what the model gives.
 
-    The graph is of opset 18. Its input `images` and outputs are those of `forward.Exported`.
+    Weights of more than 2 GB are beside it in `model.onnx.data`. The graph is of opset 18. Its input `images` and
+    outputs are those of `forward.Exported`.
 
     Args:
       directory: made if missing.
@@ -95,13 +97,13 @@ def export_onnx(
     python = environment_python(None if environment is None else Path(environment), install=install)
     with unfinished(Path(directory)) as stage:
         checks, compared = write_onnx(exported, python, stage, photographs, int8=int8)
-        more = {"opset": OPSET, "files": [check.name for check in checks]}
+        more = {"opset": OPSET, "files": sorted(file.name for file in stage.iterdir())}
         write_description(stage, describe(exported, label_names, **more))
     return ONNXReport(compared, checks)
 
 
 def check_onnx(model: Any) -> None:
-    """Refuses a model that is not float32, or larger than a file of ONNX may be.
+    """Refuses a model that is not float32.
 
     Raises:
       UserError: naming what it is.
@@ -111,11 +113,11 @@ def check_onnx(model: Any) -> None:
             f"ONNX is written in float32, and this model is {jnp.dtype(model.dtype).name} with parameters in "
             f"{jnp.dtype(model.param_dtype).name}: load it in float32"
         )
-    if (size := 4 * parameter_count(model)) > _MOST_BYTES:
-        raise UserError(
-            f"this model has {size / 1e9:.1f} GB of weights, and a file of ONNX at most 2.1: choose "
-            "a smaller one, or StableHLO"
-        )
+
+
+def fits_one_file(model: Any) -> bool:
+    """Whether a model's weights can be in the file of its graph."""
+    return 4 * parameter_count(model) <= MOST_BYTES
 
 
 def write_onnx(
@@ -138,7 +140,8 @@ def write_onnx(
             checks.append(_judged(exported, probes, work / name, results))
             if name == MODEL:
                 check_difference(exported, checks[0].difference, "onnxruntime")
-            (folder / name).write_bytes((work / name).read_bytes())
+            for file in _parts(work / name):
+                shutil.move(file, folder)
     return tuple(checks), probes.what
 
 
@@ -146,6 +149,7 @@ def write_onnx(
 def _converted(exported: Exported, python: Path, probes: Probes, *, int8: bool) -> Iterator[Path]:
     options = {
         "uint8": exported.uint8, "attention": exported.attention, "int8": int8, "opset": OPSET,
+        "external": not fits_one_file(exported.model),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -177,4 +181,10 @@ def _judged(
         same = found["logits"].argmax(-1) == probes.outputs["logits"].argmax(-1)
         agreement = float(same.mean())
     seconds = float(results[f"{file.name}/seconds"]) / len(probes.images)
-    return FileCheck(file.name, file.stat().st_size, worst, agreement, seconds * 1e3)
+    size = sum(part.stat().st_size for part in _parts(file))
+    return FileCheck(file.name, size, worst, agreement, seconds * 1e3)
+
+
+def _parts(file: Path) -> list[Path]:
+    """A file of ONNX, and its weights if they are beside it."""
+    return [part for part in (file, file.with_name(f"{file.name}.data")) if part.exists()]

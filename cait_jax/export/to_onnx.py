@@ -2,10 +2,10 @@
 
 python -I to_onnx.py WORK
 
-`CAIT_JAX` is the package's folder. WORK holds `saved/`, `options.json` (`uint8`, `attention`, `int8`, `opset`) and
-`probes.npz` with `images`. It gets `model.onnx`, with `int8` `model_int8.onnx`, and `found.npz`: of each,
-`FILE/one/NUMBER` of the first image alone, `FILE/all/NUMBER` of all at once, and `FILE/seconds`, the least of
-three for all.
+`CAIT_JAX` is the package's folder. WORK holds `saved/`, `options.json` (`uint8`, `attention`, `int8`, `opset`,
+`external`) and `probes.npz` with `images`. It gets `model.onnx`, with `int8` `model_int8.onnx`, with `external`
+the weights of each beside it in `FILE.data`, and `found.npz`: of each, `FILE/one/NUMBER` of the first image alone,
+`FILE/all/NUMBER` of all at once, and `FILE/seconds`, the least of three for all.
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ def main(work: Path) -> None:
     )
     if options["int8"]:
         files["model_int8.onnx"] = work / "model_int8.onnx"
-        quantise(*files.values())
+        quantise(*files.values(), external=options["external"])
     images = np.load(work / "probes.npz")["images"]
     results: dict[str, Any] = {}
     for name, file in files.items():
@@ -54,7 +54,9 @@ def main(work: Path) -> None:
     np.savez(work / "found.npz", **results)
 
 
-def convert(saved: Path, file: Path, *, uint8: bool, attention: bool, opset: int) -> None:
+def convert(
+    saved: Path, file: Path, *, uint8: bool, attention: bool, opset: int, external: bool
+) -> None:
     """Writes a saved model as ONNX with a batch of any size."""
     import jax
     import jax.numpy as jnp
@@ -88,16 +90,22 @@ def convert(saved: Path, file: Path, *, uint8: bool, attention: bool, opset: int
         input_names=["images"],
         output_names=list(exported.output_names),
     )
-    onnx.checker.check_model(graph)
-    onnx.save(graph, file)
+    onnx.save(graph, file, save_as_external_data=external, location=f"{file.name}.data")
+    onnx.checker.check_model(file)
 
 
-def quantise(source: Path, target: Path) -> None:
+def quantise(source: Path, target: Path, *, external: bool) -> None:
     """Linear layers in int8: weights with a scale for each output, activations with one for each call."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     logging.getLogger().setLevel(logging.ERROR)
-    quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
+    quantize_dynamic(
+        source,
+        target,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=external,
+    )
 
 
 def _import_package(folder: Path) -> None:

@@ -16,8 +16,18 @@ from cait_jax.errors import Literal, UserError, one_line, setting
 from cait_jax.export.environment import environment_python
 from cait_jax.export.folder import check_export, describe, unfinished, write_description
 from cait_jax.export.forward import to_export
-from cait_jax.export.onnx import INT8, MODEL, OPSET, ONNXReport, check_onnx, write_onnx
+from cait_jax.export.onnx import (
+    INT8,
+    MODEL,
+    MOST_BYTES,
+    OPSET,
+    ONNXReport,
+    check_onnx,
+    fits_one_file,
+    write_onnx,
+)
 from cait_jax.models.cait import CaiT
+from cait_jax.models.inspect import parameter_count
 
 PAGE = ("index.html", "page.css", "page.js", "resize.js")
 RUNTIME = "onnxruntime-web@1.30.0"
@@ -92,8 +102,13 @@ def check_web(model: Any, preprocessing: Preprocessing | None) -> None:
     """Refuses what the page cannot show.
 
     Raises:
-      UserError: the model has no head, or its preprocessing is not known.
+      UserError: the model is too large, has no head, or its preprocessing is not known.
     """
+    if not fits_one_file(model):
+        raise UserError(
+            f"this model has {4e-9 * parameter_count(model):.1f} GB of weights, and a page loads at most "
+            f"{MOST_BYTES / 1e9:.1f}: choose a smaller one"
+        )
     if not model.num_classes:
         raise UserError(
             "this model has no head, so a page has no classes to show: choose a classifier"

@@ -18,7 +18,7 @@ from browser import EXECUTABLE, NO_BROWSER, browser
 from export_networks import network
 from PIL import Image
 
-from cait_jax import UserError
+from cait_jax import UserError, create_model
 from cait_jax.export import web
 from cait_jax.export.forward import to_export
 from cait_jax.export.web import check_web, export_web, runtime_files
@@ -154,6 +154,8 @@ def test_what_a_page_cannot_show_is_refused():
         check_web(headless, preprocessing)
     with pytest.raises(UserError, match="preprocessing, which is not known"):
         check_web(network("cait")[0], None)
+    with pytest.raises(UserError, match=r"4\.5 GB of weights, and a page loads at most 2\.1"):
+        check_web(create_model("vit_giant_patch14_dinov2.lvd142m", num_classes=2), preprocessing)
 
 
 def test_the_runtime_is_asked_for_and_looked_at(tmp_path):
