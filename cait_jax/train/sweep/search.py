@@ -5,6 +5,7 @@ sweep that was stopped draws what it would have drawn. OUT/trials.jsonl has a li
 """
 
 import importlib.util
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,10 @@ class Search:
             name: [each.text(each.low), each.text(each.high)] if isinstance(each, Range) else each
             for name, each in values.items()
         }
-        for name, texts in ends.items():
-            for text in texts:
-                first = resolve(
-                    file, {each: ends[each][0] for each in ends} | {name: text}, self._searched
-                )
+        firsts = {name: texts[0] for name, texts in ends.items()}
+        for texts in itertools.zip_longest(*ends.values()):
+            given = {name: text for name, text in zip(ends, texts, strict=True) if text is not None}
+            first = resolve(file, firsts | given, self._searched)
         self._base = self._without_searched(first.config)
         self._path = out / "trials.jsonl"
         asked = {

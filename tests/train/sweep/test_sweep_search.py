@@ -5,6 +5,7 @@ import math
 import pytest
 
 from cait_jax.errors import UserError
+from cait_jax.train.sweep import search, settings
 from cait_jax.train.sweep.search import Search
 from cait_jax.train.sweep.settings import parse
 
@@ -29,9 +30,9 @@ def finish(run, metric="eval/accuracy"):
     }  # fmt: skip
 
 
-def draw(search, rows, metric="eval/accuracy"):
+def draw(trials, rows, metric="eval/accuracy"):
     drawn = []
-    while run := search.next(rows):
+    while run := trials.next(rows):
         rows[run.digest] = finish(run, metric)
         drawn.append(run.overrides)
     return drawn
@@ -67,8 +68,8 @@ def finish_value(overrides):
 
 
 def test_trials_at_a_time_differ(tmp_path):
-    search = Search(DIGITS, parse({"model.residual": "layerscale,plain,rezero,fixup"}), 4, tmp_path)
-    names = [run.name for run in iter(lambda: search.next({}), None)]
+    trials = Search(DIGITS, parse({"model.residual": "layerscale,plain,rezero,fixup"}), 4, tmp_path)
+    names = [run.name for run in iter(lambda: trials.next({}), None)]
     assert names
     assert len(set(names)) == len(names)  # a value that was drawn again is not trained again
 
@@ -83,7 +84,7 @@ def test_other_fixed_settings_are_another_search(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("values", "message"),
     [
         ({"steps": "20"}, "nothing varies: give a range"),
         ({"seed": "0,1", "model.depth": "1..2"}, "--trials is of one seed"),
@@ -92,10 +93,24 @@ def test_other_fixed_settings_are_another_search(tmp_path):
         ({"model.residual": "plain,nothing"}, "model.residual"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(tmp_path, settings, message):
+def test_what_cannot_be_searched_is_refused(tmp_path, values, message):
     with pytest.raises(UserError, match=message):
-        Search(DIGITS, parse(settings), 3, tmp_path)
+        Search(DIGITS, parse(values), 3, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_is_resolved_once_for_all_ends_of_one_side(tmp_path, monkeypatch):
+    """It may be slow to load."""
+    asked = []
+
+    def resolve(file, overrides, varied):
+        asked.append(dict(overrides))
+        return settings.resolve(file, overrides, varied)
+
+    monkeypatch.setattr(search, "resolve", resolve)
+    Search(DIGITS, parse(VALUES | {"model.residual": "layerscale,plain,rezero"}), 4, tmp_path)
+    assert [each["model.residual"] for each in asked] == ["layerscale", "plain", "rezero"]
+    assert [each["optimizer.learning_rate"] for each in asked[:2]] == ["1e-05", "0.1"]
 
 
 def test_without_optuna_the_extra_is_named(tmp_path, monkeypatch):
