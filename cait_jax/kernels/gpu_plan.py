@@ -75,6 +75,11 @@ class Plan:
         return -(-(self.tokens + self.shift) // (ROWS * self.tiles))
 
     @property
+    def rows(self) -> int:
+        """Of all of an image's programs."""
+        return self.programs * self.tiles * ROWS
+
+    @property
     def staged(self) -> int:
         """Heads of a warpgroup whose outputs are in shared memory together."""
         return self.outputs if self.parts == 1 else 1
@@ -88,6 +93,51 @@ class Plan:
         small = 6 * 1024  # weights, barriers, alignment
         tile = KEYS * self.width * 2 * self.parts
         return min(6, (SHARED_BYTES - queries - outputs - sums - small) // tile)
+
+
+class BackwardPlan(Plan):
+    """Of the gradient's kernels, whose programs hold two tiles and stream two."""
+
+    @property
+    def by_head(self) -> bool:
+        """As above; in float32 one tile of queries is all that fits."""
+        return self.heads > 4 or self.parts > 1
+
+    @property
+    def step(self) -> int:
+        """Of logits and gradients of maps."""
+        return KEYS // 2
+
+    @property
+    def staged(self) -> int:
+        """One, since two tiles are held."""
+        return 1
+
+    @property
+    def statistics(self) -> int:
+        """Rows of statistics by head, so many that slots of them are whole multiples of TMA's 128 bytes."""
+        return -(-self.heads // 2) * 2
+
+    @property
+    def _room(self) -> int:
+        """Tiles of the ring that fit beside everything else."""
+        held = 2 * self.tiles * ROWS * self.width * 2 * self.parts
+        outputs = WORKERS * ROWS * self.dim * (2 if self.parts == 1 else 4)
+        statistics = 2 * self.tiles * self.statistics * ROWS * 4
+        totals = WORKERS * ROWS * ROWS * 4
+        small = 6 * 1024  # weights, barriers, alignment
+        tile = KEYS * (self.width * 2 * self.parts + self.statistics * 4)
+        return (SHARED_BYTES - held - outputs - statistics - totals - small) // tile
+
+    @property
+    def fits(self) -> bool:
+        """Whether shared memory has two tiles of the ring."""
+        return self._room >= 2
+
+    @property
+    def slots(self) -> int:
+        """As above, or two where they do not fit."""
+        return max(2, min(6, self._room))
 
 
 def refusal(q: Any, k: Any, v: Any) -> str | None:
@@ -108,6 +158,21 @@ def refusal(q: Any, k: Any, v: Any) -> str | None:
     return None
 
 
+def backward_refusal(q: Any, *, interpret: bool = False) -> str | None:
+    """Why the gradient's kernels do not take what `refusal` lets pass; None if they do.
+
+    The interpreter has as much shared memory as is asked for.
+    """
+    heads = q.shape[2]
+    if jax.__version_info__ < (0, 11):
+        return f"its kernels need jax 0.11 or newer, not {jax.__version__}"
+    if heads > 8:
+        return f"its kernels take up to 8 heads, not {heads}"
+    if not interpret and not backward_plan(q).fits:
+        return f"{heads} heads in float32 do not fit in its kernels' shared memory; bfloat16 does"
+    return None
+
+
 def _device() -> str | None:
     """The name of the GPU that is compiled for; None if there is none to ask."""
     target = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
@@ -121,3 +186,8 @@ def plan(q: Any) -> Plan:
     """For queries (batch, tokens, heads, dim), bfloat16 or float32."""
     tokens, heads, dim = q.shape[1:]
     return Plan(tokens, heads, dim, parts=1 if q.dtype.name == "bfloat16" else 3)
+
+
+def backward_plan(q: Any) -> BackwardPlan:
+    """As `plan`, of the gradient's kernels."""
+    return BackwardPlan(**dataclasses.asdict(plan(q)))

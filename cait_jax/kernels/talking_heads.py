@@ -43,9 +43,9 @@ def talking_heads_attention(
       implementation: `"xla"`: plain, as in `models/cait.py`. `"xla_remat"`: plain, with everything of size (heads,
         queries, keys) rematerialised in the backward pass. `"xla_by_image"`: as `xla_remat`, one image at a
         time, so that its maps stay in a CPU's cache. `"pallas_tpu"`: kernels in which nothing of that size leaves
-        the chip; with `_interpreted`, run by XLA on any device, slowly, to test them. `"pallas_gpu"`: such a
-        kernel for the forward pass on Hopper GPUs, and `"xla_remat"`'s backward pass; what the kernel does not
-        take is `"xla_remat"`'s, which is logged once.
+        the chip; with `_interpreted`, run by XLA on any device, slowly, to test them. `"pallas_gpu"`: such
+        kernels on Hopper GPUs; what they do not take, or their gradient does not, is `"xla_remat"`'s, which is
+        logged once.
       precision: of matmuls, as in `jax.lax.dot_general`.
 
     Raises:
@@ -157,23 +157,39 @@ def _log_once(line: str) -> None:
 
 @functools.cache
 def on_gpu(precision: Any, *, interpret: bool = False) -> Callable[..., Any]:
-    """The kernel with the derivative of the plain way, in which all is computed again, in `precision`."""
+    """The kernels; a gradient that they do not take is that of the plain way, in `precision`, computed again."""
     from cait_jax.kernels import gpu
+    from cait_jax.kernels.gpu_plan import backward_refusal
 
     @jax.custom_vjp
     def attention(
         q: Any, k: Any, v: Any, pre: Any, pre_bias: Any, post: Any, post_bias: Any
     ) -> Any:
         del pre_bias
-        return gpu.forward(q, k, v, pre, post, post_bias, interpret=interpret)
+        return gpu.forward(q, k, v, pre, post, post_bias, interpret=interpret)[0]
 
     def keep(*given: Any) -> tuple[Any, Any]:
-        return attention(*given), given
+        q, k, v, pre, _, post, post_bias = given
+        reason = backward_refusal(q, interpret=interpret)
+        if reason is not None:
+            _log_once(f"attention pallas_gpu has the gradient of xla_remat: {reason}")
+            return attention(*given), (given, None)
+        out, sums = gpu.forward(q, k, v, pre, post, post_bias, keep_sums=True, interpret=interpret)
+        return out, (given, sums)
 
-    def gradients(given: Any, gradient: Any) -> tuple[Any, ...]:
-        _, back = jax.vjp(functools.partial(_plain, precision=precision), *given)
-        found: tuple[Any, ...] = back(gradient)
-        return found
+    def gradients(residuals: Any, gradient: Any) -> tuple[Any, ...]:
+        given, sums = residuals
+        if sums is None:
+            _, back = jax.vjp(functools.partial(_plain, precision=precision), *given)
+            plain: tuple[Any, ...] = back(gradient)
+            return plain
+        from cait_jax.kernels import gpu_backward
+
+        q, k, v, pre, pre_bias, post, post_bias = given
+        *by_token, d_pre, d_post, d_bias = gpu_backward.backward(
+            q, k, v, pre, post, post_bias, sums, gradient, interpret=interpret
+        )
+        return *by_token, d_pre, jnp.zeros_like(pre_bias), d_post, d_bias
 
     attention.defvjp(keep, gradients)
     return attention

@@ -1,4 +1,4 @@
-"""The GPUs' kernel: what it takes, its numbers in Mosaic's interpreter, and its code as compiled without a GPU."""
+"""The GPUs' kernels: what they take, their numbers in Mosaic's interpreter, their code compiled without a GPU."""
 
 import functools
 import json
@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 
 from cait_jax.kernels import talking_heads_attention
-from cait_jax.kernels.gpu_plan import KEYS, ROWS, SHARED_BYTES, WORKERS, Plan, refusal
+from cait_jax.kernels.gpu_plan import (
+    KEYS,
+    ROWS,
+    SHARED_BYTES,
+    WORKERS,
+    BackwardPlan,
+    Plan,
+    backward_refusal,
+    refusal,
+)
 from cait_jax.kernels.talking_heads import on_gpu
 from cait_jax.plan.gpu import COMPILER_OPTIONS, gpu_devices, has_compiler
 from cait_jax.plan.hlo import read_program
@@ -24,10 +33,11 @@ compiles = pytest.mark.skipif(not has_compiler(), reason="the GPUs' compiler is 
 interprets = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic's interpreter in jax 0.10 lacks operations"
 )
-# Ragged tokens in images that begin between tiles, heads that do not come out even, and the halved step above 8.
+# Ragged tokens in images that begin between tiles, several programs an image, heads that do not come out even, and
+# the halved step above 8.
 INTERPRETED = [
-    (17, 5, "float32"), (37, 3, "float32"), (1, 2, "float32"), (100, 8, "float32"), (50, 4, "bfloat16"),
-    (20, 9, "bfloat16"),
+    (66, 3, "float32"), (37, 5, "float32"), (1, 2, "float32"), (20, 8, "float32"), (50, 4, "bfloat16"),
+    (20, 9, "bfloat16"), (21, 6, "float32"), (70, 5, "bfloat16"),
 ]  # fmt: skip
 
 
@@ -67,12 +77,12 @@ def test_the_numbers_are_those_of_the_definition(tokens, heads, dtype):
     """In a process of its own: the interpreter's threads need as many of XLA, whatever the cores."""
     environment = {**os.environ, "NPROC": "16", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, str(tokens), str(heads), dtype]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     output, *gradients = json.loads(done.stdout.splitlines()[-1])
     assert output < (3e-6 if dtype == "float32" else 6e-3)
-    if tokens > 1 and dtype == "float32":
-        assert max(gradients) < 1e-5
+    if tokens > 1:
+        assert max(gradients) < (1e-5 if dtype == "float32" else 2e-2)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -85,6 +95,17 @@ def test_every_head_is_computed_and_shared_memory_suffices(heads, parts):
     assert {first + i for first in firsts for i in range(cut.outputs)} == set(range(heads))
     assert cut.outputs <= 4
     assert cut.slots >= 1 or (parts == 3 and heads > 8)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("heads", range(1, 9))
+def test_of_the_gradient_every_head_is_computed(heads, parts):
+    cut = BackwardPlan(196, heads, 48, parts)
+    firsts = [min(i * cut.group, heads - cut.group) for i in range(WORKERS if cut.by_head else 1)]
+    assert {first + i for first in firsts for i in range(cut.group)} == set(range(heads))
+    assert cut.group <= 4  # heads of outputs in registers
+    assert 2 * cut.group * heads <= ROWS  # sums of pairs
+    assert cut.fits == (parts == 1 or heads <= 3)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 37, 196, 197, 576, 784])
@@ -137,6 +158,20 @@ def test_more_heads_need_a_newer_jax(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     reason = refusal(*arguments(9, 16, "bfloat16")[:3])
     assert reason.startswith("more than 8 heads, here 16, need jax 0.11 or newer, not ")
+
+
+def test_gradients_that_the_kernels_do_not_take(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    given = {heads: arguments(9, heads, "bfloat16")[0] for heads in (8, 16)}
+    assert backward_refusal(given[8]).startswith("its kernels need jax 0.11 or newer, not ")
+    monkeypatch.setattr(jax, "__version_info__", (0, 11))
+    assert backward_refusal(given[8]) is None
+    assert backward_refusal(given[16]) == "its kernels take up to 8 heads, not 16"
+    wide = given[8].astype("float32")
+    assert backward_refusal(wide) == (
+        "8 heads in float32 do not fit in its kernels' shared memory; bfloat16 does"
+    )
+    assert backward_refusal(wide, interpret=True) is None
 
 
 def target(name):
@@ -251,14 +286,56 @@ def test_other_gpus_compile_xlas(name, caplog):
     assert "mosaic" not in compiled.as_text()
 
 
-@compiles
-def test_the_gradient_compiles():
-    def both(*given):
-        attention = functools.partial(talking_heads_attention, implementation="pallas_gpu")
-        out, back = jax.vjp(attention, *given)
-        return out, back(out)
+def both_ways(packed, *weights):
+    """Output and gradients of q, k and v side by side, as in the network."""
 
-    assert "mosaic" in compiled_for("h100", both, *arguments(196, 6, "bfloat16")).as_text()
+    def forward(packed, *weights):
+        batch, tokens, width = packed.shape
+        shape = (batch, tokens, width // 144, 48)
+        parts = [x.reshape(shape) for x in jnp.split(packed, 3, axis=-1)]
+        return talking_heads_attention(*parts, *weights, implementation="pallas_gpu")
+
+    out, back = jax.vjp(forward, packed, *weights)
+    return out, back(out)
+
+
+# Warp instructions an image of both kernels, in millions.
+@compiles
+@interprets
+@pytest.mark.parametrize(
+    ("name", "tokens", "heads", "dtype", "most"),
+    [
+        ("h100", 196, 4, "bfloat16", 1.15), ("h100", 196, 6, "bfloat16", 3.2), ("h200", 196, 8, "bfloat16", 4.6),
+        ("h100", 576, 6, "bfloat16", 19), ("h100", 196, 3, "float32", 3.3),
+    ],
+)  # fmt: skip
+def test_the_gradient_stays_in_registers_and_moves_what_it_must(
+    name, tokens, heads, dtype, most, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    q, _, _, *weights = arguments(tokens, heads, dtype, batch=4)
+    packed = jax.ShapeDtypeStruct((4, tokens, 3 * heads * 48), dtype)
+    text = compiled_for(name, both_ways, packed, *weights).as_text()
+    assert text.count("talking_heads_gradient_by") >= 2
+    assert f"[4,{heads},{tokens},{tokens}]" not in text
+    for log in tmp_path.glob("*.ptxas"):
+        spilt = [int(n) for n in re.findall(r"(\d+) bytes spill", log.read_text())]
+        assert spilt
+        assert max(spilt) <= (0 if dtype == "bfloat16" else 64)
+        assert "serialized" not in log.read_text()
+    for resources in tmp_path.glob("*resources.txt"):
+        (asked,) = re.findall(r"smem_scratch_bytes=(\d+)", resources.read_text())
+        assert int(asked) <= SHARED_BYTES
+    if dtype == "bfloat16":
+        # Arrays of the size of q: the forward pass reads 3 and writes 1; by query 4 and 1, by key 4 and 2; for the
+        # gradient of the last bias 2 are read; gradients of q, k and v are joined, 3 and 3.
+        assert memory_traffic(read_program(text)) <= 1.3 * 23 * q.size * 2
+    listings = [path for path in tmp_path.glob("*.sass*") if "gradient" in path.name]
+    if not listings:
+        pytest.skip("no nvdisasm on the PATH")
+    cut = BackwardPlan(tokens, heads, 48, 1 if dtype == "bfloat16" else 3)
+    found = sum(warp_instructions(path.read_text(), cut) for path in listings) / 1e6
+    assert 0.5 * most < found < most
 
 
 if __name__ == "__main__":
