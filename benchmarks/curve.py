@@ -66,13 +66,14 @@ def draw(parts: list[list[dict[str, Any]]]):
         right.annotate(
             f"{accuracies[-1]:.2f} %",
             (minutes[-1], accuracies[-1]),
-            xytext=(-8, 2),
+            xytext=(0, 5),
             textcoords="offset points",
-            ha="right",
+            ha="center",
             fontsize=9,
         )
     left.set(xlabel="minutes", ylabel="training loss (nats)")
     right.set(xlabel="minutes", ylabel="test accuracy (%)")
+    right.margins(0.1)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -58,7 +58,7 @@ def _small(config: ConfigDict) -> ConfigDict:
 def _hour(config: ConfigDict, first: bool) -> ConfigDict:
     config = _small(config)
     config.batch_size = 128
-    config.epochs, config.eval.every_epochs = (24.0, 8.0) if first else (16.0, 4.0)
+    config.epochs, config.eval.every_epochs = (24.0, 8.0) if first else (40.0, 4.0)
     config.optimizer.update(name="muon", learning_rate=6e-3 if first else 3e-3)
     if first:
         config.model.patch_size = 8
