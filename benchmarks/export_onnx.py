@@ -1,7 +1,7 @@
 """Whether onnxruntime computes from exported ONNX files what JAX computes, over the shapes of the released models.
 
 Command: python benchmarks/export_onnx.py --environment=DIR [--install]
-                                          [--names cait_xxs24_224 ... | --all [--most=PARAMETERS]]
+                                          [--names cait_xxs24_224 ... [--depth=N] | --all [--most=PARAMETERS]]
   DIR is the Python environment of `cait export --to onnx`.
 
 The weights are drawn, not trained, so that every part of a network shows in the outputs. A line of JSON for each
@@ -61,7 +61,11 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=ARCHITECTURES, help="names or shell patterns")
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--most", type=float, default=math.inf, help="parameters, with --all")
+    parser.add_argument("--depth", type=int, help="blocks of --names, if not their own number")
     options = parser.parse_args()
+    if options.all and options.depth:
+        parser.error("--depth is of --names, not of --all")
+    changed = {"depth": options.depth} if options.depth else {}
     names = (
         released_networks(options.most)
         if options.all
@@ -72,7 +76,7 @@ def main() -> None:
     for name in names:
         if name in finished:
             continue
-        model = create_model(name, precision="highest")
+        model = create_model(name, precision="highest", **changed)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             try:
