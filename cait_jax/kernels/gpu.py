@@ -20,11 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from cait_jax.kernels import HIDDEN
 from cait_jax.kernels.gpu_plan import ALIGNED, KEYS, ROWS, WORKERS, Plan, plan
 from cait_jax.kernels.gpu_tiles import (
-    REGISTERS,
     SWIZZLED,
     Program,
     Ring,
     Worker,
+    divide,
     hidden_where_not,
     launch,
     packed,
@@ -86,9 +86,7 @@ def _kernel(
         columns = pl.ds(which * cut.width, cut.width)
         return packed_ref.at[part, program.rows(start, size), columns]
 
-    @pl.when(program.warpgroup == WORKERS)
-    def _load() -> None:
-        plgpu.set_max_registers(REGISTERS["loader"], action="decrease")
+    def load() -> None:
         plgpu.copy_gmem_to_smem(weights_ref, weights, begun)
         for tile in range(cut.tiles):
             for part in range(cut.parts):
@@ -110,9 +108,7 @@ def _kernel(
 
         ring.drain(cut.blocks * (1 + 2 * cut.sweeps))
 
-    @pl.when(program.warpgroup < WORKERS)
-    def _compute() -> None:
-        plgpu.set_max_registers(REGISTERS["worker"], action="increase")
+    def compute() -> None:
         worker = _Worker(cut, program, ring, weights=weights, held=held, **scratch)
         plgpu.barrier_wait(begun)
         head = worker.measure()
@@ -129,6 +125,8 @@ def _kernel(
             first = start - program.offset + margin
             worker.write(found, out_ref.at[program.image], first, head, sweep > 0)
         plgpu.wait_smem_to_gmem(0)
+
+    divide(program, load, compute)
 
 
 class _Worker(Worker):

@@ -27,10 +27,10 @@ from cait_jax.kernels import HIDDEN
 from cait_jax.kernels.gpu_gradients import ByKey, ByQuery
 from cait_jax.kernels.gpu_plan import ALIGNED, KEYS, ROWS, WORKERS, BackwardPlan, backward_plan
 from cait_jax.kernels.gpu_tiles import (
-    REGISTERS,
     SWIZZLED,
     Program,
     Ring,
+    divide,
     launch,
     packed,
     split,
@@ -137,10 +137,8 @@ def _kernel(
 
 def _sources(program: Program, cut: BackwardPlan, packed_ref: Any, gradient_ref: Any) -> Any:
     def source(which: int, start: Any, size: int, part: int) -> Any:
-        if which == _GRADIENT:
-            return gradient_ref.at[part, program.rows(start, size), pl.ds(0, cut.width)]
-        columns = pl.ds(which * cut.width, cut.width)
-        return packed_ref.at[part, program.rows(start, size), columns]
+        ref, column = (gradient_ref, 0) if which == _GRADIENT else (packed_ref, which)
+        return ref.at[part, program.rows(start, size), pl.ds(column * cut.width, cut.width)]
 
     return source
 
@@ -151,7 +149,6 @@ def _load(
     by_row: tuple[Any, Any] | None, by_column: tuple[Any, Any, Any] | None,
 ) -> None:  # fmt: skip
     """What the third warpgroup does: tiles that are held, then all that are streamed, once a sweep."""
-    plgpu.set_max_registers(REGISTERS["loader"], action="decrease")
     plgpu.copy_gmem_to_smem(*weights, begun)
     for tile in range(cut.tiles):
         start = program.row + tile * ROWS
@@ -184,17 +181,14 @@ def _by_query(
 ) -> None:  # fmt: skip
     program, ring = Program(cut), Ring(cut, tiles, full, free)
 
-    @pl.when(program.warpgroup == WORKERS)
-    def _() -> None:
+    def load() -> None:
         source = _sources(program, cut, packed_ref, gradient_ref)
         _load(
             program, cut, ring, source, (_QUERIES, _GRADIENT), (_KEYS, _VALUES), 3, begun, (weights_ref, weights),
             held, (sums_ref, sums), None,
         )  # fmt: skip
 
-    @pl.when(program.warpgroup < WORKERS)
-    def _() -> None:
-        plgpu.set_max_registers(REGISTERS["worker"], action="increase")
+    def compute() -> None:
         worker = ByQuery(cut, program, ring, weights=weights, held=held, sums=sums, **scratch)
         plgpu.barrier_wait(begun)
         worker.measure()
@@ -217,6 +211,8 @@ def _by_query(
         )
         plgpu.wait_smem_to_gmem(0)
 
+    divide(program, load, compute)
+
 
 def _by_key(
     weights_ref: Any, packed_ref: Any, gradient_ref: Any, sums_ref: Any, deltas_ref: Any, d_k_ref: Any,
@@ -225,17 +221,14 @@ def _by_key(
 ) -> None:  # fmt: skip
     program, ring = Program(cut), Ring(cut, tiles, full, free)
 
-    @pl.when(program.warpgroup == WORKERS)
-    def _() -> None:
+    def load() -> None:
         source = _sources(program, cut, packed_ref, gradient_ref)
         _load(
             program, cut, ring, source, (_KEYS, _VALUES), (_QUERIES, _GRADIENT), 2, begun, (weights_ref, weights),
             held, None, (sums_ref, deltas_ref, statistics),
         )  # fmt: skip
 
-    @pl.when(program.warpgroup < WORKERS)
-    def _() -> None:
-        plgpu.set_max_registers(REGISTERS["worker"], action="increase")
+    def compute() -> None:
         worker = ByKey(
             cut, program, ring, weights=weights, held=held, statistics=statistics, **scratch
         )
@@ -244,3 +237,5 @@ def _by_key(
         worker.write(worker.values(), d_v_ref.at[program.image], start, worker.head)
         worker.write(worker.keys(), d_k_ref.at[program.image], start, worker.head, begun=True)
         plgpu.wait_smem_to_gmem(0)
+
+    divide(program, load, compute)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from cait_jax.kernels import HIDDEN
 from cait_jax.kernels.gpu_plan import ALIGNED, KEYS, ROWS, WORKERS, Plan
 
-REGISTERS = {"worker": 240, "loader": 24}  # of a thread; 504 of the 512 that three warpgroups have
+_REGISTERS = {"worker": 240, "loader": 24}  # of a thread; 504 of the 512 that three warpgroups have
 SWIZZLED = (plgpu.TilingTransform((ALIGNED, 16)), plgpu.SwizzleTransform(32))
 WGMMA = plgpu.Layout.WGMMA
 
@@ -83,6 +83,20 @@ class Program:
     def rows(self, start: Any, size: int) -> Any:
         """Of the image, as rows of all images."""
         return pl.ds(pl.multiple_of(self._first + start, ALIGNED), size)
+
+
+def divide(program: Program, load: Callable[[], None], compute: Callable[[], None]) -> None:
+    """One warpgroup loads and the others compute, with as many registers as each needs."""
+
+    @pl.when(program.warpgroup == WORKERS)
+    def _() -> None:
+        plgpu.set_max_registers(_REGISTERS["loader"], action="decrease")
+        load()
+
+    @pl.when(program.warpgroup < WORKERS)
+    def _() -> None:
+        plgpu.set_max_registers(_REGISTERS["worker"], action="increase")
+        compute()
 
 
 class Ring:
